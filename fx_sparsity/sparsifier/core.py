@@ -1,0 +1,145 @@
+"""What model-bound and data sparsifiers share: named targets, their state, stepping, squashing."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fx_sparsity.patterns import Pattern, Role
+from fx_sparsity.sparsifier.target import Target, TensorState
+
+
+class SparsifierCore(ABC):
+    """Owns names, configurations, masks and state. Users derive from the two public bases.
+
+    Attributes:
+        defaults: configuration of every tensor that does not override it.
+        state: name -> the live mask and whatever counters a subclass keeps.
+        enable_mask_update: `step` does nothing while this is False.
+    """
+
+    def __init__(self, defaults: Mapping[str, Any] | None = None) -> None:
+        self.defaults: dict[str, Any] = dict(defaults or {})
+        self.state: dict[str, TensorState] = {}
+        self.enable_mask_update = True
+        self._targets: dict[str, Target] = {}
+
+    # -- what subclasses supply ------------------------------------------------------------------
+
+    @abstractmethod
+    def config_of(self, name: str) -> dict[str, Any]:
+        """The merged configuration of one tensor. Raises `ValueError` for an unknown name."""
+
+    @abstractmethod
+    def _update(self, name: str) -> None:
+        """Compute and write the mask of one tensor."""
+
+    def check_config(self, name: str, tensor: Tensor, config: Mapping[str, Any]) -> None:
+        """Raise if `config` cannot work for `tensor`. Called before anything is changed."""
+
+    def check_update(self, name: str) -> None:
+        """Raise if the mask of `name` cannot be computed. Called for all before any is changed."""
+
+    def pattern_of(self, config: Mapping[str, Any]) -> tuple[Pattern, float] | None:
+        """Pattern and level that a configuration asks for; None where the method knows neither.
+
+        Raises:
+            PatternError: the pattern is malformed.
+        """
+        pattern = config.get("pattern")
+        return None if pattern is None else (Pattern.parse(pattern), config["sparsity_level"])
+
+    # -- what users call -------------------------------------------------------------------------
+
+    @property
+    def names(self) -> list[str]:
+        """Every tensor under this sparsifier, in the order it was added."""
+        return list(self._targets)
+
+    def get_mask(self, name: str) -> Tensor:
+        """The live mask of a tensor; editing it in place is seen by the model.
+
+        Raises:
+            ValueError: no tensor of that name.
+        """
+        return self._target(name).mask.mask
+
+    def get_data(self, name: str, return_original: bool = True) -> Tensor:
+        """A tensor as it stands under its mask, or as the model sees it.
+
+        Args:
+            name: FQN, or the name given to `add_data`.
+            return_original: the tensor beneath the mask; False gives the masked one.
+
+        Raises:
+            ValueError: no tensor of that name, or the original is gone after squashing.
+        """
+        target = self._target(name)
+        if not return_original:
+            return target.masked
+        if target.squashed:
+            raise ValueError(
+                f"{name}: its mask is squashed, the original no longer exists; "
+                "ask with return_original=False"
+            )
+        return target.original
+
+    def is_squashed(self, name: str) -> bool:
+        """Whether the zeros of a tensor are baked in."""
+        return self._target(name).squashed
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Recompute every mask that is not squashed yet.
+
+        Raises:
+            ValueError: a tensor cannot be ranked (NaN); it is named, and no mask was changed.
+        """
+        if not self.enable_mask_update:
+            return
+        names = [name for name, target in self._targets.items() if not target.squashed]
+        for name in names:
+            self.check_update(name)
+        for name in names:
+            self._update(name)
+
+    def _squash(self, names: Iterable[str]) -> None:
+        for target in [self._target(name) for name in names]:
+            target.squash()
+
+    def _target(self, name: str) -> Target:
+        if name not in self._targets:
+            known = ", ".join(list(self._targets)[:5]) or "none"
+            raise ValueError(
+                f"data with specified name does not exist: {name!r} (known: {known}"
+                f"{', ...' if len(self._targets) > 5 else ''})"
+            )
+        return self._targets[name]
+
+    def _add(self, targets: Sequence[Target]) -> None:
+        """Attach masks, all of them or none, and start their state."""
+        done: list[Target] = []
+        try:
+            for target in targets:
+                target.attach()
+                done.append(target)
+        except BaseException:
+            for target in done:
+                target.detach()
+            raise
+        for target in targets:
+            self._targets[target.name] = target
+            self.state[target.name] = TensorState(target.mask)
+
+
+def roles_of(config: Mapping[str, Any], ndim: int) -> tuple[Role, ...]:
+    """Roles of a tensor's axes: `config["roles"]` if discovery found them, else by convention.
+
+    The convention is torch's own: [out, in, kernel...]; a single axis is `in`.
+    """
+    if (roles := config.get("roles")) is not None:
+        return tuple(roles)
+    convention: tuple[Role, ...] = ("in",) if ndim == 1 else ("out", "in")
+    return convention + ("kernel",) * (ndim - 2)

@@ -1,0 +1,57 @@
+"""The mask parametrization: zeros a weight while the original stays trainable beneath it."""
+
+import torch
+from torch import Tensor, nn
+
+
+class Mask(nn.Module):
+    """Parametrization that keeps a weight where its mask is True (non-zero) and gives +0.0 elsewhere.
+
+    It selects instead of multiplying: `-1 * False` is -0.0 and `inf * False` is NaN. The mask is a
+    persistent buffer that is edited in place, so that compiled code sees every edit without
+    recompiling and a `state_dict` round trip is strict.
+
+    Args:
+        mask: of the weight's shape; boolean, or any dtype in which non-zero means keep. Held as it
+            is, not copied; its dtype never changes.
+    """
+
+    mask: Tensor
+    zero: Tensor
+
+    def __init__(self, mask: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mask", mask)
+        # A constant in the graph rather than a scalar argument: only then does Inductor fold the
+        # whole selection into a frozen weight. Zero-dimensional, so it never promotes the dtype.
+        self.register_buffer("zero", torch.zeros((), device=mask.device), persistent=False)
+
+    @property
+    def keep(self) -> Tensor:
+        """The mask as a boolean tensor."""
+        return self.mask if self.mask.dtype == torch.bool else self.mask != 0
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """`weight` with zeros, in its own dtype."""
+        return torch.where(self.keep, weight, self.zero)
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """Assigning to the masked weight replaces the original as it is."""
+        return weight
+
+    def update(self, keep: Tensor) -> None:
+        """Overwrite the mask in place.
+
+        Args:
+            keep: boolean, of the mask's shape.
+        """
+        self.mask.copy_(keep)
+
+    @torch.no_grad()
+    def bake(self, weight: Tensor) -> None:
+        """Write the zeros into `weight` itself, in place."""
+        weight.masked_fill_(~self.keep, 0)
+
+
+FakeSparsity = Mask
+"""The name that `torch.ao.pruning` gives it."""

@@ -340,7 +340,24 @@ class SparsityConfig:
         object.__setattr__(self, "pattern", pattern)
         object.__setattr__(self, "level", float(level))
 
+    @staticmethod
+    def parse(text: "str | SparsityConfig") -> "SparsityConfig":
+        """Read `"2:4"`, `"unstructured 50%"` or `"block:1x4 pad 50%"`; `str(config)` is read back.
+
+        Raises:
+            PatternError: the pattern or the level cannot be read.
+            ValueError: as for the constructor.
+        """
+        if isinstance(text, SparsityConfig):
+            return text
+        if not isinstance(text, str):
+            raise TypeError(f"expected a SparsityConfig or a string, found {type(text).__name__}")
+        match = re.fullmatch(r"(.*?)(?:\s+(\d+(?:\.\d+)?(?:e-?\d+)?)%)?", text.strip())
+        assert match is not None  # every part is optional
+        level = None if match[2] is None else float(match[2]) / 100
+        return SparsityConfig(match[1], level)
+
     def __str__(self) -> str:
         if self.pattern.implied_level is not None:
             return str(self.pattern)
-        return f"{self.pattern} {self.level:.0%}"
+        return f"{self.pattern} {self.level * 100:.12g}%"

@@ -1,0 +1,27 @@
+"""Capture, discovery, mapping and the passes."""
+
+from fx_sparsity.graph.capture import CaptureError, InputError
+from fx_sparsity.graph.discovery import find_weights
+from fx_sparsity.graph.mapping import Assignment, MappingError, SparsityMapping
+from fx_sparsity.graph.passes import AnnotateWeights, InsertMasks, RemoveMasks
+from fx_sparsity.graph.prepare import prepare, squash
+from fx_sparsity.graph.weight_map import Reason, Unclaimed, Use, WeightMap, WeightSite
+
+__all__ = [
+    "AnnotateWeights",
+    "Assignment",
+    "CaptureError",
+    "InputError",
+    "InsertMasks",
+    "MappingError",
+    "Reason",
+    "RemoveMasks",
+    "SparsityMapping",
+    "Unclaimed",
+    "Use",
+    "WeightMap",
+    "WeightSite",
+    "find_weights",
+    "prepare",
+    "squash",
+]

@@ -1,0 +1,129 @@
+"""Graph rewriting, as passes that go into anyone's `PassManager`."""
+
+import operator
+from collections.abc import Mapping
+
+import torch
+from torch import fx
+from torch.fx.passes.infra.pass_base import PassBase, PassResult
+
+from fx_sparsity.graph.capture import module_source
+from fx_sparsity.graph.discovery import weight_uses
+from fx_sparsity.sparsifier import Mask
+
+WEIGHT_META = "fx_sparsity_weights"
+"""Key in `node.meta`: argument name -> FQN of the weight that it receives."""
+_MASKS = "sparsity_masks"
+
+
+class AnnotateWeights(PassBase):
+    """Write into each consuming node which weights it receives; changes nothing else.
+
+    The annotation travels with the node through later passes, also where they replace the weight:
+    after a quantizer's convert it still tells whose codes these are.
+    """
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        """See `PassBase.call`."""
+        for node, arg, origin, axes in weight_uses(graph_module.graph, module_source(graph_module)):
+            if axes is not None and origin.parameter.ndim >= 2:
+                node.meta.setdefault(WEIGHT_META, {})[arg] = origin.fqn
+        return PassResult(graph_module, False)
+
+
+class InsertMasks(PassBase):
+    """Select every use of a `get_attr` weight through its mask: `where(mask, weight, zero)`.
+
+    The mask module becomes a submodule, so that its buffers are in the `state_dict`, follow `.to()`
+    and survive rebuilding the GraphModule, deepcopy and dead-code elimination.
+
+    Args:
+        masks: FQN of the weight, as the `get_attr` nodes name it -> its mask.
+    """
+
+    def __init__(self, masks: Mapping[str, Mask]) -> None:
+        super().__init__()
+        self.masks = masks
+
+    def requires(self, graph_module: fx.GraphModule) -> None:
+        """Every weight is read by a `get_attr` node, and is not masked yet."""
+        read = {str(node.target) for node in graph_module.graph.nodes if node.op == "get_attr"}
+        for fqn in self.masks:
+            if fqn not in read:
+                raise ValueError(f"{fqn}: no get_attr node of the graph reads it")
+            if _mask_path(fqn) in dict(graph_module.named_modules()):
+                raise ValueError(f"{fqn} is already masked in this graph")
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        """See `PassBase.call`."""
+        graph = graph_module.graph
+        for fqn, mask in self.masks.items():
+            graph_module.add_submodule(_mask_path(fqn), mask)
+        for node in list(graph.nodes):
+            if node.op != "get_attr" or node.target not in self.masks:
+                continue
+            mask = self.masks[node.target]
+            users = list(node.users)
+            with graph.inserting_after(node):
+                keep = graph.get_attr(f"{_mask_path(node.target)}.mask")
+            with graph.inserting_after(keep):
+                zero = graph.get_attr(f"{_mask_path(node.target)}.zero")
+            with graph.inserting_after(zero):
+                where = torch.ops.aten.where.self
+                masked = graph.call_function(where, (keep, node, zero))
+            weight = node.meta.get("val")
+            if weight is not None:
+                keep.meta["val"] = torch.empty_like(weight, dtype=mask.mask.dtype)
+                zero.meta["val"] = weight.new_zeros(())
+                masked.meta = {**node.meta, "val": torch.empty_like(weight)}
+            for user in users:
+                user.replace_input_with(node, masked)
+        graph_module.recompile()
+        return PassResult(graph_module, bool(self.masks))
+
+    def ensures(self, graph_module: fx.GraphModule) -> None:
+        """Nothing but the selection reads a masked weight."""
+        graph_module.graph.lint()
+        for node in graph_module.graph.nodes:
+            if node.op == "get_attr" and node.target in self.masks:
+                readers = [str(user.target) for user in node.users]
+                if readers != ["aten.where.self"]:
+                    raise RuntimeError(f"{node.target} is read past its mask by {readers}")
+
+
+class RemoveMasks(PassBase):
+    """Undo `InsertMasks`: consumers read the weight itself again, and the masks are gone."""
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        """See `PassBase.call`."""
+        graph = graph_module.graph
+        modified = False
+        for node in list(graph.nodes):
+            if node.op != "call_function" or node.target is not torch.ops.aten.where.self:
+                continue
+            keep, weight, zero = node.args
+            if not (isinstance(keep, fx.Node) and str(keep.target).startswith(f"{_MASKS}.")):
+                continue
+            node.replace_all_uses_with(weight)
+            for dead in (node, zero, keep):
+                graph.erase_node(dead)
+            modified = True
+        if hasattr(graph_module, _MASKS):
+            graph_module.delete_submodule(_MASKS)
+        if modified:
+            graph_module.recompile()
+        return PassResult(graph_module, modified)
+
+    def ensures(self, graph_module: fx.GraphModule) -> None:
+        """The graph is well-formed and reads no mask."""
+        graph_module.graph.lint()
+        for node in graph_module.graph.nodes:
+            if node.op == "get_attr":
+                operator.attrgetter(str(node.target))(graph_module)
+
+
+def _mask_path(fqn: str) -> str:
+    """Where a weight's mask lives in a GraphModule: under the weight's own path, so that no two
+    weights collide.
+    """
+    return f"{_MASKS}.{fqn}"

@@ -1,0 +1,156 @@
+"""What discovery returns: the weights of a model, and what it left out with the reason."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+
+from fx_sparsity.patterns import Role
+from fx_sparsity.tables import format_table
+
+
+@dataclass(frozen=True)
+class Use:
+    """One operator that consumes a weight.
+
+    Attributes:
+        op: the operator's name in the table, such as `linear`.
+        node: name of the consuming node in the captured graph.
+        arg: name of the operator's argument that receives the weight.
+        roles: of the weight's axes in this use.
+        slice: (dimension, start, stop) where only a part is used, as of packed projections.
+    """
+
+    op: str
+    node: str
+    arg: str
+    roles: tuple[Role, ...]
+    slice: tuple[int, int, int] | None = None
+
+
+@dataclass(frozen=True)
+class WeightSite:
+    """One weight, by tensor identity.
+
+    Attributes:
+        fqn: canonical name, the first that the model lists.
+        aliases: its further names, where it is tied.
+        owner: FQN of the module that holds it; the root is the empty string.
+        owner_type: that module's class, as `package.Class`.
+        kind: `linear`, `embedding`, `embedding_bag`, `conv`, `matmul`, ... by its first use.
+        roles: of each axis, by its first use.
+        shape: of the whole parameter.
+        dtype: such as `float32`.
+        uses: in graph order.
+    """
+
+    fqn: str
+    aliases: tuple[str, ...]
+    owner: str
+    owner_type: str
+    kind: str
+    roles: tuple[Role, ...]
+    shape: tuple[int, ...]
+    dtype: str
+    uses: tuple[Use, ...]
+
+
+class Reason(StrEnum):
+    """Why a parameter of two or more dimensions is not a weight. The list is closed."""
+
+    SCALE = "scale of a normalization"
+    ADDED = "only added"
+    NOT_FLOATING = "not floating"
+    UNREACHABLE = "does not reach the outputs for these inputs"
+    OPERATOR = "operator without a row in the table"
+    FRONTEND = "the graph does not show it"
+
+    @property
+    def explained(self) -> bool:
+        """Whether the reason settles the matter; the last two mean that a weight may be missed."""
+        return self not in (Reason.OPERATOR, Reason.FRONTEND)
+
+
+@dataclass(frozen=True)
+class Unclaimed:
+    """A parameter of two or more dimensions that got no role.
+
+    Attributes:
+        fqn: canonical name.
+        shape: of the parameter.
+        reason: from the closed list.
+        detail: the operator concerned, where one is.
+    """
+
+    fqn: str
+    shape: tuple[int, ...]
+    reason: Reason
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class WeightMap(Mapping[str, WeightSite]):
+    """Canonical FQN -> `WeightSite`, in graph order.
+
+    Attributes:
+        sites: every weight found.
+        unclaimed: every parameter of two or more dimensions that got no role.
+        vectors: number of parameters of fewer dimensions, which are never weights.
+        frontend: which capture the map was read from.
+    """
+
+    sites: tuple[WeightSite, ...]
+    unclaimed: tuple[Unclaimed, ...] = ()
+    vectors: int = 0
+    frontend: str = ""
+    _by_name: dict[str, WeightSite] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        names = {site.fqn: site for site in self.sites}
+        object.__setattr__(self, "_by_name", names)
+
+    def __getitem__(self, fqn: str) -> WeightSite:
+        return self._by_name[fqn]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._by_name)
+
+    def __len__(self) -> int:
+        return len(self.sites)
+
+    def __str__(self) -> str:
+        rows = [
+            (
+                site.fqn,
+                site.kind,
+                " x ".join(
+                    f"{role} {size}" for role, size in zip(site.roles, site.shape, strict=True)
+                ),
+                site.dtype,
+                len(site.uses),
+                ", ".join(site.aliases),
+            )
+            for site in self.sites
+        ]
+        text = format_table(("weight", "kind", "axes", "dtype", "uses", "tied to"), rows)
+        if self.unclaimed:
+            left = [
+                (u.fqn, str(u.shape), f"{u.reason}: {u.detail}" if u.detail else str(u.reason))
+                for u in self.unclaimed
+            ]
+            text += "\n\n" + format_table(("left out", "shape", "reason"), left)
+        else:
+            text += "\n\nnothing of two or more dimensions was left out"
+        return f"{text}\n({self.vectors} one-dimensional parameters; read from {self.frontend})"
+
+    def to_json(self) -> str:
+        """The map as a JSON object with `sites`, `unclaimed`, `vectors` and `frontend`."""
+        return json.dumps(
+            {
+                "frontend": self.frontend,
+                "sites": [asdict(site) for site in self.sites],
+                "unclaimed": [asdict(unclaimed) for unclaimed in self.unclaimed],
+                "vectors": self.vectors,
+            },
+            indent=2,
+        )

@@ -1,14 +1,16 @@
 """Graph rewriting, as passes that go into anyone's `PassManager`."""
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from fx_sparsity.graph.capture import module_source
-from fx_sparsity.graph.discovery import weight_uses
+from fx_sparsity.graph.discovery import canonical_fqn, weight_uses
+from fx_sparsity.graph.operators import OPERATORS, bind, operator_name
+from fx_sparsity.graph.weight_map import WeightMap
 from fx_sparsity.sparsifier import Mask
 
 WEIGHT_META = "fx_sparsity_weights"
@@ -21,13 +23,21 @@ class AnnotateWeights(PassBase):
 
     The annotation travels with the node through later passes, also where they replace the weight:
     after a quantizer's convert it still tells whose codes these are.
+
+    Args:
+        weights: a map of the same model; a tied weight is named by its canonical FQN.
     """
+
+    def __init__(self, weights: WeightMap) -> None:
+        super().__init__()
+        self.canonical = {alias: site.fqn for site in weights.sites for alias in site.aliases}
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """See `PassBase.call`."""
         for node, arg, origin, axes in weight_uses(graph_module.graph, module_source(graph_module)):
             if axes is not None and origin.parameter.ndim >= 2:
-                node.meta.setdefault(WEIGHT_META, {})[arg] = origin.fqn
+                fqn = canonical_fqn(origin.fqn)
+                node.meta.setdefault(WEIGHT_META, {})[arg] = self.canonical.get(fqn, fqn)
         return PassResult(graph_module, False)
 
 
@@ -127,3 +137,12 @@ def _mask_path(fqn: str) -> str:
     weights collide.
     """
     return f"{_MASKS}.{fqn}"
+
+
+def weight_arguments(node: fx.Node) -> Iterator[tuple[str, fx.Node]]:
+    """(FQN, the node it receives now) of every weight that `AnnotateWeights` noted on `node`."""
+    noted: dict[str, str] = node.meta.get(WEIGHT_META, {})
+    row = OPERATORS.get(operator_name(node)) if noted else None
+    for arg, value, _ in row.find(bind(node)) if row else ():
+        if arg in noted and isinstance(value, fx.Node):
+            yield noted[arg], value

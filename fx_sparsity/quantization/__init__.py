@@ -1,0 +1,31 @@
+"""Sparsity and quantization, in either order, with a proof."""
+
+from fx_sparsity.quantization.backend import BACKENDS, Backend, BackendError
+from fx_sparsity.quantization.flow import sparsify_and_quantize, sparsify_codes
+from fx_sparsity.quantization.gate import (
+    SparsityLostError,
+    Verification,
+    VerifiedWeight,
+    read_weights,
+    verify,
+)
+from fx_sparsity.quantization.observers import IntegerZeroPoint
+from fx_sparsity.quantization.post_training import post_training_sparse_quantize
+from fx_sparsity.quantization.stored import StoredWeight, ZeroNotRepresentableError
+
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "BackendError",
+    "IntegerZeroPoint",
+    "SparsityLostError",
+    "StoredWeight",
+    "Verification",
+    "VerifiedWeight",
+    "ZeroNotRepresentableError",
+    "post_training_sparse_quantize",
+    "read_weights",
+    "sparsify_and_quantize",
+    "sparsify_codes",
+    "verify",
+]

@@ -1,0 +1,154 @@
+"""`torch.ao.quantization` in eager mode: dynamic int8 linears and weight-only 8-bit embeddings.
+
+Deprecated in torch, and still what many have. Its embeddings are the only modules whose weights
+lose their zeros; the observer below is the cure.
+"""
+
+import copy
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.ao.nn.quantized as nnq
+from torch import Tensor, nn
+from torch.ao import quantization as tq
+from torch.ao.quantization.observer import PerChannelMinMaxObserver
+
+from fx_sparsity.graph import WeightMap
+from fx_sparsity.graph.capture import ExampleInputs
+from fx_sparsity.quantization.backend import Backend, Calibrate
+from fx_sparsity.quantization.observers import EMBEDDING_SPEC, IntegerZeroPoint
+from fx_sparsity.quantization.stored import StoredWeight
+
+QConfigs = Mapping[type[nn.Module], tq.QConfig]
+
+
+class EmbeddingObserver(IntegerZeroPoint, PerChannelMinMaxObserver):
+    """Observes embedding rows so that zero is a code."""
+
+
+embedding_qconfig = tq.QConfig(
+    activation=tq.PlaceholderObserver.with_args(dtype=torch.float),
+    weight=EmbeddingObserver.with_args(dtype=torch.quint8, **EMBEDDING_SPEC),
+)
+"""Weight-only 8-bit embeddings; `float_qparams_weight_only_qconfig` with a zero that is a code."""
+
+DEFAULT_QCONFIGS: QConfigs = {
+    nn.Linear: tq.per_channel_dynamic_qconfig,
+    nn.Embedding: embedding_qconfig,
+    nn.EmbeddingBag: embedding_qconfig,
+}
+
+
+class EagerBackend(Backend):
+    """`quantize_dynamic`. `config` maps module classes to qconfigs; None is `DEFAULT_QCONFIGS`."""
+
+    name = "eager"
+
+    def quantize(
+        self,
+        model: nn.Module,
+        example_inputs: ExampleInputs,
+        weights: WeightMap,
+        *,
+        calibrate: Calibrate | None = None,
+        config: QConfigs | None = None,
+        dynamic_shapes: Any = None,
+    ) -> nn.Module:
+        """See `Backend.quantize`. Nothing here is calibrated or exported."""
+        del example_inputs, weights, calibrate, dynamic_shapes
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*torch.ao.quantization is deprecated.*")
+            quantized = tq.quantize_dynamic(
+                copy.deepcopy(model), dict(config or DEFAULT_QCONFIGS), inplace=True
+            )
+        for module in quantized.modules():
+            if isinstance(module, nnq.Embedding):
+                module.register_forward_pre_hook(_contiguous_indices)
+        return quantized
+
+    def intends(
+        self, model: nn.Module, weights: WeightMap, config: QConfigs | None = None
+    ) -> frozenset[str]:
+        """Weights of the modules whose exact class has a qconfig, as `quantize_dynamic` looks."""
+        wanted = set(config or DEFAULT_QCONFIGS)
+        return frozenset(
+            fqn
+            for fqn, site in weights.items()
+            if fqn.endswith(".weight") and type(model.get_submodule(site.owner)) in wanted
+        )
+
+
+def read_modules(model: nn.Module) -> Iterator[StoredWeight]:
+    """Weights of quantized modules, and float parameters of two or more dimensions.
+
+    A tied parameter is yielded under each of its names.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nnq.Linear | nnq.Conv2d | nnq.Conv1d | nnq.Conv3d | nnq.Embedding):
+            yield _read_quantized(f"{name}.weight".removeprefix("."), module)
+    for fqn, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter.ndim >= 2:
+            yield float_weight(fqn, fqn, parameter)
+
+
+def float_weight(fqn: str, where: str, tensor: Tensor) -> StoredWeight:
+    """A weight that is not quantized."""
+
+    @torch.no_grad()
+    def write(values: Tensor) -> None:
+        tensor.copy_(values)
+
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return StoredWeight(fqn, where, dtype, "float", tensor.detach(), write)
+
+
+def _read_quantized(fqn: str, module: Any) -> StoredWeight:
+    weight: Tensor = module.weight()
+    codes = weight.int_repr()
+    if weight.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
+        scheme = "per-tensor affine"
+        scale = torch.tensor(weight.q_scale())
+        zero_point = torch.tensor(weight.q_zero_point())
+    else:
+        axis = weight.q_per_channel_axis()
+        kind = "float" if "float" in str(weight.qscheme()) else "integer"
+        scheme = f"per-channel affine ({kind} zero point), axis {axis}"
+        shape = [-1 if dim == axis else 1 for dim in range(weight.ndim)]
+        scale = weight.q_per_channel_scales().float().view(shape)
+        zero_point = weight.q_per_channel_zero_points().view(shape)
+
+    def write(new: Tensor) -> None:
+        # Packed weights cannot be edited, only rebuilt. Requantizing what the codes stand for, with
+        # their own scales, gives the same codes; anything else would be a defect of torch.
+        values = (new.to(torch.float32) - zero_point) * scale
+        if scheme.startswith("per-tensor"):
+            rebuilt = torch.quantize_per_tensor(
+                values, weight.q_scale(), weight.q_zero_point(), weight.dtype
+            )
+        else:
+            rebuilt = torch.quantize_per_channel(
+                values,
+                weight.q_per_channel_scales(),
+                weight.q_per_channel_zero_points(),
+                axis,
+                weight.dtype,
+            )
+        if not torch.equal(rebuilt.int_repr(), new):
+            raise RuntimeError(f"{fqn}: requantizing with its own scales changed other codes")
+        if isinstance(module, nnq.Embedding):
+            module.set_weight(rebuilt)
+        else:
+            module.set_weight_bias(rebuilt, module.bias())
+
+    info = torch.iinfo(codes.dtype)
+    dtype = str(weight.dtype).removeprefix("torch.")
+    return StoredWeight(
+        fqn, fqn, dtype, scheme, codes, write, scale, zero_point, (info.min, info.max)
+    )
+
+
+def _contiguous_indices(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """torch's quantized embedding refuses an expanded index, as BERT's token types are."""
+    return tuple(a.contiguous() if isinstance(a, Tensor) else a for a in args)

@@ -1,0 +1,161 @@
+"""The flows: a model in, a sparse quantized model and the proof out, in either order."""
+
+import copy
+from typing import Any, Literal, get_args
+
+from torch import Tensor, nn
+
+from fx_sparsity.graph import SparsityMapping, WeightMap, find_weights, prepare, squash
+from fx_sparsity.graph.capture import ExampleInputs
+from fx_sparsity.quantization.backend import Backend, Calibrate, get_backend
+from fx_sparsity.quantization.gate import Verification, read_weights, verify
+from fx_sparsity.quantization.stored import StoredWeight
+from fx_sparsity.sparsifier import BaseSparsifier, SparsityRecord
+
+Order = Literal["sparsify_first", "quantize_first"]
+
+
+def sparsify_and_quantize(
+    model: nn.Module,
+    sparsifier: BaseSparsifier,
+    example_inputs: ExampleInputs,
+    *,
+    order: Order,
+    backend: str | Backend,
+    mapping: SparsityMapping | None = None,
+    calibrate: Calibrate | None = None,
+    config: Any = None,
+    dynamic_shapes: Any = None,
+    reference: nn.Module | None = None,
+) -> tuple[nn.Module, Verification]:
+    """Sparsify and quantize a copy of a model, and verify the result.
+
+    Args:
+        model: in float, in eval mode, without live masks. Not changed.
+        sparsifier: a fresh one. Sparsify-first binds it to the sparse float model (`.model`),
+            quantize-first to the dequantized weights that it ranked.
+        example_inputs: a tuple of positional, or a dict of keyword arguments.
+        order: `"sparsify_first"` masks the float weights, bakes the zeros in, then quantizes;
+            `"quantize_first"` quantizes, then masks integer codes, scales and zero points kept.
+        backend: a name in `BACKENDS`, or a `Backend`.
+        mapping: which weight gets which pattern and level; None is the sparsifier's defaults.
+        calibrate: runs the observed model on data; the example inputs by default.
+        config: the backend's own, see its class.
+        dynamic_shapes: as `torch.export.export` takes it.
+        reference: the model quantized alike without masks, where it is at hand; made otherwise.
+
+    Returns:
+        The quantized model, and the verification of every masked weight. It does not raise by
+        itself: `verification.raise_if_lost()`.
+
+    Raises:
+        InputError, CaptureError, MappingError, MaskError: as `prepare`.
+        BackendError: unknown or not installed backend.
+        ZeroNotRepresentableError: quantize-first, and a weight has no code that means zero.
+        ValueError: unknown order.
+    """
+    if order not in get_args(Order):
+        raise ValueError(f"order: expected one of {', '.join(get_args(Order))}, found {order!r}")
+    chosen = get_backend(backend) if isinstance(backend, str) else backend
+    weights = find_weights(model, example_inputs, dynamic_shapes=dynamic_shapes)
+    if mapping is not None:
+        mapping.resolve(weights)
+    meant = chosen.intends(model, weights, config)
+
+    def quantized(float_model: nn.Module) -> nn.Module:
+        return chosen.quantize(
+            float_model,
+            example_inputs,
+            weights,
+            calibrate=calibrate,
+            config=config,
+            dynamic_shapes=dynamic_shapes,
+        )
+
+    if reference is None:
+        reference = quantized(model)
+    if order == "sparsify_first":
+        sparse = prepare(
+            copy.deepcopy(model), sparsifier, example_inputs, mapping, dynamic_shapes=dynamic_shapes
+        )
+        sparsifier.step()
+        sparse, record = squash(sparse, sparsifier)
+        result = quantized(sparse)
+    else:
+        result = copy.deepcopy(reference)
+        record = sparsify_codes(result, sparsifier, weights, mapping)
+    return result, verify(result, record, reference=reference, meant=meant)
+
+
+def sparsify_codes(
+    model: nn.Module,
+    sparsifier: BaseSparsifier,
+    weights: WeightMap,
+    mapping: SparsityMapping | None = None,
+) -> SparsityRecord:
+    """Mask a quantized model: rank what its codes stand for, write the code that means zero.
+
+    Scales, zero points and every kept code stay as they are.
+
+    Args:
+        model: quantized by one of the backends; changed in place.
+        sparsifier: a fresh one; it is bound to the dequantized weights.
+        weights: what discovery found in the float model.
+        mapping: which weight gets which pattern and level; None is the sparsifier's defaults.
+
+    Returns:
+        The record of the masks.
+
+    Raises:
+        MappingError, MaskError: as `prepare`.
+        ValueError: a weight that the quantized model no longer holds.
+        ZeroNotRepresentableError: a weight has no code that means zero.
+
+        Whatever is raised, the model was not changed.
+    """
+    configs = None if mapping is None else mapping.resolve(weights)
+    stored: dict[str, list[StoredWeight]] = {fqn: [] for fqn in (configs or weights)}
+    for weight in read_weights(model):
+        if weight.fqn in stored:
+            weight.zero_code()
+            stored[weight.fqn].append(weight)
+    if missing := [fqn for fqn, copies in stored.items() if not copies]:
+        raise ValueError(f"the quantized model does not hold {', '.join(missing)}")
+
+    ranked = _skeleton({fqn: copies[0].dequantize() for fqn, copies in stored.items()})
+    entries = [
+        {
+            "tensor_fqn": fqn,
+            "roles": weights[fqn].roles,
+            **(
+                {}
+                if configs is None
+                else {
+                    "pattern": str(configs[fqn].pattern),
+                    "sparsity_level": configs[fqn].level,
+                }
+            ),
+        }
+        for fqn in stored
+    ]
+    sparsifier.prepare(ranked, entries)
+    sparsifier.step()
+    record = SparsityRecord.of(sparsifier)
+    for fqn, copies in stored.items():
+        for weight in copies:
+            weight.set_zero(record[fqn].keep)
+    return record
+
+
+def _skeleton(tensors: dict[str, Tensor]) -> nn.Module:
+    """A module tree that holds tensors under the FQNs of the model that they came from."""
+    root = nn.Module()
+    for fqn, tensor in tensors.items():
+        module = root
+        *path, attribute = fqn.split(".")
+        for name in path:
+            if not hasattr(module, name):
+                module.add_module(name, nn.Module())
+            module = module.get_submodule(name)
+        module.register_parameter(attribute, nn.Parameter(tensor.contiguous(), requires_grad=False))
+    return root

@@ -1,0 +1,171 @@
+"""torchao's pt2e: `prepare_pt2e` and `convert_pt2e` on an exported graph."""
+
+import operator
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torchao.quantization.pt2e.observer import PerChannelMinMaxObserver
+from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+from torchao.quantization.pt2e.quantizer import (
+    ComposableQuantizer,
+    QuantizationAnnotation,
+    QuantizationSpec,
+    Quantizer,
+)
+from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
+from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
+    X86InductorQuantizer,
+    get_default_x86_inductor_quantization_config,
+)
+
+from fx_sparsity.graph import AnnotateWeights, WeightMap
+from fx_sparsity.graph.capture import ExampleInputs, export_model
+from fx_sparsity.graph.operators import OPERATORS, bind, operator_name
+from fx_sparsity.graph.passes import weight_arguments
+from fx_sparsity.quantization.backend import Backend, Calibrate, run_example
+from fx_sparsity.quantization.eager import float_weight
+from fx_sparsity.quantization.observers import EMBEDDING_SPEC, IntegerZeroPoint
+from fx_sparsity.quantization.stored import StoredWeight
+
+_QUANTIZED_KINDS = frozenset({"linear", "conv", "embedding", "embedding_bag"})
+
+
+class EmbeddingObserver(IntegerZeroPoint, PerChannelMinMaxObserver):
+    """Observes embedding rows so that zero is a code."""
+
+
+class EmbeddingQuantizer(Quantizer):
+    """8-bit embedding and embedding bag weights whose zero is a code.
+
+    torchao's quantizer of the same name leaves embedding bags out, keeps fractional zero points,
+    and gives rows whose scale is below 2**-12 a scale of 1.
+    """
+
+    def annotate(self, model: fx.GraphModule) -> fx.GraphModule:
+        """Annotate the weight argument of every embedding operator."""
+        spec = QuantizationSpec(
+            dtype=torch.uint8,
+            observer_or_fake_quant_ctr=EmbeddingObserver.with_args(
+                eps=torch.finfo(torch.float32).eps
+            ),
+            **EMBEDDING_SPEC,
+        )
+        for node in model.graph.nodes:
+            row = OPERATORS.get(operator_name(node)) if node.op == "call_function" else None
+            if row is not None and row.kind in ("embedding", "embedding_bag"):
+                weight = bind(node)["weight"]
+                node.meta[Q_ANNOTATION_KEY] = QuantizationAnnotation(
+                    input_qspec_map={weight: spec}, _annotated=True
+                )
+        return model
+
+    def validate(self, model: fx.GraphModule) -> None:
+        """Nothing to check: every embedding operator takes this annotation."""
+
+
+def default_quantizer(*, dynamic: bool = True) -> Quantizer:
+    """int8 linears and convolutions for Inductor on x86, and 8-bit embeddings whose zero is a code.
+
+    Args:
+        dynamic: quantize activations as they come; otherwise with ranges from calibration.
+    """
+    x86 = X86InductorQuantizer()
+    x86.set_global(get_default_x86_inductor_quantization_config(is_dynamic=dynamic))
+    return ComposableQuantizer([EmbeddingQuantizer(), x86])
+
+
+class PT2EBackend(Backend):
+    """`config` is a pt2e `Quantizer`; None is `default_quantizer()`."""
+
+    name = "pt2e"
+
+    def quantize(
+        self,
+        model: nn.Module,
+        example_inputs: ExampleInputs,
+        weights: WeightMap,
+        *,
+        calibrate: Calibrate | None = None,
+        config: Quantizer | None = None,
+        dynamic_shapes: Any = None,
+    ) -> fx.GraphModule:
+        """See `Backend.quantize`. Gives back a GraphModule, ready for `torch.compile`."""
+        graph_module = export_model(model, example_inputs, dynamic_shapes).module()
+        assert isinstance(graph_module, fx.GraphModule)
+        # The x86 quantizer fails on operators whose result nobody reads, such as an unused pooler.
+        graph_module.graph.eliminate_dead_code()
+        graph_module.recompile()
+        AnnotateWeights(weights)(graph_module)
+        prepared = prepare_pt2e(graph_module, config or default_quantizer())
+        with torch.no_grad():
+            if calibrate is None:
+                run_example(prepared, example_inputs)
+            else:
+                calibrate(prepared)
+        return convert_pt2e(prepared)
+
+    def intends(
+        self, model: nn.Module, weights: WeightMap, config: Quantizer | None = None
+    ) -> frozenset[str]:
+        """Linear, convolution and embedding weights."""
+        del model, config
+        return frozenset(fqn for fqn, site in weights.items() if site.kind in _QUANTIZED_KINDS)
+
+
+def read_graph(model: fx.GraphModule) -> Iterator[StoredWeight]:
+    """Weights of an annotated graph, by what its consumers read now: codes, or float values."""
+    seen: set[tuple[str, str]] = set()
+    for node in model.graph.nodes:
+        for fqn, value in weight_arguments(node):
+            stored = _read_value(model, fqn, value)
+            if (fqn, stored.where) not in seen:
+                seen.add((fqn, stored.where))
+                yield stored
+
+
+def _read_value(model: fx.GraphModule, fqn: str, node: fx.Node) -> StoredWeight:
+    """Walk from a consumer's argument back to the attribute that holds the weight."""
+    dequantize: fx.Node | None = None
+    while node.op != "get_attr":
+        if operator_name(node).startswith("dequantize"):
+            dequantize = node
+        node = node.all_input_nodes[0]
+    where = str(node.target)
+    tensor: Tensor = operator.attrgetter(where)(model)
+    if dequantize is None:
+        return float_weight(fqn, where, tensor)
+
+    def constant(value: Any) -> Tensor:
+        if isinstance(value, fx.Node):
+            return operator.attrgetter(str(value.target))(model)
+        return torch.tensor(value)
+
+    args = bind(dequantize)
+    if operator_name(dequantize) == "dequantize_per_channel":
+        axis = args["axis"]
+        shape = [-1 if dim == axis else 1 for dim in range(tensor.ndim)]
+        scale, zero_point = constant(args["scales"]).view(shape), constant(args["zero_points"])
+        zero_point = zero_point.view(shape)
+        kind = "float" if zero_point.is_floating_point() else "integer"
+        scheme = f"per-channel affine ({kind} zero point), axis {axis}"
+    else:
+        scale, zero_point = constant(args["scale"]), constant(args["zero_point"])
+        scheme = "per-tensor affine"
+
+    @torch.no_grad()
+    def write(codes: Tensor) -> None:
+        tensor.copy_(codes)
+
+    return StoredWeight(
+        fqn,
+        where,
+        str(tensor.dtype).removeprefix("torch."),
+        scheme,
+        tensor.detach().clone(),
+        write,
+        scale,
+        zero_point,
+        (int(args["quant_min"]), int(args["quant_max"])),
+    )

@@ -1,0 +1,88 @@
+"""How a model, quantized or not, holds one weight: read it, ask what is zero, write codes."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+class ZeroNotRepresentableError(ValueError):
+    """No integer code of a quantized weight dequantizes to exactly zero."""
+
+
+@dataclass(frozen=True)
+class StoredWeight:
+    """One copy of a weight, as a model holds it now.
+
+    A tied weight may be stored more than once after quantization, with different schemes.
+
+    Attributes:
+        fqn: canonical name of the weight in the float model.
+        where: the module or attribute that stores it.
+        dtype: of what is stored, such as `uint8`.
+        scheme: such as `per-channel affine, axis 0`; `float` where it is not quantized.
+        data: the integer codes, or the float values.
+        scale, zero_point: broadcastable against `data`; None where it is not quantized.
+        code_range: smallest and largest code; None where it is not quantized.
+        write: replaces what is stored by a tensor like `data`.
+    """
+
+    fqn: str
+    where: str
+    dtype: str
+    scheme: str
+    data: Tensor
+    write: Callable[[Tensor], None]
+    scale: Tensor | None = None
+    zero_point: Tensor | None = None
+    code_range: tuple[int, int] | None = None
+
+    @property
+    def quantized(self) -> bool:
+        """Whether integer codes are stored."""
+        return self.scale is not None
+
+    def dequantize(self) -> Tensor:
+        """What the codes stand for: `(code - zero_point) * scale`, in float32."""
+        if self.scale is None or self.zero_point is None:
+            return self.data
+        return (self.data.to(torch.float32) - self.zero_point) * self.scale
+
+    def zeros(self) -> Tensor:
+        """Boolean, of the weight's shape: True where the stored value *is* zero.
+
+        In code space, that is where the code equals the zero point. A fractional zero point is no
+        code, so nothing there is zero, however near it comes.
+        """
+        if self.zero_point is None:
+            return self.data == 0
+        return self.data == self.zero_point
+
+    def zero_code(self) -> Tensor:
+        """The code that means zero, broadcastable against `data`.
+
+        Raises:
+            ZeroNotRepresentableError: a zero point is fractional or outside the code range.
+        """
+        if self.zero_point is None or self.code_range is None:
+            return torch.zeros((), dtype=self.data.dtype, device=self.data.device)
+        low, high = self.code_range
+        bad = (self.zero_point != self.zero_point.round()) | (self.zero_point < low)
+        bad |= self.zero_point > high
+        if bool(bad.any()):
+            example = self.zero_point[bad].flatten()[0].item()
+            raise ZeroNotRepresentableError(
+                f"{self.fqn} ({self.where}): expected integer zero points in {low}..{high}, found "
+                f"{int(bad.sum())} others, such as {example:g}; quantize it with an observer from "
+                "fx_sparsity.quantization, whose zero is a code"
+            )
+        return self.zero_point.to(self.data.dtype)
+
+    def set_zero(self, keep: Tensor) -> None:
+        """Write the code that means zero wherever `keep` is False; scales and the rest stay.
+
+        Raises:
+            ZeroNotRepresentableError: there is no such code; nothing was changed.
+        """
+        self.write(torch.where(keep, self.data, self.zero_code()))

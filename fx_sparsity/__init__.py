@@ -41,6 +41,7 @@ from fx_sparsity.sparsifier import (
     get_arg_info_from_tensor_fqn,
     module_to_fqn,
 )
+from fx_sparsity.storage import load, save
 
 __all__ = [
     "NM",
@@ -70,10 +71,12 @@ __all__ = [
     "find_weights",
     "fqn_to_module",
     "get_arg_info_from_tensor_fqn",
+    "load",
     "module_to_fqn",
     "post_training_sparse_quantize",
     "prepare",
     "quantization",
+    "save",
     "squash",
     "verify",
 ]

@@ -60,9 +60,7 @@ def export_model(
     """
     args, kwargs = call_arguments(example_inputs)
     try:
-        return torch.export.export(
-            model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False
-        )
+        return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
     except Exception as export_error:
         try:
             with torch.no_grad():

@@ -126,7 +126,9 @@ def _read(graph: fx.Graph, source: Source, model: Any, frontend: str) -> WeightM
         sites.append(
             WeightSite(
                 fqn=canonical_fqn(fqn),
-                aliases=tuple(canonical_fqn(a) for a, c in aliases.items() if c == fqn and a != fqn),
+                aliases=tuple(
+                    canonical_fqn(a) for a, c in aliases.items() if c == fqn and a != fqn
+                ),
                 owner=canonical_fqn(fqn).rpartition(".")[0],
                 owner_type=f"{holder.__module__}.{holder.__qualname__}" if holder else "",
                 kind=found[0][0],

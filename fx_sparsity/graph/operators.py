@@ -140,24 +140,23 @@ def bind(node: fx.Node) -> dict[str, Any]:
     ATen operators, tensor methods and built-in functions take the names of the ATen schema;
     functions written in Python take their own.
     """
-    target = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        names = [argument.name for argument in target._schema.arguments]
-    elif (names := _signature(node)) is None:
+    names = _signature(node)
+    if names is None:
         return {}
-    if names and names[-1] == "*tensors":  # torch.einsum(equation, *operands)
+    if node.target is torch.einsum:  # einsum(equation, *operands), or a list of them
         operands = node.args[1:]
         flat = operands[0] if isinstance(operands[0], list | tuple) else operands
-        return {names[0]: node.args[0], "tensors": flat}
-    bound = dict(zip(names, node.args, strict=False))
-    return {**bound, **{"self" if k == "input" and "self" in names else k: v
-                        for k, v in node.kwargs.items()}}
+        return {"equation": node.args[0], "tensors": flat}
+    # Built-in functions call `input` what the schema calls `self`.
+    rename = {"input": "self"} if "self" in names else {}
+    named = {rename.get(name, name): value for name, value in node.kwargs.items()}
+    return {**dict(zip(names, node.args, strict=False)), **named}
 
 
 def _signature(node: fx.Node) -> list[str] | None:
-    """Argument names of a traced `torch` function or tensor method."""
-    if node.target is torch.einsum:
-        return ["equation", "*tensors"]
+    """Names of the arguments that a node's operator takes; None where they cannot be known."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return [argument.name for argument in node.target._schema.arguments]
     if inspect.isfunction(node.target):
         return list(inspect.signature(node.target).parameters)
     packet = getattr(torch.ops.aten, operator_name(node), None)

@@ -12,6 +12,7 @@ from fx_sparsity.graph.discovery import find_weights
 from fx_sparsity.graph.mapping import SparsityMapping
 from fx_sparsity.graph.passes import InsertMasks, RemoveMasks
 from fx_sparsity.graph.weight_map import WeightMap
+from fx_sparsity.patterns import SparsityConfig
 from fx_sparsity.sparsifier import BaseSparsifier, Mask, MaskError, SparsityRecord
 
 _log = logging.getLogger(__name__)
@@ -55,32 +56,31 @@ def prepare(
     if isinstance(model, ExportedProgram):
         raise TypeError("model: expected a module, found an ExportedProgram; pass program.module()")
     weights = find_weights(model, example_inputs, dynamic_shapes=dynamic_shapes)
-    if mapping is None:
-        entries = {fqn: {} for fqn in weights}
-    else:
+    entries: dict[str, dict[str, Any]] = {fqn: {} for fqn in weights}
+    if mapping is not None:
         assignment = mapping.resolve(weights)
+        entries = {fqn: group_entry(config) for fqn, config in assignment.items()}
         for fqn, why in assignment.dense.items():
             _log.info("%s stays dense: %s", fqn, why)
-        entries = {
-            fqn: {"pattern": str(config.pattern), "sparsity_level": config.level}
-            for fqn, config in assignment.items()
-        }
     for unclaimed in weights.unclaimed:
         level = logging.INFO if unclaimed.reason.explained else logging.WARNING
         _log.log(level, "%s stays dense: %s %s", unclaimed.fqn, unclaimed.reason, unclaimed.detail)
     in_graph = _graph_weights(model, weights, list(entries))
+    masks: dict[str, Mask] = {}
     config = []
     for fqn, entry in entries.items():
-        shape, device = weights[fqn].shape, model.get_parameter(fqn).device
-        ones = torch.ones(shape, dtype=torch.bool, device=device)
-        key = {"mask_module": Mask(ones)} if fqn in in_graph else {"mask": ones}
-        config.append({"tensor_fqn": fqn, "roles": weights[fqn].roles, **entry, **key})
+        site = weights[fqn]
+        device = model.get_parameter(fqn).device
+        ones = torch.ones(site.shape, dtype=torch.bool, device=device)
+        if fqn in in_graph:
+            entry["mask_module"] = Mask(ones)
+            masks |= dict.fromkeys((fqn, *site.aliases), entry["mask_module"])
+        else:
+            entry["mask"] = ones
+        config.append({"tensor_fqn": fqn, "roles": site.roles, **entry})
     sparsifier.prepare(model, config)
-    if in_graph:
-        masks = {str(entry["tensor_fqn"]): entry["mask_module"] for entry in config
-                 if "mask_module" in entry}
-        insert = {name: masks[fqn] for fqn in masks for name in (fqn, *weights[fqn].aliases)}
-        InsertMasks(insert)(model)
+    if isinstance(model, fx.GraphModule):
+        InsertMasks(masks)(model)
     return model
 
 
@@ -107,6 +107,11 @@ def squash(model: _Module, sparsifier: BaseSparsifier) -> tuple[_Module, Sparsit
     if isinstance(model, fx.GraphModule):
         RemoveMasks()(model)
     return model, record
+
+
+def group_entry(config: SparsityConfig) -> dict[str, Any]:
+    """A configuration in the words of a sparsifier's group."""
+    return {"pattern": str(config.pattern), "sparsity_level": config.level}
 
 
 def _graph_weights(model: nn.Module, weights: WeightMap, fqns: list[str]) -> set[str]:

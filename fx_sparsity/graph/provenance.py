@@ -1,9 +1,9 @@
 """Follows a parameter through views, and reads its axes' roles off the strides that arrive.
 
-The view chain (t, permute, chunk, select, ...) is replayed on a meta tensor of the parameter's shape.
-Where an operator consumes the result, each of its axes has a stride, and a stride points back at the
-dimension of the parameter that it walks along. One code path for packed projections, stacked
-experts and transposed storage; no copy of any data.
+The view chain (t, permute, chunk, select, ...) is replayed on a meta tensor of the parameter's
+shape. Where an operator consumes the result, each of its axes has a stride, and a stride points
+back at the dimension of the parameter that it walks along. One code path for packed projections,
+stacked experts and transposed storage; no copy of any data.
 """
 
 from collections.abc import Sequence

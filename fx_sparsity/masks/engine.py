@@ -67,7 +67,9 @@ def _drop(scores: Tensor, tiling: Tiling, level: float) -> Tensor:
     sizes = real_elements(shape, extents, scores.device)
     if tiling.zeros == "level":
         blocks = to_blocks(scores, extents, fill=0.0)
-        return from_blocks(k_smallest_per_row(blocks, round(level * blocks.shape[1])), shape, extents)
+        return from_blocks(
+            k_smallest_per_row(blocks, round(level * blocks.shape[1])), shape, extents
+        )
 
     means = to_blocks(scores, extents, fill=0.0).sum(1, dtype=torch.float64) / sizes
     if bool(torch.isnan(means).any()):
@@ -78,6 +80,8 @@ def _drop(scores: Tensor, tiling: Tiling, level: float) -> Tensor:
     # The filling is ranked last, so what it stands for is taken off the count instead.
     zeros = (tiling.zeros - (tiling.block_size - sizes)).clamp(min=0) * chosen
     ragged = bool((sizes < tiling.block_size).any())
-    filling = ~to_blocks(torch.ones_like(scores, dtype=torch.bool), extents, False) if ragged else None
+    filling = (
+        ~to_blocks(torch.ones_like(scores, dtype=torch.bool), extents, False) if ragged else None
+    )
     blocks = to_blocks(scores, extents, fill=0.0)
     return from_blocks(k_smallest_per_row(blocks, zeros, last=filling), shape, extents)

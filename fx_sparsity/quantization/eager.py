@@ -24,7 +24,7 @@ from fx_sparsity.quantization.stored import StoredWeight
 QConfigs = Mapping[type[nn.Module], tq.QConfig]
 
 
-class EmbeddingObserver(IntegerZeroPoint, PerChannelMinMaxObserver):
+class EmbeddingObserver(IntegerZeroPoint, PerChannelMinMaxObserver):  # type: ignore[misc]
     """Observes embedding rows so that zero is a code."""
 
 
@@ -150,5 +150,5 @@ def _read_quantized(fqn: str, module: Any) -> StoredWeight:
 
 
 def _contiguous_indices(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """torch's quantized embedding refuses an expanded index, as BERT's token types are."""
+    """Torch's quantized embedding refuses an expanded index, as BERT's token types are."""
     return tuple(a.contiguous() if isinstance(a, Tensor) else a for a in args)

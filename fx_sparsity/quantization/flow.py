@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from fx_sparsity.graph import SparsityMapping, WeightMap, find_weights, prepare, squash
 from fx_sparsity.graph.capture import ExampleInputs
+from fx_sparsity.graph.prepare import group_entry
 from fx_sparsity.quantization.backend import Backend, Calibrate, get_backend
 from fx_sparsity.quantization.gate import Verification, read_weights, verify
 from fx_sparsity.quantization.stored import StoredWeight
@@ -127,14 +128,7 @@ def sparsify_codes(
         {
             "tensor_fqn": fqn,
             "roles": weights[fqn].roles,
-            **(
-                {}
-                if configs is None
-                else {
-                    "pattern": str(configs[fqn].pattern),
-                    "sparsity_level": configs[fqn].level,
-                }
-            ),
+            **({} if configs is None else group_entry(configs[fqn])),
         }
         for fqn in stored
     ]

@@ -117,8 +117,16 @@ class Verification(Sequence[VerifiedWeight]):
         return iter(self.rows)
 
     def __str__(self) -> str:
-        header = ("weight", "stored as", "pattern", "masked", "zero in code space", "extra zeros",
-                  "max change", "verdict")
+        header = (
+            "weight",
+            "stored as",
+            "pattern",
+            "masked",
+            "zero in code space",
+            "extra zeros",
+            "max change",
+            "verdict",
+        )
         rows = [
             (
                 row.fqn,
@@ -179,8 +187,9 @@ def verify(
         if not copies:
             wanted = int((~mask.keep).sum())
             rows.append(
-                VerifiedWeight(fqn, "", "", "", False, intended, wanted, 0, 0, None, mask.pattern,
-                               None, None)
+                VerifiedWeight(
+                    fqn, "", "", "", False, intended, wanted, 0, 0, None, mask.pattern, None, None
+                )
             )
     return Verification(tuple(rows))
 

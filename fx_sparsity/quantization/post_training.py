@@ -60,14 +60,14 @@ def post_training_sparse_quantize(
             stored[name] = _read_quantized(name, quantized[name])
             sparsifier.add_data(name, stored[name].dequantize())
         sparsifier.step()
-        for name, weight in stored.items():
-            weight.set_zero(sparsifier.get_mask(name).bool())
+        for name, codes in stored.items():
+            codes.set_zero(sparsifier.get_mask(name).bool())
     for name, module in embeddings.items():
         for parent in list(model.modules()):
             for attribute, child in list(parent.named_children()):
                 if child is module:
                     setattr(parent, attribute, quantized[name])
-    return quantized[""] if "" in quantized else model
+    return quantized.get("", model)
 
 
 def _select(model: nn.Module, chosen: Sequence[Embedding] | None) -> dict[str, Embedding]:
@@ -93,7 +93,7 @@ def _select(model: nn.Module, chosen: Sequence[Embedding] | None) -> dict[str, E
 
 
 def _quantized_embedding(module: Embedding, weight: Any) -> nn.Module:
-    """torch's quantized module for an embedding, holding `weight` instead of its own."""
+    """Torch's quantized module for an embedding, holding `weight` instead of its own."""
     rows, dim = weight.shape
     source: Embedding
     if isinstance(module, nn.EmbeddingBag):

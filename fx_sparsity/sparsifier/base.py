@@ -18,6 +18,7 @@ from fx_sparsity.sparsifier.target import (
 )
 from fx_sparsity.sparsifier.utils import get_arg_info_from_tensor_fqn
 
+
 class BaseSparsifier(SparsifierCore):
     """Base class of every sparsifier that works on a model. Override `update_mask`.
 
@@ -44,9 +45,7 @@ class BaseSparsifier(SparsifierCore):
             config: the rest of the group: `tensor_fqn`, `module_fqn` and the configuration.
         """
 
-    def prepare(
-        self, model: nn.Module, config: Sequence[Mapping[str, Any]] | None = None
-    ) -> None:
+    def prepare(self, model: nn.Module, config: Sequence[Mapping[str, Any]] | None = None) -> None:
         """Put a mask, all ones, on weights of `model`, in place.
 
         A tied weight is masked once, by one mask on every module that holds it.
@@ -73,7 +72,9 @@ class BaseSparsifier(SparsifierCore):
                 raise MaskError(f"{name} is already masked by this sparsifier")
             tensor = check_maskable(name, module, attribute)
             if id(tensor) in seen:
-                raise MaskError(f"{name} is the same tensor as {seen[id(tensor)]}; list one of them")
+                raise MaskError(
+                    f"{name} is the same tensor as {seen[id(tensor)]}; list one of them"
+                )
             seen[id(tensor)] = name
             in_graph = group.get("mask_module") is not None
             if in_graph:

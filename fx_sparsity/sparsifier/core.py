@@ -38,9 +38,11 @@ class SparsifierCore(ABC):
 
     def check_config(self, name: str, tensor: Tensor, config: Mapping[str, Any]) -> None:
         """Raise if `config` cannot work for `tensor`. Called before anything is changed."""
+        del name, tensor, config
 
     def check_update(self, name: str) -> None:
         """Raise if the mask of `name` cannot be computed. Called for all before any is changed."""
+        del name
 
     def pattern_of(self, config: Mapping[str, Any]) -> tuple[Pattern, float] | None:
         """Pattern and level that a configuration asks for; None where the method knows neither.
@@ -141,5 +143,5 @@ def roles_of(config: Mapping[str, Any], ndim: int) -> tuple[Role, ...]:
     """
     if (roles := config.get("roles")) is not None:
         return tuple(roles)
-    convention: tuple[Role, ...] = ("in",) if ndim == 1 else ("out", "in")
-    return convention + ("kernel",) * (ndim - 2)
+    convention: dict[int, Role] = {0: "out", 1: "in"}
+    return ("in",) if ndim == 1 else tuple(convention.get(d, "kernel") for d in range(ndim))

@@ -79,7 +79,9 @@ class BaseDataSparsifier(SparsifierCore):
         merged.update(config)
         mask = merged.pop("mask", None)
         if mask is None:
-            mask = old.mask.mask if old is not None and reuse_mask else tensor.new_ones(tensor.shape)
+            mask = (
+                old.mask.mask if old is not None and reuse_mask else tensor.new_ones(tensor.shape)
+            )
         if mask.shape != tensor.shape:
             raise MaskError(
                 f"{name}: to retain the old mask, the shape of the new data must be the same: "
@@ -133,5 +135,3 @@ class BaseDataSparsifier(SparsifierCore):
             lines += ["\tData Group", f"\t    name: {name}"]
             lines += [f"\t    {key}: {config[key]}" for key in sorted(config)]
         return "\n".join([*lines, ")"])
-
-

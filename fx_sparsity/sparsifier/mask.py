@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 
 class Mask(nn.Module):
-    """Parametrization that keeps a weight where its mask is True (non-zero) and gives +0.0 elsewhere.
+    """Parametrization that keeps a weight where its mask is True, and gives +0.0 elsewhere.
 
     It selects instead of multiplying: `-1 * False` is -0.0 and `inf * False` is NaN. The mask is a
     persistent buffer that is edited in place, so that compiled code sees every edit without

@@ -39,7 +39,7 @@ class Target:
         """The tensor beneath the mask."""
         module, attribute = self.owners[0]
         if not self.squashed and not self.in_graph:
-            return module.parametrizations[attribute].original  # type: ignore[union-attr, index, return-value]
+            return module.parametrizations[attribute].original  # type: ignore[union-attr, index]
         return getattr(module, attribute)
 
     @property
@@ -86,7 +86,7 @@ def check_maskable(name: str, module: nn.Module, attribute: str) -> Tensor:
         MaskError: no such tensor, not floating, or parametrized already.
     """
     if parametrize.is_parametrized(module, attribute):
-        kinds = [type(p).__name__ for p in module.parametrizations[attribute]]  # type: ignore[union-attr, index]
+        kinds = [type(p).__name__ for p in module.parametrizations[attribute]]  # type: ignore[index]
         raise MaskError(
             f"{name} is already parametrized by {', '.join(kinds)}; squash or remove that first"
         )

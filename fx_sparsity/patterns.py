@@ -35,13 +35,13 @@ class Tiling:
     blocks)` of them are chosen, lowest mean score first, and from each chosen block go:
 
     - `zeros="all"`: every element (block sparsity; unstructured where every extent is 1);
-    - an integer: that many, lowest score first (N:M, and the classic `zeros_per_block`);
+    - an integer: that many, lowest score first (the classic `zeros_per_block`);
     - `zeros="level"`: here every block is chosen, and loses `round(level * elements)` of its own
-      elements (unstructured per output row).
+      elements (N:M, and unstructured per output row).
 
     `remainder` rules axes that an extent does not divide: `"pad"` makes the ragged edge a block of
-    the elements it really has, and counts the missing ones among an integer's zeros; `"dense"`
-    never prunes the edge; `"error"` refuses the weight.
+    the elements it really has, the missing ones counted among its zeros; `"dense"` never prunes
+    the edge; `"error"` refuses the weight.
     """
 
     extents: tuple[int, ...]
@@ -58,6 +58,16 @@ class Tiling:
         if self.remainder == "dense":
             return tuple(s // e for s, e in zip(shape, self.extents, strict=True))
         return tuple(-(-s // e) for s, e in zip(shape, self.extents, strict=True))
+
+    def zeros_in_chosen(self, level: float) -> int:
+        """Zeros that a chosen whole block has."""
+        if self.zeros == "all":
+            return self.block_size
+        return round(level * self.block_size) if self.zeros == "level" else self.zeros
+
+    def chosen(self, level: float, blocks: int) -> int:
+        """How many of `blocks` are chosen."""
+        return blocks if self.zeros == "level" else round(level * blocks)
 
     def check(self, shape: Sequence[int], pattern: object) -> None:
         """Raise `PatternError` if blocks do not fit `shape` and the remainder policy forbids it."""
@@ -178,7 +188,7 @@ class NM(Pattern):
         """See `Pattern.tiling`. Groups run along the axis of role `in` (or `dim`)."""
         dim = _single(roles, INPUT_ROLES, self)
         extents = tuple(self.m if d == dim else 1 for d in range(len(shape)))
-        tiling = Tiling(extents, zeros=self.m - self.n, remainder=self.remainder)
+        tiling = Tiling(extents, zeros="level", remainder=self.remainder)
         tiling.check(shape, self)
         return tiling
 

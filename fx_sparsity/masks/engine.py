@@ -65,23 +65,20 @@ def _drop(scores: Tensor, tiling: Tiling, level: float) -> Tensor:
         return k_smallest(scores.reshape(-1), round(level * scores.numel())).view(shape)
 
     sizes = real_elements(shape, extents, scores.device)
-    if tiling.zeros == "level":
-        blocks = to_blocks(scores, extents, fill=0.0)
-        return from_blocks(
-            k_smallest_per_row(blocks, round(level * blocks.shape[1])), shape, extents
-        )
-
-    means = to_blocks(scores, extents, fill=0.0).sum(1, dtype=torch.float64) / sizes
-    if bool(torch.isnan(means).any()):
-        raise ScoreError("a block's mean score is NaN: it holds both inf and -inf")
-    chosen = k_smallest(means, round(level * len(means)))
+    chosen = torch.ones(len(sizes), dtype=torch.bool, device=scores.device)
+    if (count := tiling.chosen(level, len(sizes))) < len(sizes):
+        means = to_blocks(scores, extents, fill=0.0).sum(1, dtype=torch.float64) / sizes
+        if bool(torch.isnan(means).any()):
+            raise ScoreError("a block's mean score is NaN: it holds both inf and -inf")
+        chosen = k_smallest(means, count)
     if tiling.zeros == "all":
         return from_blocks(chosen.unsqueeze(1).expand(-1, tiling.block_size), shape, extents)
-    # The filling is ranked last, so what it stands for is taken off the count instead.
-    zeros = (tiling.zeros - (tiling.block_size - sizes)).clamp(min=0) * chosen
-    ragged = bool((sizes < tiling.block_size).any())
-    filling = (
-        ~to_blocks(torch.ones_like(scores, dtype=torch.bool), extents, False) if ragged else None
-    )
+
+    # The filling of a ragged block is ranked last, and taken off the count instead.
+    missing = tiling.block_size - sizes
+    zeros = (tiling.zeros_in_chosen(level) - missing).clamp(min=0) * chosen
+    filling = None
+    if bool(missing.any()):
+        filling = ~to_blocks(torch.ones_like(scores, dtype=torch.bool), extents, fill=False)
     blocks = to_blocks(scores, extents, fill=0.0)
     return from_blocks(k_smallest_per_row(blocks, zeros, last=filling), shape, extents)

@@ -21,10 +21,6 @@ def tiling_holds(zero: Tensor, tiling: Tiling, level: float) -> bool:
         zero = zero[tuple(slice(size) for size in extent)]
     sizes = real_elements(zero.shape, tiling.extents, zero.device)
     zeros = to_blocks(zero, tiling.extents, fill=0).sum(1)
-    if tiling.zeros == "level":
-        return bool((zeros >= round(level * tiling.block_size)).all())
-    if tiling.zeros == "all":
-        wanted = sizes
-    else:
-        wanted = (tiling.zeros - (tiling.block_size - sizes)).clamp(min=0)
-    return int((zeros >= wanted).sum()) >= round(level * len(sizes))
+    missing = tiling.block_size - sizes
+    wanted = (tiling.zeros_in_chosen(level) - missing).clamp(min=0)
+    return int((zeros >= wanted).sum()) >= tiling.chosen(level, len(sizes))

@@ -1,7 +1,7 @@
 """Sparsity and quantization, in either order, with a proof."""
 
-from fx_sparsity.quantization.backend import BACKENDS, Backend, BackendError
-from fx_sparsity.quantization.flow import sparsify_and_quantize, sparsify_codes
+from fx_sparsity.quantization.backend import BACKENDS, Backend, BackendError, get_backend
+from fx_sparsity.quantization.flow import Order, sparsify_and_quantize, sparsify_codes
 from fx_sparsity.quantization.gate import (
     SparsityLostError,
     Verification,
@@ -18,11 +18,13 @@ __all__ = [
     "Backend",
     "BackendError",
     "IntegerZeroPoint",
+    "Order",
     "SparsityLostError",
     "StoredWeight",
     "Verification",
     "VerifiedWeight",
     "ZeroNotRepresentableError",
+    "get_backend",
     "post_training_sparse_quantize",
     "read_weights",
     "sparsify_and_quantize",

@@ -104,7 +104,7 @@ class PT2EBackend(Backend):
                 run_example(prepared, example_inputs)
             else:
                 calibrate(prepared)
-        return convert_pt2e(prepared)
+        return drop_unread(convert_pt2e(prepared))
 
     def intends(
         self, model: nn.Module, weights: WeightMap, config: Quantizer | None = None
@@ -112,6 +112,18 @@ class PT2EBackend(Backend):
         """Linear, convolution and embedding weights."""
         del model, config
         return frozenset(fqn for fqn, site in weights.items() if site.kind in _QUANTIZED_KINDS)
+
+
+def drop_unread(model: fx.GraphModule) -> fx.GraphModule:
+    """Delete the parameters and buffers that no node reads: convert leaves the float weights."""
+    read = {str(node.target) for node in model.graph.nodes if node.op == "get_attr"}
+    held = [*model.named_parameters(remove_duplicate=False)]
+    held += model.named_buffers(remove_duplicate=False)
+    for fqn, _ in held:
+        owner, _, attribute = fqn.rpartition(".")
+        if fqn not in read:
+            delattr(model.get_submodule(owner), attribute)
+    return model
 
 
 def read_graph(model: fx.GraphModule) -> Iterator[StoredWeight]:

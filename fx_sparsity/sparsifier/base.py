@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fx_sparsity.sparsifier.core import SparsifierCore
+from fx_sparsity.sparsifier.hub import guard, unguard
 from fx_sparsity.sparsifier.mask import Mask
 from fx_sparsity.sparsifier.state import load_entry, save_entry
 from fx_sparsity.sparsifier.target import (
@@ -117,6 +118,7 @@ class BaseSparsifier(SparsifierCore):
         replaced = [g for g in self.groups if g["tensor_fqn"] not in targets]
         self.groups = replaced + groups
         self.model = model
+        guard(model)
 
     def attach(self, model: nn.Module) -> None:
         """Bind a detached sparsifier to a model that has its weights.
@@ -168,6 +170,8 @@ class BaseSparsifier(SparsifierCore):
             if keys:
                 kept.append((group["module"], {key: group[key] for key in keys}))
         self._squash(self._targets)
+        if self.model is not None:
+            unguard(self.model)
         for module, params in kept:
             module.sparse_params = params  # type: ignore[assignment]
 

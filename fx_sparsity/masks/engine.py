@@ -74,11 +74,10 @@ def _drop(scores: Tensor, tiling: Tiling, level: float) -> Tensor:
     if tiling.zeros == "all":
         return from_blocks(chosen.unsqueeze(1).expand(-1, tiling.block_size), shape, extents)
 
-    # The filling of a ragged block is ranked last, and taken off the count instead.
-    missing = tiling.block_size - sizes
-    zeros = (tiling.zeros_in_chosen(level) - missing).clamp(min=0) * chosen
+    # The filling of a ragged block is ranked last: the counts are of real elements.
+    zeros = tiling.zeros_in_chosen(level, sizes) * chosen
     filling = None
-    if bool(missing.any()):
+    if bool((sizes < tiling.block_size).any()):
         filling = ~to_blocks(torch.ones_like(scores, dtype=torch.bool), extents, fill=False)
     blocks = to_blocks(scores, extents, fill=0.0)
     return from_blocks(k_smallest_per_row(blocks, zeros, last=filling), shape, extents)

@@ -10,11 +10,11 @@ from torch.export import ExportedProgram
 from fx_sparsity.graph.capture import ExampleInputs
 from fx_sparsity.graph.discovery import find_weights
 from fx_sparsity.graph.mapping import SparsityMapping
-from fx_sparsity.graph.passes import InsertMasks, RemoveMasks, graph_mask
+from fx_sparsity.graph.passes import InsertMasks, RemoveMasks
 from fx_sparsity.graph.weight_map import WeightMap
 from fx_sparsity.patterns import SparsityConfig
 from fx_sparsity.sparsifier import BaseSparsifier, Mask, MaskError, SparsityRecord
-from fx_sparsity.sparsifier.target import check_maskable, mask_on
+from fx_sparsity.sparsifier.target import check_maskable, graph_mask, mask_on
 
 _log = logging.getLogger(__name__)
 _Module = TypeVar("_Module", bound=nn.Module)

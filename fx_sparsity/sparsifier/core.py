@@ -102,6 +102,14 @@ class SparsifierCore(ABC):
         """
         return self._target(name).original
 
+    def is_given(self, name: str) -> bool:
+        """Whether a tensor's mask came from elsewhere and has not been recomputed since."""
+        return self._target(name).given
+
+    def aliases(self) -> dict[str, tuple[str, ...]]:
+        """Further names of each tensor, where it is tied or its module is shared."""
+        return {}
+
     def is_squashed(self, name: str) -> bool:
         """Whether the zeros of a tensor are baked in."""
         return self._target(name).squashed
@@ -113,8 +121,8 @@ class SparsifierCore(ABC):
             ValueError: a tensor cannot be ranked (NaN); it is named, and no mask was changed.
             DetachedError: the sparsifier has no model.
         """
-        self.steps += 1
         if not self.enable_mask_update:
+            self.steps += 1
             return
         squashed = [name for name, target in self._targets.items() if target.squashed]
         if squashed and not self._said_squashed:
@@ -129,11 +137,16 @@ class SparsifierCore(ABC):
                 self.check_update(name)
             for name in names:
                 self._update(name)
+                self._target(name).given = False
+        self.steps += 1
 
     # -- for the two bases -----------------------------------------------------------------------
 
     def _squash(self, names: Iterable[str]) -> None:
-        for target in [self._target(name) for name in names]:
+        targets = [self._target(name) for name in names]
+        for target in targets:
+            target.check_detachable()
+        for target in targets:
             target.squash()
 
     def _target(self, name: str) -> Target:

@@ -54,8 +54,8 @@ def post_training_sparse_quantize(
         if type(module).forward not in (nn.Embedding.forward, nn.EmbeddingBag.forward):
             raise BackendError(
                 f"{name}: expected torch's own forward, found {type(module).__name__}.forward, "
-                "which a quantized module would lose; leave it out with select_embeddings, or quantize "
-                "the model with backend 'pt2e'"
+                "which a quantized module would lose; leave it out with select_embeddings, or "
+                "quantize the model with backend 'pt2e'"
             )
     sparsifier = data_sparsifier_class(**sparse_config)
     quantized = {}

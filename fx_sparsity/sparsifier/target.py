@@ -52,7 +52,8 @@ class Target:
             raise DetachedError(f"{self.name}: detached from its model; `attach(model)` binds it")
         module, attribute = self.owners[0]
         if parametrize.is_parametrized(module, attribute):
-            return module.parametrizations[attribute].original  # type: ignore[index]
+            entry: Any = module.parametrizations  # type: ignore[assignment]
+            return entry[attribute].original
         return getattr(module, attribute)
 
     @property

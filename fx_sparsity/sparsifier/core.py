@@ -40,9 +40,9 @@ class SparsifierCore(ABC):
         """Raise if `config` cannot work for `tensor`. Called before anything is changed."""
         del name, tensor, config
 
-    def check_update(self, name: str) -> None:
-        """Raise if the mask of `name` cannot be computed. Called for all before any is changed."""
-        del name
+    def check_updates(self, names: Sequence[str]) -> None:
+        """Raise if the mask of one of `names` cannot be computed. Called before any is changed."""
+        del names
 
     def pattern_of(self, config: Mapping[str, Any]) -> tuple[Pattern, float] | None:
         """Pattern and level that a configuration asks for; None where the method knows neither.
@@ -102,8 +102,7 @@ class SparsifierCore(ABC):
         if not self.enable_mask_update:
             return
         names = [name for name, target in self._targets.items() if not target.squashed]
-        for name in names:
-            self.check_update(name)
+        self.check_updates(names)
         for name in names:
             self._update(name)
 

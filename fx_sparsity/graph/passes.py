@@ -61,23 +61,23 @@ class InsertMasks(PassBase):
         for fqn in self.masks:
             if fqn not in read:
                 raise ValueError(f"{fqn}: no get_attr node of the graph reads it")
-            if _mask_path(fqn) in dict(graph_module.named_modules()):
+            if mask_path(fqn) in dict(graph_module.named_modules()):
                 raise ValueError(f"{fqn} is already masked in this graph")
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """See `PassBase.call`."""
         graph = graph_module.graph
         for fqn, mask in self.masks.items():
-            graph_module.add_submodule(_mask_path(fqn), mask)
+            graph_module.add_submodule(mask_path(fqn), mask)
         for node in list(graph.nodes):
-            if node.op != "get_attr" or node.target not in self.masks:
+            if node.op != "get_attr" or node.target not in self.masks or not node.users:
                 continue
             mask = self.masks[node.target]
             users = list(node.users)
             with graph.inserting_after(node):
-                keep = graph.get_attr(f"{_mask_path(node.target)}.mask")
+                keep = graph.get_attr(f"{mask_path(node.target)}.mask")
             with graph.inserting_after(keep):
-                zero = graph.get_attr(f"{_mask_path(node.target)}.zero")
+                zero = graph.get_attr(f"{mask_path(node.target)}.zero")
             with graph.inserting_after(zero):
                 where = torch.ops.aten.where.self
                 masked = graph.call_function(where, (keep, node, zero))
@@ -97,7 +97,7 @@ class InsertMasks(PassBase):
         for node in graph_module.graph.nodes:
             if node.op == "get_attr" and node.target in self.masks:
                 readers = [str(user.target) for user in node.users]
-                if readers != ["aten.where.self"]:
+                if readers and readers != ["aten.where.self"]:
                     raise RuntimeError(f"{node.target} is read past its mask by {readers}")
 
 
@@ -112,7 +112,7 @@ class RemoveMasks(PassBase):
             if node.op != "call_function" or node.target is not torch.ops.aten.where.self:
                 continue
             keep, weight, zero = node.args
-            if not (isinstance(keep, fx.Node) and str(keep.target).startswith(f"{_MASKS}.")):
+            if not (isinstance(keep, fx.Node) and is_mask(keep)):
                 continue
             node.replace_all_uses_with(weight)
             for dead in (node, zero, keep):
@@ -132,7 +132,12 @@ class RemoveMasks(PassBase):
                 operator.attrgetter(str(node.target))(graph_module)
 
 
-def _mask_path(fqn: str) -> str:
+def is_mask(node: fx.Node) -> bool:
+    """Whether a node reads a mask that `InsertMasks` put there."""
+    return node.op == "get_attr" and str(node.target).startswith(f"{_MASKS}.")
+
+
+def mask_path(fqn: str) -> str:
     """Where a weight's mask lives in a GraphModule: under the weight's own path, so that no two
     weights collide.
     """

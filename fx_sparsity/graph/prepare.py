@@ -10,10 +10,11 @@ from torch.export import ExportedProgram
 from fx_sparsity.graph.capture import ExampleInputs
 from fx_sparsity.graph.discovery import find_weights
 from fx_sparsity.graph.mapping import SparsityMapping
-from fx_sparsity.graph.passes import InsertMasks, RemoveMasks
+from fx_sparsity.graph.passes import InsertMasks, RemoveMasks, is_mask, mask_path
 from fx_sparsity.graph.weight_map import WeightMap
 from fx_sparsity.patterns import SparsityConfig
 from fx_sparsity.sparsifier import BaseSparsifier, Mask, MaskError, SparsityRecord
+from fx_sparsity.sparsifier.target import check_maskable
 
 _log = logging.getLogger(__name__)
 _Module = TypeVar("_Module", bound=nn.Module)
@@ -70,8 +71,8 @@ def prepare(
     config = []
     for fqn, entry in entries.items():
         site = weights[fqn]
-        device = model.get_parameter(fqn).device
-        ones = torch.ones(site.shape, dtype=torch.bool, device=device)
+        owner, attribute = model.get_submodule(site.owner), fqn.rpartition(".")[2]
+        ones = torch.ones_like(check_maskable(fqn, owner, attribute), dtype=torch.bool)
         if fqn in in_graph:
             entry["mask_module"] = Mask(ones)
             masks |= dict.fromkeys((fqn, *site.aliases), entry["mask_module"])
@@ -97,9 +98,12 @@ def squash(model: _Module, sparsifier: BaseSparsifier) -> tuple[_Module, Sparsit
     Raises:
         MaskError: the sparsifier holds no mask on this model; nothing was changed.
     """
-    if sparsifier.model is not model:
+    held = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    foreign = [n for n in sparsifier.names if id(sparsifier.get_tensor(n)) not in held]
+    if foreign or not sparsifier.names:
         raise MaskError(
-            f"the sparsifier has not prepared this {type(model).__name__}; "
+            f"the sparsifier has not prepared this {type(model).__name__} "
+            f"({', '.join(foreign) or 'it has prepared none'}); "
             "squash the model that `prepare` returned"
         )
     record = SparsityRecord.of(sparsifier)
@@ -120,7 +124,10 @@ def _graph_weights(model: nn.Module, weights: WeightMap, fqns: list[str]) -> set
         return set()
     read = {str(node.target) for node in model.graph.nodes if node.op == "get_attr"}
     in_graph = set()
+    masked = {str(node.target) for node in model.graph.nodes if is_mask(node)}
     for fqn in fqns:
+        if f"{mask_path(fqn)}.mask" in masked:
+            raise MaskError(f"{fqn} is already masked in this graph; squash it first")
         names = {fqn, *weights[fqn].aliases}
         if names <= read or (fqn in read and len(names) == 1):
             in_graph.add(fqn)

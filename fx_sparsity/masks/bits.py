@@ -19,4 +19,4 @@ def unpack_bits(packed: Tensor, shape: Sequence[int]) -> Tensor:
     """Undo `pack_bits`: a boolean tensor of `shape`."""
     shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
     bits = (packed.unsqueeze(1) >> shifts) & 1
-    return bits.view(-1)[: torch.Size(shape).numel()].view(*shape).bool()
+    return bits.view(-1)[: torch.Size(shape).numel()].view(tuple(shape)).bool()

@@ -116,8 +116,11 @@ def _read_quantized(fqn: str, module: Any) -> StoredWeight:
         kind = "float" if "float" in str(weight.qscheme()) else "integer"
         scheme = f"per-channel affine ({kind} zero point), axis {axis}"
         shape = [-1 if dim == axis else 1 for dim in range(weight.ndim)]
-        scale = weight.q_per_channel_scales().float().view(shape)
-        zero_point = weight.q_per_channel_zero_points().view(shape)
+        # Cloned, because an unpacked embedding's parameters point into the packed weight, which is
+        # gone once that is rebuilt.
+        scales = weight.q_per_channel_scales().clone()
+        zero_points = weight.q_per_channel_zero_points().clone()
+        scale, zero_point = scales.float().view(shape), zero_points.view(shape)
 
     def write(new: Tensor) -> None:
         # Packed weights cannot be edited, only rebuilt. Requantizing what the codes stand for, with
@@ -128,13 +131,7 @@ def _read_quantized(fqn: str, module: Any) -> StoredWeight:
                 values, weight.q_scale(), weight.q_zero_point(), weight.dtype
             )
         else:
-            rebuilt = torch.quantize_per_channel(
-                values,
-                weight.q_per_channel_scales(),
-                weight.q_per_channel_zero_points(),
-                axis,
-                weight.dtype,
-            )
+            rebuilt = torch.quantize_per_channel(values, scales, zero_points, axis, weight.dtype)
         if not torch.equal(rebuilt.int_repr(), new):
             raise RuntimeError(f"{fqn}: requantizing with its own scales changed other codes")
         if isinstance(module, nnq.Embedding):

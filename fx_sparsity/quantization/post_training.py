@@ -64,7 +64,7 @@ def post_training_sparse_quantize(
             codes.set_zero(sparsifier.get_mask(name).bool())
     for name, module in embeddings.items():
         for parent in list(model.modules()):
-            for attribute, child in list(parent.named_children()):
+            for attribute, child in list(parent._modules.items()):
                 if child is module:
                     setattr(parent, attribute, quantized[name])
     return quantized.get("", model)

@@ -117,9 +117,9 @@ class PT2EBackend(Backend):
 def drop_unread(model: fx.GraphModule) -> fx.GraphModule:
     """Delete the parameters and buffers that no node reads: convert leaves the float weights."""
     read = {str(node.target) for node in model.graph.nodes if node.op == "get_attr"}
-    held = [*model.named_parameters(remove_duplicate=False)]
-    held += model.named_buffers(remove_duplicate=False)
-    for fqn, _ in held:
+    held = [fqn for fqn, _ in model.named_parameters(remove_duplicate=False)]
+    held += [fqn for fqn, _ in model.named_buffers(remove_duplicate=False)]
+    for fqn in held:
         owner, _, attribute = fqn.rpartition(".")
         if fqn not in read:
             delattr(model.get_submodule(owner), attribute)

@@ -88,6 +88,14 @@ class SparsifierCore(ABC):
             )
         return target.original
 
+    def get_tensor(self, name: str) -> Tensor:
+        """The tensor that a name stands for: beneath its mask, or with the zeros baked in.
+
+        Raises:
+            ValueError: no tensor of that name.
+        """
+        return self._target(name).original
+
     def is_squashed(self, name: str) -> bool:
         """Whether the zeros of a tensor are baked in."""
         return self._target(name).squashed

@@ -82,7 +82,7 @@ class Bitmask:
             raise FileFormatError(
                 f"{name}: expected {int(stored.sum())} values, found shape {tuple(values.shape)}"
             )
-        tensor = torch.zeros(*shape, dtype=values.dtype)
+        tensor = torch.zeros(tuple(shape), dtype=values.dtype)
         tensor[stored] = values
         return tensor
 

@@ -1,0 +1,78 @@
+import pytest
+import torch
+from expecttest import assert_expected_inline
+from torch import nn
+
+from fx_sparsity import MappingError, SparsityConfig, SparsityMapping, find_weights
+from tests.models import make
+
+
+@pytest.fixture
+def weights():
+    return find_weights(*make("recommender"))
+
+
+def test_the_most_specific_entry_wins(weights):
+    mapping = (
+        SparsityMapping()
+        .set_global("unstructured 50%")
+        .set_object_type(nn.Linear, "2:4")
+        .set_module_name_regex(r"tables\.", "rows 25%")
+        .set_module_name("tables.1", None)
+        .set_module_name("top.2.weight", SparsityConfig("block:2x4", 0.5))
+    )
+    assert_expected_inline(
+        str(mapping.resolve(weights)),
+        """\
+weight           sparsity
+---------------  ----------------------------------
+bottom.0.weight  2:4
+bottom.2.weight  2:4
+tables.0.weight  rows 25%
+tables.2.weight  rows 25%
+top.0.weight     2:4
+top.2.weight     block:2x4 50%
+tables.1.weight  dense: excluded by name 'tables.1'""",
+    )
+
+
+def test_kinds_of_the_map_are_types_too(weights):
+    assignment = SparsityMapping().set_object_type("embedding_bag", "2:4").resolve(weights)
+    assert list(assignment) == ["tables.0.weight", "tables.1.weight", "tables.2.weight"]
+    assert set(assignment.dense) == set(weights) - set(assignment)
+
+
+def test_a_tied_weight_answers_to_each_of_its_names():
+    weights = find_weights(*make("tied"))
+    assignment = SparsityMapping().set_module_name("head.weight", "2:4").resolve(weights)
+    assert list(assignment) == ["embed.weight"]
+
+
+def test_unknown_names_give_the_nearest(weights):
+    with pytest.raises(MappingError, match=r"'botom.0'; the nearest are 'bottom.0'"):
+        SparsityMapping().set_module_name("botom.0", "2:4").resolve(weights)
+
+
+def test_what_is_no_weight_says_why():
+    model, inputs = make("bare")
+    weights = find_weights(model, inputs)
+    with pytest.raises(MappingError, match="'position' is not a weight.*only added"):
+        SparsityMapping().set_module_name("position", "2:4").resolve(weights)
+    model.register_parameter("codes", nn.Parameter(torch.zeros(2, 2, dtype=torch.int8), False))
+    with pytest.raises(MappingError, match="'codes' is not a weight.*not floating"):
+        SparsityMapping().set_module_name("codes", "2:4").resolve(find_weights(model, inputs))
+
+
+def test_every_weight_that_cannot_take_its_pattern_is_named():
+    weights = find_weights(*make("convnet"))
+    with pytest.raises(MappingError) as raised:
+        SparsityMapping().set_global("4:8").resolve(weights)
+    message = str(raised.value)
+    assert message.splitlines()[0].startswith("stem.weight: pattern 4:8 needs dimension 1")
+    assert "grouped.weight" in message
+    assert "up.weight" not in message
+
+
+def test_only_configurations_are_taken():
+    with pytest.raises(TypeError, match="found float"):
+        SparsityMapping().set_global(0.5)

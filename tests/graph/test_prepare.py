@@ -1,0 +1,234 @@
+import copy
+import logging
+
+import pytest
+import torch
+from expecttest import assert_expected_inline
+from torch import fx, nn
+from torch.fx.passes.infra.pass_manager import PassManager
+
+import fx_sparsity as fxs
+from fx_sparsity.graph import InsertMasks, RemoveMasks
+from tests.models import MODELS, make, make_bert
+from tests.sparsifier.test_base import assert_unchanged, snapshot
+
+HALF = fxs.SparsityMapping().set_global("unstructured 50%")
+
+
+def as_module(model, inputs):
+    return model
+
+
+def as_exported(model, inputs):
+    return torch.export.export(model, inputs, strict=False).module()
+
+
+def as_traced(model, inputs):
+    return fx.symbolic_trace(model)
+
+
+@pytest.mark.parametrize("kind", [as_module, as_exported, as_traced])
+@pytest.mark.parametrize("name", MODELS)
+def test_prepare_step_squash(name, kind):
+    model, inputs = make(name)
+    weights = find = fxs.find_weights(model, inputs)
+    dense = {fqn: model.get_parameter(fqn).detach().clone() for fqn in find}
+    subject = kind(model, inputs)
+    untouched = subject(*inputs)
+    sparsifier = fxs.WeightNormSparsifier()
+    assert fxs.prepare(subject, sparsifier, inputs, HALF) is subject
+    assert torch.equal(subject(*inputs), untouched)
+    sparsifier.step()
+    masked = subject(*inputs)
+    assert not torch.equal(masked, untouched)
+    plain, record = fxs.squash(subject, sparsifier)
+    assert torch.equal(plain(*inputs), masked)
+    assert set(record) == set(weights)
+    for fqn, weight in dense.items():
+        magnitude = weight.abs().double()
+        zeros = plain.get_parameter(fqn) == 0
+        assert zeros.sum() == round(weight.numel() / 2)
+        assert magnitude[zeros].max() <= magnitude[~zeros].min()
+        assert torch.equal(plain.get_parameter(fqn)[~zeros], weight[~zeros])
+        assert torch.equal(record[fqn].keep, ~zeros)
+    assert not any("mask" in name for name in plain.state_dict())
+
+
+def test_two_of_four_runs_along_the_reduced_axis():
+    for name in ("bare", "convnet", "recommender"):
+        model, inputs = make(name)
+        mapping = fxs.SparsityMapping().set_global("2:4 dense")
+        sparsifier = fxs.WeightNormSparsifier()
+        fxs.prepare(model, sparsifier, inputs, mapping)
+        sparsifier.step()
+        for site in fxs.find_weights(model, inputs).sites:
+            (axis,) = [d for d, role in enumerate(site.roles) if role in ("in", "dim")]
+            groups = sparsifier.get_mask(site.fqn).movedim(axis, -1)
+            groups = groups[..., : groups.shape[-1] // 4 * 4].unflatten(-1, (-1, 4))
+            assert groups.sum(-1).eq(2).all(), site.fqn
+
+
+def lines(gm):
+    """The nodes that matter here, in a form that torch's releases agree on."""
+    return "\n".join(
+        f"{node.name} = {node.target}{tuple(node.args) if node.args else ''}"
+        for node in gm.graph.nodes
+        if node.op in ("get_attr", "call_function")
+    )
+
+
+def test_a_small_graph_before_and_after_the_passes():
+    model, inputs = make("tied")
+    gm = as_exported(model, inputs)
+    before = lines(gm)
+    mask = fxs.Mask(torch.ones(32, 8, dtype=torch.bool))
+    insert = InsertMasks({"embed.weight": mask, "head.weight": mask})
+    masked = PassManager([insert])(gm).graph_module
+    assert_expected_inline(
+        before,
+        """\
+embed_weight = embed.weight
+block_weight = block.weight
+block_bias = block.bias
+head_weight = head.weight
+embedding = aten.embedding.default(head_weight, tokens)
+linear = aten.linear.default(embedding, block_weight, block_bias)
+relu = aten.relu.default(linear,)
+linear_1 = aten.linear.default(relu, head_weight)""",
+    )
+    assert_expected_inline(
+        lines(masked),
+        """\
+embed_weight = embed.weight
+block_weight = block.weight
+block_bias = block.bias
+head_weight = head.weight
+sparsity_masks_head_weight_mask = sparsity_masks.head.weight.mask
+sparsity_masks_head_weight_zero = sparsity_masks.head.weight.zero
+where_self = aten.where.self(sparsity_masks_head_weight_mask, head_weight, sparsity_masks_head_weight_zero)
+embedding = aten.embedding.default(where_self, tokens)
+linear = aten.linear.default(embedding, block_weight, block_bias)
+relu = aten.relu.default(linear,)
+linear_1 = aten.linear.default(relu, where_self)""",
+    )
+    plain = PassManager([RemoveMasks()])(masked).graph_module
+    assert lines(plain) == before
+
+
+def test_masks_in_a_graph_survive_rebuilding_copying_and_dead_code_elimination():
+    model, inputs = make("tied")
+    gm = as_exported(model, inputs)
+    sparsifier = fxs.WeightNormSparsifier()
+    fxs.prepare(gm, sparsifier, mapping=HALF)
+    sparsifier.step()
+    expected = gm(*inputs)
+    rebuilt = fx.GraphModule(gm, gm.graph)
+    rebuilt.graph.eliminate_dead_code()
+    rebuilt.recompile()
+    for survivor in (rebuilt, copy.deepcopy(gm)):
+        assert torch.equal(survivor(*inputs), expected)
+        assert any(name.endswith("mask") for name in survivor.state_dict())
+    sparsifier.get_mask("embed.weight").zero_()
+    assert rebuilt(*inputs).eq(0).all()
+    plain, _ = fxs.squash(rebuilt, sparsifier)
+    assert plain.get_parameter("embed.weight").eq(0).all()
+
+
+def test_inserted_nodes_have_values():
+    model, inputs = make("sequential")
+    gm = as_exported(model, inputs)
+    fxs.prepare(gm, fxs.WeightNormSparsifier(), mapping=HALF)
+    for node in gm.graph.nodes:
+        if "mask" in str(node.target) or node.name.startswith("where"):
+            assert isinstance(node.meta["val"], torch.Tensor)
+
+
+def test_transformers_take_keyword_inputs():
+    model, inputs = make_bert()
+    sparsifier = fxs.WeightNormSparsifier()
+    fxs.prepare(model, sparsifier, inputs, fxs.SparsityMapping().set_global("2:4"))
+    sparsifier.step()
+    masked = model(**inputs).last_hidden_state
+    model, record = fxs.squash(model, sparsifier)
+    assert torch.equal(model(**inputs).last_hidden_state, masked)
+    assert all(abs(mask.keep.float().mean() - 0.5) < 1e-6 for mask in record.values())
+
+
+def test_what_stays_dense_is_logged_with_the_reason(caplog):
+    model, inputs = make("bare")
+    mapping = fxs.SparsityMapping().set_module_name("plain", "2:4")
+    with caplog.at_level(logging.INFO, logger="fx_sparsity"):
+        fxs.prepare(model, fxs.WeightNormSparsifier(), inputs, mapping)
+    assert "table stays dense: no entry of the mapping speaks of it" in caplog.text
+    assert "position stays dense: only added" in caplog.text
+
+
+@pytest.mark.parametrize("kind", [as_module, as_exported])
+@pytest.mark.parametrize(
+    ("mapping", "inputs", "error"),
+    [
+        (fxs.SparsityMapping().set_module_name("nope", "2:4"), None, fxs.MappingError),
+        (fxs.SparsityMapping().set_global("8:16"), None, fxs.MappingError),
+        (HALF, (torch.randn(3, 5),), fxs.InputError),
+    ],
+)
+def test_a_refused_prepare_changes_nothing(kind, mapping, inputs, error):
+    model, good = make("recommender")
+    subject = kind(model, good)
+    if isinstance(subject, fx.GraphModule) and error is fxs.InputError:
+        return  # a graph is not run on inputs
+    before = snapshot(subject)
+    sparsifier = fxs.WeightNormSparsifier()
+    with pytest.raises(error):
+        fxs.prepare(subject, sparsifier, inputs or good, mapping)
+    assert_unchanged(subject, before)
+    assert sparsifier.names == []
+
+
+@pytest.mark.parametrize("kind", [as_module, as_exported, as_traced])
+def test_preparing_twice_is_refused_and_changes_nothing(kind):
+    model, inputs = make("sequential")
+    subject = kind(model, inputs)
+    fxs.prepare(subject, fxs.WeightNormSparsifier(), inputs, HALF)
+    before = snapshot(subject)
+    again = fxs.WeightNormSparsifier()
+    with pytest.raises(fxs.MaskError, match=r"0.weight is already"):
+        fxs.prepare(subject, again, inputs, HALF)
+    assert_unchanged(subject, before)
+    assert again.names == []
+
+
+def test_squash_wants_the_model_that_was_prepared():
+    model, inputs = make("sequential")
+    sparsifier = fxs.WeightNormSparsifier()
+    with pytest.raises(fxs.MaskError, match="it has prepared none"):
+        fxs.squash(model, sparsifier)
+    fxs.prepare(model, sparsifier, inputs, HALF)
+    with pytest.raises(fxs.MaskError, match=r"0.weight, 2.weight"):
+        fxs.squash(make("sequential")[0], sparsifier)
+
+
+def test_an_exported_program_is_refused_with_advice():
+    model, inputs = make("sequential")
+    program = torch.export.export(model, inputs, strict=False)
+    with pytest.raises(TypeError, match=r"pass program.module\(\)"):
+        fxs.prepare(program, fxs.WeightNormSparsifier())
+
+
+def test_training_with_live_masks_keeps_zeros_and_compiles_once():
+    model, inputs = make("sequential")
+    sparsifier = fxs.WeightNormSparsifier()
+    fxs.prepare(model, sparsifier, inputs, HALF)
+    sparsifier.step()
+    compiled = torch.compile(model, fullgraph=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
+    compiled(*inputs).sum().backward()
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for _ in range(5):
+            optimizer.zero_grad()
+            compiled(*inputs).square().sum().backward()
+            optimizer.step()
+    model, record = fxs.squash(model, sparsifier)
+    for fqn, mask in record.items():
+        assert model.get_parameter(fqn)[~mask.keep].eq(0).all()
+    assert isinstance(model[0].weight, nn.Parameter)

@@ -1,0 +1,35 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def run(name, **env):
+    return subprocess.run(
+        [sys.executable, str(EXAMPLES / name)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **env},
+        check=False,
+    )
+
+
+def test_the_real_encoder_keeps_every_zero():
+    result = run("sparsify_minilm.py")
+    assert result.returncode == 0, result.stderr
+    assert "model.pooler.dense.weight" in result.stdout
+    assert "every masked value is zero" in result.stdout
+    # 2 backends x 39 weights x 3 patterns x 2 orders, and each flow as a whole.
+    assert result.stdout.count("100.0%") == 2 * (39 * 6 + 6)
+    assert "lost" not in result.stdout
+
+
+@pytest.mark.parametrize("script", ["transform_script.py", "compile_pipeline.py"])
+def test_the_other_examples_run(script):
+    result = run(script)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout

@@ -1,5 +1,7 @@
 """From weights or scores to a mask: exact counts, deterministic ties, any number of dimensions."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -51,6 +53,8 @@ def compute_mask(
     if not checked and contains_nan(x):
         raise ScoreError("scores contain NaN")
 
+    if tiling.zeros == tiling.block_size:
+        tiling = replace(tiling, zeros="all")
     if x.numel() and native.covers(x):
         mask = out
         if mask is None:

@@ -14,7 +14,6 @@ from fx_sparsity.patterns import Tiling
 LIBRARY = Library("masks", [Path(__file__).parent / "kernels" / "ops.cpp"])
 
 _WEIGHTS = (torch.float32, torch.float16, torch.bfloat16)
-_MASKS = (torch.bool, *_WEIGHTS)
 
 
 class Geometry(NamedTuple):
@@ -78,8 +77,9 @@ def write_mask(x: Tensor, tiling: Tiling, level: float, rank: Rank, out: Tensor)
     shape = geometry(x.shape, tiling)
     if shape is None:
         return False
-    direct = out.dtype in _MASKS and out.is_contiguous() and out.device == x.device
-    mask = out if direct else torch.empty(x.shape, dtype=torch.bool)
+    own_dtype = out.dtype == x.dtype and rank is not Rank.VALUE
+    direct = (own_dtype or out.dtype == torch.bool) and out.is_contiguous()
+    mask = out if direct and out.device == x.device else torch.empty(x.shape, dtype=torch.bool)
     _write(x.detach().contiguous(), shape, tiling, level, rank, mask)
     if mask is not out:
         out.copy_(mask)

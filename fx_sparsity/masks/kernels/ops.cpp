@@ -1,7 +1,7 @@
 // The mask operators: contiguous CPU tensors of fp32, fp16 or bf16 in; a mask written in place.
 //
-// `signed` ranks elements by value, else by magnitude. A mask is boolean or of a floating dtype, in
-// which 1 is kept. Sizes and counts are the caller's to check.
+// `signed` ranks elements by value, else by magnitude. In a mask of a floating dtype 1 is kept.
+// Sizes and counts are the caller's to check.
 #include <numeric>
 
 #include <torch/csrc/stable/library.h>
@@ -52,6 +52,21 @@ void with_mask(const Tensor& mask, const Work& work) {
   }
 }
 
+// Calls `work(source, Out* mask, Out one)`. The mask is boolean or, for magnitudes, as wide as the
+// weight: each further combination would take longer to compile and is hardly met.
+template <class Work>
+void with_keys_and_mask(const Tensor& x, bool is_signed, const Tensor& mask, const Work& work) {
+  with_keys(x, is_signed, [&]<class T, bool Signed>(Elements<T, Signed> source) {
+    with_mask(mask, [&]<class Out>(Out* out, Out one) {
+      if constexpr (sizeof(Out) == 1 || (!Signed && sizeof(Out) == sizeof(T))) {
+        work(source, out, one);
+      } else {
+        STD_TORCH_CHECK(false, "expected a boolean mask, or one as wide as the weight");
+      }
+    });
+  });
+}
+
 const uint32_t* keys_of(const Tensor& keys) {
   return static_cast<const uint32_t*>(keys.const_data_ptr());
 }
@@ -87,9 +102,8 @@ bool has_nan(Tensor x) {
 // Drops exactly the `k` smallest elements.
 void drop_elements(Tensor x, bool is_signed, int64_t k, Tensor mask) {
   const int64_t n = x.numel();
-  with_keys(x, is_signed, [&](auto source) {
-    const Cut cut = cut_smallest(source, n, k);
-    with_mask(mask, [&](auto* out, auto one) { write_masks(source, n, cut, one, out); });
+  with_keys_and_mask(x, is_signed, mask, [&](auto source, auto* out, auto one) {
+    write_masks(source, n, cut_smallest(source, n, k), one, out);
   });
 }
 
@@ -98,11 +112,10 @@ void drop_elements(Tensor x, bool is_signed, int64_t k, Tensor mask) {
 int64_t drop_below(Tensor x, bool is_signed, int64_t key, int64_t ties, Tensor mask) {
   const int64_t n = x.numel();
   int64_t equal = 0;
-  with_keys(x, is_signed, [&](auto source) {
+  with_keys_and_mask(x, is_signed, mask, [&](auto source, auto* out, auto one) {
     const std::vector<int64_t> counts = equal_per_chunk(source, n, uint32_t(key));
     equal = std::accumulate(counts.begin(), counts.end(), int64_t(0));
-    const Cut cut = cut_at(source, counts, uint32_t(key), ties);
-    with_mask(mask, [&](auto* out, auto one) { write_masks(source, n, cut, one, out); });
+    write_masks(source, n, cut_at(source, counts, uint32_t(key), ties), one, out);
   });
   return std::min(ties, equal);
 }
@@ -147,8 +160,8 @@ void drop_within(
   const Geometry g = Geometry{batch, height, width, block_height, block_width, dense}.flattened();
   Chosen chosen{nullptr, {0, 0}};
   if (keys.numel()) chosen = {keys_of(keys), cut_smallest(Keys{keys_of(keys)}, g.blocks(), k)};
-  with_keys(x, is_signed, [&](auto source) {
-    with_mask(mask, [&](auto* out, auto one) { fx::drop_within(source, g, zeros, chosen, one, out); });
+  with_keys_and_mask(x, is_signed, mask, [&](auto source, auto* out, auto one) {
+    fx::drop_within(source, g, zeros, chosen, one, out);
   });
 }
 

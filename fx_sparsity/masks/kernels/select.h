@@ -138,7 +138,7 @@ int64_t gather_between(
 // gathers what the bracket holds. Where the bracket misses or holds too much (ties), it is counted.
 template <class Source>
 Threshold threshold_of(Source source, int64_t n, int64_t k) {
-  if (n <= kSample) {
+  if (n <= 4 * kSample) {
     std::vector<uint32_t> all(n);
     for (int64_t i = 0; i < n; i++) all[i] = source[i];
     return threshold_of_buffer(all.data(), n, k);

@@ -167,7 +167,10 @@ def measure(cell: Cell, reference_runs: int, runs: int) -> Result:
         work()
     times: dict[str, list[float]] = {name: [] for name in [*candidates, *references]}
     for run in range(runs):
-        for name, work in [*candidates.items(), *(references.items() if run < reference_runs else ())]:
+        for name, work in [
+            *candidates.items(),
+            *(references.items() if run < reference_runs else ()),
+        ]:
             weight.mul_(1.01 if run % 2 else 0.99)
             start = time.perf_counter()
             result = work()
@@ -217,7 +220,9 @@ def machine() -> str:
     """The processor by name, its cores, torch, and the path of the masks."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     facts = {key.strip(): value.strip() for key, _, value in (x.partition(":") for x in lines)}
-    name = f"{facts.get('model name')} (family {facts.get('cpu family')}, model {facts.get('model')})"
+    name = (
+        f"{facts.get('model name')} (family {facts.get('cpu family')}, model {facts.get('model')})"
+    )
     path = "C++ kernels" if LIBRARY.ready() else LIBRARY.state()[1]
     return (
         f"{name}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads; "

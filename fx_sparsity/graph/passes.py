@@ -4,7 +4,7 @@ import operator
 from collections.abc import Iterator, Mapping
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from fx_sparsity.graph.capture import module_source
@@ -130,6 +130,23 @@ class RemoveMasks(PassBase):
         for node in graph_module.graph.nodes:
             if node.op == "get_attr":
                 operator.attrgetter(str(node.target))(graph_module)
+
+
+def graph_mask(model: fx.GraphModule | nn.Module, fqn: str) -> Mask | None:
+    """The mask that `InsertMasks` put on a weight, if it did.
+
+    Where the GraphModule has been rebuilt since, its buffers hang on plain modules; a mask over the
+    same tensors is put back in their place.
+    """
+    path = mask_path(fqn)
+    try:
+        holder = model.get_submodule(path)
+    except AttributeError:
+        return None
+    if not isinstance(holder, Mask):
+        holder = Mask(holder.get_buffer("mask"))
+        model.set_submodule(path, holder)
+    return holder
 
 
 def is_mask(node: fx.Node) -> bool:

@@ -4,17 +4,17 @@ import logging
 from typing import Any, TypeVar
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from fx_sparsity.graph.capture import ExampleInputs
 from fx_sparsity.graph.discovery import find_weights
 from fx_sparsity.graph.mapping import SparsityMapping
-from fx_sparsity.graph.passes import InsertMasks, RemoveMasks, is_mask, mask_path
+from fx_sparsity.graph.passes import InsertMasks, RemoveMasks, graph_mask
 from fx_sparsity.graph.weight_map import WeightMap
 from fx_sparsity.patterns import SparsityConfig
 from fx_sparsity.sparsifier import BaseSparsifier, Mask, MaskError, SparsityRecord
-from fx_sparsity.sparsifier.target import check_maskable
+from fx_sparsity.sparsifier.target import check_maskable, mask_on
 
 _log = logging.getLogger(__name__)
 _Module = TypeVar("_Module", bound=nn.Module)
@@ -29,6 +29,8 @@ def prepare(
     dynamic_shapes: Any = None,
 ) -> _Module:
     """Find the weights of a model and put a mask, all ones, on those that the mapping names.
+
+    A weight that is masked already keeps its mask, and `sparsifier` takes it over.
 
     Call `sparsifier.step()` afterwards, as often as wanted; `squash` ends it. What stays dense is
     logged with its reason, and `mapping.resolve(find_weights(...))` shows it beforehand.
@@ -67,21 +69,23 @@ def prepare(
         level = logging.INFO if unclaimed.reason.explained else logging.WARNING
         _log.log(level, "%s stays dense: %s %s", unclaimed.fqn, unclaimed.reason, unclaimed.detail)
     in_graph = _graph_weights(model, weights, list(entries))
-    masks: dict[str, Mask] = {}
+    new: dict[str, Mask] = {}
     config = []
     for fqn, entry in entries.items():
         site = weights[fqn]
         owner, attribute = model.get_submodule(site.owner), fqn.rpartition(".")[2]
-        ones = torch.ones_like(check_maskable(fqn, owner, attribute), dtype=torch.bool)
         if fqn in in_graph:
-            entry["mask_module"] = Mask(ones)
-            masks |= dict.fromkeys((fqn, *site.aliases), entry["mask_module"])
-        else:
-            entry["mask"] = ones
+            mask = graph_mask(model, fqn)
+            if mask is None:
+                mask = Mask(_ones(fqn, owner, attribute))
+                new |= dict.fromkeys((fqn, *site.aliases), mask)
+            entry["mask_module"] = mask
+        elif mask_on(owner, attribute) is None:
+            entry["mask"] = _ones(fqn, owner, attribute)
         config.append({"tensor_fqn": fqn, "roles": site.roles, **entry})
     sparsifier.prepare(model, config)
     if isinstance(model, fx.GraphModule):
-        InsertMasks(masks)(model)
+        InsertMasks(new)(model)
     return model
 
 
@@ -118,16 +122,17 @@ def group_entry(config: SparsityConfig) -> dict[str, Any]:
     return {"pattern": str(config.pattern), "sparsity_level": config.level}
 
 
+def _ones(fqn: str, owner: nn.Module, attribute: str) -> Tensor:
+    return torch.ones_like(check_maskable(fqn, owner, attribute), dtype=torch.bool)
+
+
 def _graph_weights(model: nn.Module, weights: WeightMap, fqns: list[str]) -> set[str]:
     """Weights that `get_attr` nodes of a GraphModule read; the others belong to modules."""
     if not isinstance(model, fx.GraphModule):
         return set()
     read = {str(node.target) for node in model.graph.nodes if node.op == "get_attr"}
     in_graph = set()
-    masked = {str(node.target) for node in model.graph.nodes if is_mask(node)}
     for fqn in fqns:
-        if f"{mask_path(fqn)}.mask" in masked:
-            raise MaskError(f"{fqn} is already masked in this graph; squash it first")
         names = {fqn, *weights[fqn].aliases}
         if names <= read or (fqn in read and len(names) == 1):
             in_graph.add(fqn)

@@ -18,6 +18,11 @@ from torch.ao.quantization.observer import PerChannelMinMaxObserver
 from fx_sparsity.graph import WeightMap
 from fx_sparsity.graph.capture import ExampleInputs
 from fx_sparsity.quantization.backend import Backend, Calibrate
+from fx_sparsity.quantization.embeddings import (
+    bake_max_norm,
+    check_quantizable,
+    match_float_forward,
+)
 from fx_sparsity.quantization.observers import EMBEDDING_SPEC, IntegerZeroPoint
 from fx_sparsity.quantization.stored import StoredWeight
 
@@ -58,14 +63,23 @@ class EagerBackend(Backend):
     ) -> nn.Module:
         """See `Backend.quantize`. Nothing here is calibrated or exported."""
         del example_inputs, weights, calibrate, dynamic_shapes
+        qconfigs = dict(config or DEFAULT_QCONFIGS)
+        copied = copy.deepcopy(model)
+        embeddings = {
+            name: module
+            for name, module in copied.named_modules()
+            if isinstance(module, nn.Embedding | nn.EmbeddingBag) and type(module) in qconfigs
+        }
+        for name, module in embeddings.items():
+            check_quantizable(name, module)
+            bake_max_norm(module)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*torch.ao.quantization is deprecated.*")
-            quantized = tq.quantize_dynamic(
-                copy.deepcopy(model), dict(config or DEFAULT_QCONFIGS), inplace=True
-            )
-        for module in quantized.modules():
+            quantized = tq.quantize_dynamic(copied, qconfigs, inplace=True)
+        for name, source in embeddings.items():
+            module = quantized.get_submodule(name)
             if isinstance(module, nnq.Embedding):
-                module.register_forward_pre_hook(_contiguous_indices)
+                match_float_forward(module, source)
         return quantized
 
     def intends(
@@ -87,7 +101,7 @@ def read_modules(model: nn.Module) -> Iterator[StoredWeight]:
     """
     for name, module in model.named_modules():
         if isinstance(module, nnq.Linear | nnq.Conv2d | nnq.Conv1d | nnq.Conv3d | nnq.Embedding):
-            yield _read_quantized(f"{name}.weight".removeprefix("."), module)
+            yield read_quantized(f"{name}.weight".removeprefix("."), module)
     for fqn, parameter in model.named_parameters(remove_duplicate=False):
         if parameter.ndim >= 2:
             yield float_weight(fqn, fqn, parameter)
@@ -104,7 +118,8 @@ def float_weight(fqn: str, where: str, tensor: Tensor) -> StoredWeight:
     return StoredWeight(fqn, where, dtype, "float", tensor.detach(), write)
 
 
-def _read_quantized(fqn: str, module: Any) -> StoredWeight:
+def read_quantized(fqn: str, module: Any) -> StoredWeight:
+    """The weight of one of torch's quantized modules, under the name `fqn`."""
     weight: Tensor = module.weight()
     codes = weight.int_repr()
     if weight.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
@@ -144,8 +159,3 @@ def _read_quantized(fqn: str, module: Any) -> StoredWeight:
     return StoredWeight(
         fqn, fqn, dtype, scheme, codes, write, scale, zero_point, (info.min, info.max)
     )
-
-
-def _contiguous_indices(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Torch's quantized embedding refuses an expanded index, as BERT's token types are."""
-    return tuple(a.contiguous() if isinstance(a, Tensor) else a for a in args)

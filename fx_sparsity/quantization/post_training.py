@@ -1,19 +1,20 @@
 """Sparse and quantized embeddings in one call, for models whose tables are most of their bytes."""
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
 import torch.ao.nn.quantized as nnq
-from torch import nn
+from torch import Tensor, nn
 
-from fx_sparsity.quantization.eager import (
-    _contiguous_indices,
-    _read_quantized,
-    embedding_qconfig,
+from fx_sparsity.quantization.eager import embedding_qconfig, read_quantized
+from fx_sparsity.quantization.embeddings import (
+    Embedding,
+    bake_max_norm,
+    check_quantizable,
+    match_float_forward,
 )
 from fx_sparsity.sparsifier import BaseDataSparsifier, module_to_fqn
-
-Embedding = nn.Embedding | nn.EmbeddingBag
 
 
 def post_training_sparse_quantize(
@@ -25,7 +26,8 @@ def post_training_sparse_quantize(
 ) -> nn.Module:
     """Sparsify and quantize the embeddings and embedding bags of a model, in place.
 
-    A masked value's code afterwards means exactly zero, in both orders.
+    A masked value's code afterwards means exactly zero, in both orders. `padding_idx`, `max_norm`,
+    the mode of a bag and `per_sample_weights` work as they did.
 
     Args:
         model: changed in place: quantized modules take the places of its embeddings.
@@ -40,15 +42,18 @@ def post_training_sparse_quantize(
     Raises:
         TypeError: a selected module is no embedding.
         ValueError: a selected module is not part of the model.
+        BackendError: an embedding bag that takes the maximum.
 
         Whatever is raised, the model was not changed.
     """
     embeddings = _select(model, select_embeddings)
+    for name, module in embeddings.items():
+        check_quantizable(name, module)
     sparsifier = data_sparsifier_class(**sparse_config)
     quantized = {}
     if sparsify_first:
         for name, module in embeddings.items():
-            sparsifier.add_data(name, module.weight.detach().clone())
+            sparsifier.add_data(name, _table(module))
         sparsifier.step()
         for name, module in embeddings.items():
             weight = sparsifier.get_data(name, return_original=False)
@@ -56,8 +61,8 @@ def post_training_sparse_quantize(
     else:
         stored = {}
         for name, module in embeddings.items():
-            quantized[name] = _quantized_embedding(module, module.weight.detach())
-            stored[name] = _read_quantized(name, quantized[name])
+            quantized[name] = _quantized_embedding(module, _table(module))
+            stored[name] = read_quantized(name, quantized[name])
             sparsifier.add_data(name, stored[name].dequantize())
         sparsifier.step()
         for name, codes in stored.items():
@@ -92,23 +97,25 @@ def _select(model: nn.Module, chosen: Sequence[Embedding] | None) -> dict[str, E
     return selected
 
 
-def _quantized_embedding(module: Embedding, weight: Any) -> nn.Module:
+def _quantized_embedding(module: Embedding, weight: Tensor) -> nn.Module:
     """Torch's quantized module for an embedding, holding `weight` instead of its own."""
     rows, dim = weight.shape
     source: Embedding
     if isinstance(module, nn.EmbeddingBag):
         source = nn.EmbeddingBag(
-            rows,
-            dim,
-            mode=module.mode,
-            sparse=module.sparse,
-            include_last_offset=module.include_last_offset,
-            _weight=weight,
+            rows, dim, include_last_offset=module.include_last_offset, _weight=weight
         )
     else:
-        source = nn.Embedding(rows, dim, padding_idx=module.padding_idx, _weight=weight)
+        source = nn.Embedding(rows, dim, _weight=weight)
     source.qconfig = embedding_qconfig  # type: ignore[assignment]
     kind = nnq.EmbeddingBag if isinstance(module, nn.EmbeddingBag) else nnq.Embedding
     quantized = kind.from_float(source)
-    quantized.register_forward_pre_hook(_contiguous_indices)
+    match_float_forward(quantized, module)
     return quantized
+
+
+def _table(module: Embedding) -> Tensor:
+    """A copy of the weight as lookups see it."""
+    copied = copy.deepcopy(module)
+    bake_max_norm(copied)
+    return copied.weight.detach()

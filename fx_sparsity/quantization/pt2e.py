@@ -1,11 +1,12 @@
 """torchao's pt2e: `prepare_pt2e` and `convert_pt2e` on an exported graph."""
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional
 from torchao.quantization.pt2e.observer import PerChannelMinMaxObserver
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 from torchao.quantization.pt2e.quantizer import (
@@ -97,6 +98,7 @@ class PT2EBackend(Backend):
         # The x86 quantizer fails on operators whose result nobody reads, such as an unused pooler.
         graph_module.graph.eliminate_dead_code()
         graph_module.recompile()
+        name_sources(graph_module)
         AnnotateWeights(weights)(graph_module)
         prepared = prepare_pt2e(graph_module, config or default_quantizer())
         with torch.no_grad():
@@ -112,6 +114,27 @@ class PT2EBackend(Backend):
         """Linear, convolution and embedding weights."""
         del model, config
         return frozenset(fqn for fqn, site in weights.items() if site.kind in _QUANTIZED_KINDS)
+
+
+_SOURCES: dict[Any, Callable[..., Any]] = {
+    torch.ops.aten.linear.default: functional.linear,
+    torch.ops.aten.conv1d.default: functional.conv1d,
+    torch.ops.aten.conv2d.default: functional.conv2d,
+    torch.ops.aten.conv3d.default: functional.conv3d,
+    torch.ops.aten.relu.default: functional.relu,
+}
+
+
+def name_sources(model: fx.GraphModule) -> None:
+    """Note on operators which function of torch they came from, where capture did not.
+
+    The x86 quantizer finds operators by that note alone. A non-strict export leaves it out; torch
+    2.13 then falls back to the type of the owning module, which misses a functional linear, and
+    earlier releases find nothing.
+    """
+    for node in model.graph.nodes:
+        if node.target in _SOURCES:
+            node.meta.setdefault("source_fn_stack", [(node.name, _SOURCES[node.target])])
 
 
 def drop_unread(model: fx.GraphModule) -> fx.GraphModule:

@@ -1,26 +1,37 @@
 """The model-bound sparsifier: masks on the weights of a model, named by FQN."""
 
+import copy
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fx_sparsity.sparsifier.core import SparsifierCore
+from fx_sparsity.sparsifier.hub import guard, unguard
 from fx_sparsity.sparsifier.mask import Mask
+from fx_sparsity.sparsifier.state import load_entry, save_entry
 from fx_sparsity.sparsifier.target import (
     MaskError,
     Target,
+    attach_all,
     check_maskable,
+    mask_on,
     owners_by_identity,
 )
 from fx_sparsity.sparsifier.utils import get_arg_info_from_tensor_fqn
 
+_OF_ONE_MODEL = ("module", "module_fqn", "tensor_name")
+"""Keys of a group that follow from the model and its `tensor_fqn`; not part of its state."""
+
 
 class BaseSparsifier(SparsifierCore):
     """Base class of every sparsifier that works on a model. Override `update_mask`.
+
+    A deep copy made together with its model, `deepcopy((model, sparsifier))`, is bound to the copy.
+    Copied or unpickled alone it is detached until `attach(model)`.
 
     Args:
         defaults: configuration of every weight; an entry given to `prepare` overrides it.
@@ -28,6 +39,7 @@ class BaseSparsifier(SparsifierCore):
     Attributes:
         groups: one dict for each masked weight: the merged configuration, and `module`,
             `module_fqn`, `tensor_name`, `tensor_fqn`.
+        model: what `prepare` was given; None while detached.
     """
 
     def __init__(self, defaults: Mapping[str, Any] | None = None) -> None:
@@ -48,7 +60,9 @@ class BaseSparsifier(SparsifierCore):
     def prepare(self, model: nn.Module, config: Sequence[Mapping[str, Any]] | None = None) -> None:
         """Put a mask, all ones, on weights of `model`, in place.
 
-        A tied weight is masked once, by one mask on every module that holds it.
+        A tied weight is masked once, by one mask on every module that holds it. A weight that is
+        masked already keeps its mask, which this sparsifier then updates; its configuration is
+        the new one.
 
         Args:
             model: modified in place; nothing is changed where this raises.
@@ -57,43 +71,74 @@ class BaseSparsifier(SparsifierCore):
                 the weight of every linear, embedding, convolution and attention module.
 
         Raises:
-            MaskError: a weight that does not exist, is not floating, is masked already, or is
-                listed twice; it is named.
+            MaskError: a weight that does not exist, is not floating, is parametrized by something
+                else, or is listed twice; it is named.
         """
         entries = [{"tensor_fqn": fqn} for fqn in _weights_of(model)] if config is None else config
         owners = owners_by_identity(model)
-        targets: list[Target] = []
         groups: list[dict[str, Any]] = []
+        targets: dict[str, Target] = {}
+        fresh: list[Target] = []
+        given: dict[str, Tensor] = {}
         seen: dict[int, str] = {}
         for entry in entries:
             group = self._merge(model, entry)
             name, module, attribute = group["tensor_fqn"], group["module"], group["tensor_name"]
-            if name in self._targets:
-                raise MaskError(f"{name} is already masked by this sparsifier")
-            tensor = check_maskable(name, module, attribute)
+            first, mask = group.pop("mask", None), group.pop("mask_module", None)
+            in_graph = mask is not None
+            if mask is None:
+                mask = mask_on(module, attribute)
+            if mask is None or in_graph:
+                tensor = check_maskable(name, module, attribute)
+            else:
+                tensor = Target(name, [(module, attribute)], mask).original
             if id(tensor) in seen:
                 raise MaskError(
                     f"{name} is the same tensor as {seen[id(tensor)]}; list one of them"
                 )
             seen[id(tensor)] = name
-            in_graph = group.get("mask_module") is not None
-            if in_graph:
-                mask = group["mask_module"]
-            else:
-                mask = Mask(group.get("mask", torch.ones_like(tensor)))
-            if mask.mask.shape != tensor.shape:
-                raise MaskError(
-                    f"{name}: expected a mask of shape {tuple(tensor.shape)}, "
-                    f"found {tuple(mask.mask.shape)}"
-                )
-            group = {k: v for k, v in group.items() if k not in ("mask", "mask_module")}
+            if first is not None:
+                _check_shape(name, tensor, first)
             self.check_config(name, tensor, group)
-            holders = owners.get(id(tensor), [(module, attribute)])
-            targets.append(Target(name, holders, mask, in_graph))
             groups.append(group)
-        self._add(targets)
-        self.groups += groups
+            if mask is None:
+                mask = Mask(torch.ones_like(tensor) if first is None else first)
+                fresh.append(Target(name, owners[id(tensor)], mask))
+                targets[name] = fresh[-1]
+            else:
+                targets[name] = Target(name, owners[id(tensor)], mask, in_graph)
+                if first is not None:
+                    given[name] = first
+        attach_all(fresh)
+        for name, first in given.items():
+            targets[name].mask.update(first)
+        for name, target in targets.items():
+            counters = self.state[name].counters if name in self.state else None
+            self._register(target, counters)
+        replaced = [g for g in self.groups if g["tensor_fqn"] not in targets]
+        self.groups = replaced + groups
         self.model = model
+        guard(model)
+
+    def attach(self, model: nn.Module) -> None:
+        """Bind a detached sparsifier to a model that has its weights.
+
+        A weight that is masked already, as in a deep copy of the prepared model, keeps its mask
+        module and receives this sparsifier's mask; the others get a parametrization.
+
+        Args:
+            model: modified in place; nothing is changed where this raises.
+
+        Raises:
+            MaskError: the sparsifier has a model, or a weight is missing or does not fit.
+        """
+        if self.model is not None:
+            raise MaskError("the sparsifier is bound to a model already; copy it to bind the copy")
+        entries = {
+            name: (target.mask.mask, target.squashed, self.state[name].counters)
+            for name, target in self._targets.items()
+        }
+        self._bind(model, self.groups, entries)
 
     def config_of(self, name: str) -> dict[str, Any]:
         """See `SparsifierCore.config_of`."""
@@ -113,9 +158,11 @@ class BaseSparsifier(SparsifierCore):
 
         Raises:
             KeyError: a key that a group does not have; nothing was squashed.
+            DetachedError: the sparsifier has no model.
         """
         kept: list[tuple[nn.Module, dict[str, Any]]] = []
         for group in self.groups:
+            self.get_tensor(group["tensor_fqn"])
             keys = [
                 *(params_to_keep or ()),
                 *(params_to_keep_per_layer or {}).get(group["module_fqn"], ()),
@@ -123,31 +170,216 @@ class BaseSparsifier(SparsifierCore):
             if keys:
                 kept.append((group["module"], {key: group[key] for key in keys}))
         self._squash(self._targets)
+        if self.model is not None:
+            unguard(self.model)
         for module, params in kept:
             module.sparse_params = params  # type: ignore[assignment]
+
+    def convert(
+        self,
+        module: nn.Module,
+        mapping: Mapping[type[nn.Module], Any] | None = None,
+        inplace: bool = False,
+        parameterization: type[nn.Module] = Mask,
+    ) -> nn.Module:
+        """Swap every masked submodule whose class is in `mapping` for a sparse one.
+
+        Args:
+            module: its submodules are looked at; not changed unless `inplace`.
+            mapping: module class -> class whose `from_dense(module)` makes the replacement.
+            inplace: change `module` itself.
+            parameterization: which parametrization marks a masked module.
+
+        Returns:
+            `module` or its changed copy.
+
+        Raises:
+            ValueError: no mapping given.
+        """
+        if mapping is None:
+            raise ValueError(
+                "mapping: expected {module class: class with `from_dense`}, found None"
+            )
+        if not inplace:
+            module = copy.deepcopy(module)
+        for parent in list(module.modules()):
+            for name, child in list(parent.named_children()):
+                parametrizations = getattr(child, "parametrizations", {})
+                masked = any(
+                    isinstance(p, parameterization) for ps in parametrizations.values() for p in ps
+                )
+                kind = nn.utils.parametrize.type_before_parametrizations(child)
+                if masked and kind in mapping:
+                    setattr(parent, name, mapping[kind].from_dense(child))
+        return module
+
+    def state_dict(self) -> dict[str, Any]:
+        """Masks and configurations; the weights themselves are in the model's own state.
+
+        Returns:
+            `state`: FQN -> mask and counters; `groups`: the configurations. Only plain types and
+            tensors, so that `torch.load(weights_only=True)` reads it.
+        """
+        return {
+            "state": {name: save_entry(t, self.state[name]) for name, t in self._targets.items()},
+            "groups": copy.deepcopy(
+                [{k: v for k, v in g.items() if k not in _OF_ONE_MODEL} for g in self.groups]
+            ),
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> None:
+        """Restore what `state_dict` saved.
+
+        Bound to a model, the masks go on its weights; otherwise they wait for `attach`.
+
+        Args:
+            state_dict: not changed, and not aliased afterwards.
+            strict: weights that the state does not name lose their masks, and every named weight
+                must exist. False keeps the former and passes over names that the model lacks.
+
+        Raises:
+            MaskError: a weight is missing or does not fit its mask; nothing was changed.
+        """
+        groups = {group["tensor_fqn"]: dict(group) for group in copy.deepcopy(state_dict["groups"])}
+        entries = {}
+        for name, entry in state_dict["state"].items():
+            mask, squashed, counters = load_entry(entry)
+            if mask is None or name not in groups:
+                what = "mask" if mask is None else "group"
+                raise MaskError(f"error loading {name}: the state has no {what} for it")
+            entries[name] = (mask, squashed, copy.deepcopy(counters))
+        if not strict:
+            for name, target in self._targets.items():
+                if name not in entries:
+                    counters = self.state[name].counters
+                    entries[name] = (target.mask.mask, target.squashed, counters)
+                    groups[name] = self.config_of(name)
+            if self.model is not None:
+                held = self.model
+                entries = {n: e for n, e in entries.items() if _tensor_of(held, n) is not None}
+        ordered = [groups[name] for name in entries]
+        if self.model is not None:
+            self._bind(self.model, ordered, entries)
+            return
+        self._targets, self.state, self.groups = {}, {}, ordered
+        for name, (mask, squashed, counters) in entries.items():
+            self._register(Target(name, [], Mask(mask), squashed=squashed), counters)
+
+    def _bind(
+        self,
+        model: nn.Module,
+        groups: Sequence[Mapping[str, Any]],
+        entries: Mapping[str, tuple[Tensor, bool, dict[str, Any]]],
+    ) -> None:
+        """Make `model` and this sparsifier hold exactly these masks."""
+        owners = owners_by_identity(model)
+        targets: dict[str, Target] = {}
+        fresh: list[Target] = []
+        for name, (mask, squashed, _) in entries.items():
+            info = get_arg_info_from_tensor_fqn(model, name)
+            tensor = _tensor_of(model, name)
+            if tensor is None:
+                raise MaskError(f"error loading {name}: the model has no such tensor")
+            _check_shape(name, tensor, mask)
+            present = mask_on(info["module"], info["tensor_name"])
+            in_graph = name in self._targets and self._targets[name].in_graph
+            if in_graph:
+                present = self._targets[name].mask
+            if present is None:
+                if not squashed:
+                    check_maskable(name, info["module"], info["tensor_name"])
+                new = Mask(mask.detach().clone().to(tensor.device))
+                targets[name] = Target(name, owners[id(tensor)], new, squashed=squashed)
+                if not squashed:
+                    fresh.append(targets[name])
+            else:
+                targets[name] = Target(name, owners[id(tensor)], present, in_graph)
+        attach_all(fresh)
+        for name in [name for name in self._targets if name not in entries]:
+            self._forget(name)
+        self._targets, self.state, self.groups = {}, {}, []
+        for name, target in targets.items():
+            mask, squashed, counters = entries[name]
+            held = target.mask.mask
+            if held is not mask:
+                if (held.dtype, held.shape) == (mask.dtype, mask.shape):
+                    held.copy_(mask)
+                else:
+                    target.mask.mask = mask.detach().clone().to(held.device)
+            if squashed and not target.squashed:
+                target.squash()
+            self._register(target, counters)
+        for group in groups:
+            info = get_arg_info_from_tensor_fqn(model, group["tensor_fqn"])
+            self.groups.append({**group, **info})
+        self.model = model
 
     def _update(self, name: str) -> None:
         self.update_mask(**self.config_of(name))
 
     def _merge(self, model: nn.Module, entry: Mapping[str, Any]) -> dict[str, Any]:
         """One group: defaults, the entry, and where the tensor lives."""
-        if "tensor_fqn" not in entry:
-            raise MaskError(f"a config entry needs a `tensor_fqn`, found keys {sorted(entry)}")
+        if not isinstance(entry, Mapping) or "tensor_fqn" not in entry:
+            raise MaskError(f"a config entry is a dict with a `tensor_fqn`, found {entry!r}")
         info = get_arg_info_from_tensor_fqn(model, entry["tensor_fqn"])
-        if not isinstance(info["module"], nn.Module) or not hasattr(
-            info["module"], info["tensor_name"]
-        ):
+        if not hasattr(info["module"], info["tensor_name"]):
             near = get_close_matches(info["tensor_fqn"], [n for n, _ in model.named_parameters()])
             hint = f"; did you mean {', '.join(near)}?" if near else ""
             raise MaskError(f"the model has no tensor {info['tensor_fqn']!r}{hint}")
-        return {**self.defaults, **entry, **info}
+        for key in _OF_ONE_MODEL:
+            if key in entry and entry[key] != info[key]:
+                raise MaskError(
+                    f"{info['tensor_fqn']}: `{key}` and `tensor_fqn` of its config do not agree"
+                )
+        return {**copy.deepcopy(self.defaults), **entry, **info}
+
+    def __getstate__(self) -> dict[str, Any]:
+        bound = ("model", "groups", "_targets", "state")
+        attributes = {key: value for key, value in self.__dict__.items() if key not in bound}
+        return {"attributes": attributes, "state_dict": self.state_dict()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state["attributes"])
+        self.model, self.groups, self._targets, self.state = None, [], {}, {}
+        self.load_state_dict(state["state_dict"])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "BaseSparsifier":
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        model = memo.get(id(self.model))
+        if model is not None:
+            for name, target in self._targets.items():
+                # A graph's masks are submodules of the model, copied with it.
+                if target.in_graph:
+                    copied._targets[name].mask = memo[id(target.mask)]
+                    copied._targets[name].in_graph = True
+            copied.attach(model)
+        return copied
 
     def __repr__(self) -> str:
         lines = [f"{type(self).__name__} ("]
         for i, group in enumerate(self.groups):
-            lines += [f"\tGroup {i}", f"\t    module: {group['module']}"]
+            lines += [f"\tGroup {i}", f"\t    module: {group.get('module')}"]
             lines += [f"\t    {key}: {group[key]}" for key in sorted(group) if key != "module"]
         return "\n".join([*lines, ")"])
+
+
+def _tensor_of(model: nn.Module, name: str) -> Tensor | None:
+    """The tensor of that name, beneath its mask if it has one; None where there is none."""
+    info = get_arg_info_from_tensor_fqn(model, name)
+    module, attribute = info["module"], info["tensor_name"]
+    if not isinstance(module, nn.Module) or not hasattr(module, attribute):
+        return None
+    tensor = Target(name, [(module, attribute)], Mask(torch.empty(0))).original
+    return tensor if isinstance(tensor, Tensor) else None
+
+
+def _check_shape(name: str, tensor: Tensor, mask: Tensor) -> None:
+    if mask.shape != tensor.shape:
+        raise MaskError(
+            f"{name}: expected a mask of shape {tuple(tensor.shape)}, found {tuple(mask.shape)}"
+        )
 
 
 def _weights_of(model: nn.Module) -> list[str]:

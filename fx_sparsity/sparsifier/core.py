@@ -1,5 +1,6 @@
 """What model-bound and data sparsifiers share: named targets, their state, stepping, squashing."""
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -18,13 +19,16 @@ class SparsifierCore(ABC):
         defaults: configuration of every tensor that does not override it.
         state: name -> the live mask and whatever counters a subclass keeps.
         enable_mask_update: `step` does nothing while this is False.
+        steps: how often `step` was called.
     """
 
     def __init__(self, defaults: Mapping[str, Any] | None = None) -> None:
         self.defaults: dict[str, Any] = dict(defaults or {})
         self.state: dict[str, TensorState] = {}
         self.enable_mask_update = True
+        self.steps = 0
         self._targets: dict[str, Target] = {}
+        self._said_squashed = False
 
     # -- what subclasses supply ------------------------------------------------------------------
 
@@ -40,9 +44,14 @@ class SparsifierCore(ABC):
         """Raise if `config` cannot work for `tensor`. Called before anything is changed."""
         del name, tensor, config
 
+    def check_update(self, name: str) -> None:
+        """Raise if the mask of `name` cannot be computed. Called for all before any is changed."""
+        self.get_tensor(name)
+
     def check_updates(self, names: Sequence[str]) -> None:
-        """Raise if the mask of one of `names` cannot be computed. Called before any is changed."""
-        del names
+        """`check_update` for all of `names`: the place to ask a device about all of them at once."""
+        for name in names:
+            self.check_update(name)
 
     def pattern_of(self, config: Mapping[str, Any]) -> tuple[Pattern, float] | None:
         """Pattern and level that a configuration asks for; None where the method knows neither.
@@ -77,6 +86,7 @@ class SparsifierCore(ABC):
 
         Raises:
             ValueError: no tensor of that name, or the original is gone after squashing.
+            DetachedError: the sparsifier has no model.
         """
         target = self._target(name)
         if not return_original:
@@ -93,6 +103,7 @@ class SparsifierCore(ABC):
 
         Raises:
             ValueError: no tensor of that name.
+            DetachedError: the sparsifier has no model.
         """
         return self._target(name).original
 
@@ -100,19 +111,30 @@ class SparsifierCore(ABC):
         """Whether the zeros of a tensor are baked in."""
         return self._target(name).squashed
 
-    @torch.no_grad()
     def step(self) -> None:
         """Recompute every mask that is not squashed yet.
 
         Raises:
             ValueError: a tensor cannot be ranked (NaN); it is named, and no mask was changed.
+            DetachedError: the sparsifier has no model.
         """
+        self.steps += 1
         if not self.enable_mask_update:
             return
-        names = [name for name, target in self._targets.items() if not target.squashed]
-        self.check_updates(names)
-        for name in names:
-            self._update(name)
+        squashed = [name for name, target in self._targets.items() if target.squashed]
+        if squashed and not self._said_squashed:
+            self._said_squashed = True
+            warnings.warn(
+                f"step() leaves {len(squashed)} squashed tensors alone, such as {squashed[0]!r}",
+                stacklevel=2,
+            )
+        names = [name for name in self._targets if name not in squashed]
+        with torch.no_grad():
+            self.check_updates(names)
+            for name in names:
+                self._update(name)
+
+    # -- for the two bases -----------------------------------------------------------------------
 
     def _squash(self, names: Iterable[str]) -> None:
         for target in [self._target(name) for name in names]:
@@ -127,20 +149,15 @@ class SparsifierCore(ABC):
             )
         return self._targets[name]
 
-    def _add(self, targets: Sequence[Target]) -> None:
-        """Attach masks, all of them or none, and start their state."""
-        done: list[Target] = []
-        try:
-            for target in targets:
-                target.attach()
-                done.append(target)
-        except BaseException:
-            for target in done:
-                target.detach()
-            raise
-        for target in targets:
-            self._targets[target.name] = target
-            self.state[target.name] = TensorState(target.mask)
+    def _register(self, target: Target, counters: dict[str, Any] | None = None) -> None:
+        """Take a target, attached already, under this sparsifier."""
+        self._targets[target.name] = target
+        self.state[target.name] = TensorState(target.mask, counters)
+
+    def _forget(self, name: str) -> None:
+        """Take a target's mask off, without applying it, and drop it."""
+        self._targets.pop(name).detach()
+        del self.state[name]
 
 
 def roles_of(config: Mapping[str, Any], ndim: int) -> tuple[Role, ...]:

@@ -3,28 +3,29 @@
 import copy
 import warnings
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fx_sparsity.sparsifier.core import SparsifierCore
 from fx_sparsity.sparsifier.mask import Mask
+from fx_sparsity.sparsifier.state import load_entry, save_entry
 from fx_sparsity.sparsifier.target import MaskError, Target, check_maskable
 
 Data = Tensor | nn.Parameter | nn.Embedding | nn.EmbeddingBag
 
 
-class _Holder(nn.Module):
-    """Gives a bare tensor the module that a parametrization needs; holds it, does not copy it."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("data", tensor)
+class _Container(nn.Module):
+    """Gives bare tensors the module that parametrizations need; holds them, does not copy them."""
 
 
 class BaseDataSparsifier(SparsifierCore):
     """Base class of every sparsifier that works on tensors. Override `update_mask`.
+
+    Deep copies and pickles are independent of the original and work on.
 
     Args:
         data_list: (name, data) pairs; data as in `add_data`.
@@ -34,9 +35,12 @@ class BaseDataSparsifier(SparsifierCore):
         data_groups: name -> merged configuration.
     """
 
-    def __init__(self, data_list: Iterable[tuple[str, Data]] | None = None, **defaults: Any):
+    def __init__(
+        self, data_list: Iterable[tuple[str, Data]] | None = None, **defaults: Any
+    ) -> None:
         super().__init__(defaults)
         self.data_groups: dict[str, dict[str, Any]] = {}
+        self._container = _Container()
         for name, data in data_list or ():
             self.add_data(name, data)
 
@@ -68,36 +72,34 @@ class BaseDataSparsifier(SparsifierCore):
             TypeError: data of another type.
             MaskError: not floating, or the old mask does not fit; nothing was changed.
         """
-        tensor = data.weight if isinstance(data, nn.Embedding | nn.EmbeddingBag) else data
+        tensor = self._extract_weight(data)
         if not isinstance(tensor, Tensor):
             raise TypeError(
                 f"{name}: expected a tensor, a parameter, an embedding or an embedding bag, "
                 f"found {type(data).__name__}"
             )
         old = self._targets.get(name)
-        merged = {**copy.deepcopy(self.defaults if old is None else self.data_groups[name])}
+        merged = copy.deepcopy(self.defaults if old is None else self.data_groups[name])
         merged.update(config)
         mask = merged.pop("mask", None)
-        if mask is None:
-            mask = (
-                old.mask.mask if old is not None and reuse_mask else tensor.new_ones(tensor.shape)
-            )
-        if mask.shape != tensor.shape:
+        if mask is None and old is not None and reuse_mask:
+            mask = old.mask.mask
+        if mask is not None and mask.shape != tensor.shape:
             raise MaskError(
                 f"{name}: to retain the old mask, the shape of the new data must be the same: "
                 f"expected {tuple(mask.shape)}, found {tuple(tensor.shape)}; "
                 "or pass reuse_mask=False"
             )
-        holder = _Holder(tensor)
-        check_maskable(name, holder, "data")
+        self._check(name, tensor)
         self.check_config(name, tensor, merged)
         if old is not None:
             warnings.warn(
                 f"replacing existing data of the name {name!r}; did you mean another name?",
                 stacklevel=2,
             )
-            old.detach()
-        self._add([Target(name, [(holder, "data")], Mask(mask))])
+            self._forget(name)
+        first = Mask(torch.ones_like(tensor) if mask is None else mask)
+        self._register(self._hold(name, tensor, first))
         self.data_groups[name] = merged
         return self.get_data(name, return_original=False)
 
@@ -126,8 +128,103 @@ class BaseDataSparsifier(SparsifierCore):
                 target.detach()
                 target.squashed = True
 
+    def state_dict(self) -> dict[str, Any]:
+        """Masks, configurations and data.
+
+        Returns:
+            `state`: name -> mask and counters; `data_groups`: name -> configuration; `_container`:
+            the tensors themselves, not copied. Only plain types and tensors, so that
+            `torch.load(weights_only=True)` reads it.
+        """
+        container = {}
+        for name, target in self._targets.items():
+            attribute = _attribute(name)
+            key = attribute if target.squashed else f"parametrizations.{attribute}.original"
+            container[key] = target.original
+        return {
+            "state": {name: save_entry(t, self.state[name]) for name, t in self._targets.items()},
+            "data_groups": copy.deepcopy(self.data_groups),
+            "_container": container,
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> None:
+        """Restore what `state_dict` saved, into a fresh or a used sparsifier.
+
+        A tensor that is held under the same name, shape and dtype receives the values in place, so
+        that whoever else holds it sees them; otherwise a copy is held.
+
+        Args:
+            state_dict: not changed, and not aliased afterwards.
+            strict: what the sparsifier held before is dropped; False keeps the other names.
+
+        Raises:
+            ValueError: an entry without configuration or data, or with a mask that does not fit;
+                nothing was changed.
+        """
+        loaded = list(_parse(state_dict))
+        kept: dict[str, Tensor] = {}
+        for name in self.names:
+            if strict or name in state_dict["state"]:
+                kept[name] = self.get_tensor(name)
+                self._drop(name)
+        for entry in loaded:
+            tensor = kept.get(entry.name)
+            if tensor is None or (tensor.shape, tensor.dtype) != (
+                entry.data.shape,
+                entry.data.dtype,
+            ):
+                tensor = entry.data.detach().clone()
+                if isinstance(entry.data, nn.Parameter):
+                    tensor = nn.Parameter(tensor, entry.data.requires_grad)
+            else:
+                with torch.no_grad():
+                    tensor.copy_(entry.data)
+            self._hold_entry(entry, tensor)
+
+    def _extract_weight(self, data: Data) -> Tensor:
+        return data.weight if isinstance(data, nn.Embedding | nn.EmbeddingBag) else data
+
+    def _check(self, name: str, tensor: Tensor) -> None:
+        probe = _Container()
+        probe.register_buffer("data", tensor)
+        check_maskable(name, probe, "data")
+
+    def _hold(self, target_name: str, tensor: Tensor, mask: Mask, squashed: bool = False) -> Target:
+        attribute = _attribute(target_name)
+        # As a buffer: registering a parameter would give the container its own copy.
+        self._container.register_buffer(attribute, tensor)
+        target = Target(target_name, [(self._container, attribute)], mask, squashed=squashed)
+        if not squashed:
+            target.attach()
+        return target
+
+    def _hold_entry(self, entry: "_Entry", tensor: Tensor) -> None:
+        target = self._hold(entry.name, tensor, Mask(entry.mask.to(tensor.device)), entry.squashed)
+        self._register(target, entry.counters)
+        self.data_groups[entry.name] = copy.deepcopy(entry.config)
+
+    def _forget(self, name: str) -> None:
+        super()._forget(name)
+        delattr(self._container, _attribute(name))
+
+    def _drop(self, name: str) -> None:
+        self._forget(name)
+        del self.data_groups[name]
+
     def _update(self, name: str) -> None:
         self.update_mask(name, self.get_data(name), **self.data_groups[name])
+
+    def __getstate__(self) -> dict[str, Any]:
+        bound = ("_container", "_targets", "state", "data_groups")
+        attributes = {key: value for key, value in self.__dict__.items() if key not in bound}
+        return {"attributes": attributes, "state_dict": self.state_dict()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state["attributes"])
+        self._container, self._targets = _Container(), {}
+        self.state, self.data_groups = {}, {}
+        for entry in _parse(state["state_dict"]):
+            self._hold_entry(entry, entry.data)
 
     def __repr__(self) -> str:
         lines = [f"{type(self).__name__} ("]
@@ -135,3 +232,49 @@ class BaseDataSparsifier(SparsifierCore):
             lines += ["\tData Group", f"\t    name: {name}"]
             lines += [f"\t    {key}: {config[key]}" for key in sorted(config)]
         return "\n".join([*lines, ")"])
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One tensor of a state dict."""
+
+    name: str
+    data: Tensor
+    config: dict[str, Any]
+    mask: Tensor
+    squashed: bool
+    counters: dict[str, Any]
+
+
+def _parse(state_dict: Mapping[str, Any]) -> Iterator[_Entry]:
+    """The entries of a state dict, each complete.
+
+    Raises:
+        ValueError: an entry without configuration or data, or with a mask that does not fit.
+    """
+    container = state_dict["_container"]
+    for name, saved in state_dict["state"].items():
+        attribute = _attribute(name)
+        data = container.get(f"parametrizations.{attribute}.original", container.get(attribute))
+        config = state_dict["data_groups"].get(name)
+        if data is None or config is None:
+            what = "data" if data is None else "configuration"
+            raise ValueError(f"error loading {name}: the state has no {what} for it")
+        mask, _, counters = load_entry(saved)
+        mask = torch.ones_like(data) if mask is None else mask
+        if mask.shape != data.shape:
+            raise ValueError(
+                f"error loading {name}: expected a mask of shape {tuple(data.shape)}, "
+                f"found {tuple(mask.shape)}"
+            )
+        yield _Entry(name, data, config, mask, attribute in container, counters)
+
+
+_TAKEN = frozenset(dir(nn.Module())) | frozenset(dir(nn.ModuleDict()))
+
+
+def _attribute(name: str) -> str:
+    """The container's attribute for a name: itself, or an encoding where it could not be one."""
+    if name and "." not in name and name not in _TAKEN and not name.startswith(("hex:", "_")):
+        return name
+    return f"hex:{name.encode().hex()}"

@@ -1,6 +1,6 @@
 """Where a masked tensor lives: every module and name that holds it, and the one mask over them."""
 
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,13 +15,18 @@ class MaskError(ValueError):
     """A tensor cannot be masked as asked; nothing was changed."""
 
 
+class DetachedError(RuntimeError):
+    """A sparsifier was copied or loaded without its model, and was asked to work on it."""
+
+
 @dataclass
 class Target:
     """One tensor under a mask.
 
     Attributes:
         name: FQN in the model, or the name given to `add_data`.
-        owners: every (module, attribute) that holds the tensor; several where it is tied.
+        owners: every (module, attribute) that holds the tensor; several where it is tied, none
+            where the sparsifier is detached from its model.
         mask: shared by all owners.
         in_graph: the mask is applied by a node of the owning `GraphModule`, not by a
             parametrization.
@@ -36,18 +41,23 @@ class Target:
 
     @property
     def original(self) -> Tensor:
-        """The tensor beneath the mask."""
+        """The tensor beneath the mask.
+
+        Raises:
+            DetachedError: there is no model.
+        """
+        if not self.owners:
+            raise DetachedError(f"{self.name}: detached from its model; `attach(model)` binds it")
         module, attribute = self.owners[0]
-        if not self.squashed and not self.in_graph:
+        if parametrize.is_parametrized(module, attribute):
             return module.parametrizations[attribute].original  # type: ignore[union-attr, index]
         return getattr(module, attribute)
 
     @property
     def masked(self) -> Tensor:
         """The tensor as the model sees it."""
-        if self.in_graph and not self.squashed:
-            return self.mask(self.original)
-        return getattr(self.owners[0][0], self.owners[0][1])
+        original = self.original
+        return original if self.squashed else self.mask(original)
 
     def attach(self) -> None:
         """Put the parametrization on every owner; all or none of them."""
@@ -68,6 +78,8 @@ class Target:
         if self.in_graph or self.squashed:
             return
         for module, attribute in self.owners:
+            if mask_on(module, attribute) is not self.mask:
+                continue  # taken off through another sparsifier that shares it
             parametrize.remove_parametrizations(module, attribute, leave_parametrized=False)
 
     def squash(self) -> None:
@@ -77,6 +89,19 @@ class Target:
         self.mask.bake(self.original)
         self.detach()
         self.squashed = True
+
+
+def attach_all(targets: Sequence[Target]) -> None:
+    """Attach every target, or none."""
+    done: list[Target] = []
+    try:
+        for target in targets:
+            target.attach()
+            done.append(target)
+    except BaseException:
+        for target in done:
+            target.detach()
+        raise
 
 
 def check_maskable(name: str, module: nn.Module, attribute: str) -> Tensor:
@@ -98,13 +123,29 @@ def check_maskable(name: str, module: nn.Module, attribute: str) -> Tensor:
     return tensor
 
 
+def mask_on(module: nn.Module, attribute: str) -> Mask | None:
+    """The mask that parametrizes `module.attribute`, if one does."""
+    if not parametrize.is_parametrized(module, attribute):
+        return None
+    found = [p for p in module.parametrizations[attribute] if isinstance(p, Mask)]  # type: ignore[index]
+    return found[0] if found else None
+
+
 def owners_by_identity(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
-    """Every (module, attribute) of a model's parameters and buffers, grouped by tensor identity."""
+    """Every (module, attribute) of a model's parameters and buffers, grouped by tensor identity.
+
+    A parametrized tensor is listed under the module and name that it is known by.
+    """
     owners: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
+        if isinstance(module, parametrize.ParametrizationList):
+            continue
         for attribute, tensor in [*module._parameters.items(), *module._buffers.items()]:
             if tensor is not None:
                 owners.setdefault(id(tensor), []).append((module, attribute))
+        for attribute, entry in getattr(module, "parametrizations", {}).items():
+            if entry.is_tensor:  # a single original, as beneath a mask
+                owners.setdefault(id(entry.original), []).append((module, attribute))
     return owners
 
 
@@ -115,29 +156,39 @@ class TensorState(MutableMapping[str, Any]):
     `.half()` replaced the buffer; writing it copies in place, in the mask's own dtype.
     """
 
-    def __init__(self, mask: Mask) -> None:
+    def __init__(self, mask: Mask, counters: dict[str, Any] | None = None) -> None:
         self._mask = mask
-        self._values: dict[str, Any] = {}
+        self.counters: dict[str, Any] = dict(counters or {})
 
     def __getitem__(self, key: str) -> Any:
-        return self._mask.mask if key == "mask" else self._values[key]
+        return self._mask.mask if key == "mask" else self.counters[key]
 
     def __setitem__(self, key: str, value: Any) -> None:
         if key != "mask":
-            self._values[key] = value
+            self.counters[key] = value
             return
         with torch.no_grad():
             self._mask.mask.copy_(value)
 
     def __delitem__(self, key: str) -> None:
-        del self._values[key]
+        del self.counters[key]
 
     def __iter__(self) -> Iterator[str]:
         yield "mask"
-        yield from self._values
+        yield from self.counters
 
     def __len__(self) -> int:
-        return 1 + len(self._values)
+        return 1 + len(self.counters)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, TensorState):
+            return NotImplemented
+        same_mask = self["mask"].shape == other["mask"].shape and torch.equal(
+            self["mask"], other["mask"].to(self["mask"].device)
+        )
+        return same_mask and self.counters == other.counters
+
+    __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
         return repr(dict(self))

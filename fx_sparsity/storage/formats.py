@@ -65,7 +65,7 @@ class Bitmask:
     def encode(self, tensor: Tensor) -> dict[str, Tensor]:
         """See `Format.encode`."""
         stored = _has_bits(tensor)
-        return {"bitmask": pack_bits(stored), "values": tensor[stored]}
+        return {"bitmask": pack_bits(stored), "values": _bits(tensor)[stored].view(tensor.dtype)}
 
     def decode(self, parts: Mapping[str, Tensor], shape: Sequence[int], name: str) -> Tensor:
         """See `Format.decode`."""
@@ -83,7 +83,7 @@ class Bitmask:
                 f"{name}: expected {int(stored.sum())} values, found shape {tuple(values.shape)}"
             )
         tensor = torch.zeros(tuple(shape), dtype=values.dtype)
-        tensor[stored] = values
+        _bits(tensor)[stored] = _bits(values)
         return tensor
 
 
@@ -93,14 +93,19 @@ FORMATS: dict[str, Format] = {"dense": Dense(), "bitmask": Bitmask()}
 
 def smallest_format(tensor: Tensor) -> str:
     """Name of the format that stores `tensor` in the fewest bytes, dense among equals."""
+    if tensor.is_complex():
+        return "dense"
     return min(FORMATS, key=lambda name: FORMATS[name].size(tensor))
 
 
 def _has_bits(tensor: Tensor) -> Tensor:
+    return _bits(tensor) != 0
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """The same elements as integers: exact, and for every dtype there are kernels for those."""
     integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    if tensor.is_complex():
-        return tensor != 0
-    return tensor.contiguous().view(integer[tensor.element_size()]) != 0
+    return tensor.contiguous().view(integer[tensor.element_size()])
 
 
 def _expect(name: str, form: str, parts: Mapping[str, Tensor], wanted: Sequence[str]) -> None:

@@ -186,16 +186,24 @@ def test_a_refused_prepare_changes_nothing(kind, mapping, inputs, error):
 
 
 @pytest.mark.parametrize("kind", [as_module, as_exported, as_traced])
-def test_preparing_twice_is_refused_and_changes_nothing(kind):
+def test_preparing_is_idempotent_and_another_sparsifier_takes_over(kind):
     model, inputs = make("sequential")
     subject = kind(model, inputs)
-    fxs.prepare(subject, fxs.WeightNormSparsifier(), inputs, HALF)
+    first = fxs.WeightNormSparsifier()
+    fxs.prepare(subject, first, inputs, HALF)
+    first.step()
     before = snapshot(subject)
-    again = fxs.WeightNormSparsifier()
-    with pytest.raises(fxs.MaskError, match=r"0.weight is already"):
-        fxs.prepare(subject, again, inputs, HALF)
+    fxs.prepare(subject, first, inputs, HALF)
     assert_unchanged(subject, before)
-    assert again.names == []
+    assert len(first.groups) == 2
+    second = fxs.WeightNormSparsifier()
+    fxs.prepare(subject, second, inputs, fxs.SparsityMapping().set_global("2:4"))
+    assert_unchanged(subject, before)
+    second.step()
+    plain, record = fxs.squash(subject, second)
+    assert {mask.pattern for mask in record.values()} == {"2:4"}
+    assert plain.get_parameter("0.weight").eq(0).view(-1, 4).sum(1).eq(2).all()
+    first.squash_mask()
 
 
 def test_squash_wants_the_model_that_was_prepared():

@@ -121,6 +121,22 @@ def test_dead_weights_and_partial_mappings(backend):
     assert [row.fqn for row in verification.raise_if_lost()] == ["body.weight"]
 
 
+def test_functional_linears_are_quantized_in_a_graph():
+    class Functional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = (nn.Parameter(torch.randn(8, 8)) for _ in range(2))
+
+        def forward(self, x):
+            linear = nn.functional.linear
+            return linear(nn.functional.relu(linear(x, self.first)), self.second)
+
+    torch.manual_seed(0)
+    for order in ORDERS:
+        _, verification = flow(Functional(), (torch.randn(2, 8),), "pt2e", order, "2:4")
+        assert [row.quantized for row in verification.raise_if_lost()] == [True, True]
+
+
 def test_stock_embedding_zero_points_are_refused_when_masking_codes():
     from torch.ao import quantization as tq
 

@@ -93,3 +93,53 @@ def test_bad_selections_change_nothing():
             model, DataNormSparsifier, select_embeddings=[nn.Embedding(2, 4)]
         )
     assert [type(m) for m in model.modules()] == kinds
+
+
+@pytest.mark.parametrize("sparsify_first", [True, False])
+@pytest.mark.parametrize("mode", ["sum", "mean"])
+@pytest.mark.parametrize("padding", [None, 3])
+@pytest.mark.parametrize("last", [False, True])
+def test_bags_reduce_as_they_did(sparsify_first, mode, padding, last):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.EmbeddingBag(
+            20, 8, mode=mode, padding_idx=padding, max_norm=2.0, include_last_offset=last
+        )
+    )
+    dense = copy.deepcopy(model)
+    post_training_sparse_quantize(model, DataNormSparsifier, sparsify_first, sparsity_level=0.5)
+    (table,) = read_weights(model)
+    dense[0].max_norm = None
+    dense[0].weight.data = table.dequantize()
+    index = torch.tensor([1, 3, 5, 3, 3, 7, 9, 11])
+    offsets = torch.tensor([0, 2, 2, 5] + ([8] if last else []))
+    close = {"rtol": 1e-4, "atol": 1e-4}
+    torch.testing.assert_close(model[0](index, offsets), dense[0](index, offsets), **close)
+    bags = index.view(4, 2).expand(4, 2)
+    torch.testing.assert_close(model(bags), dense(bags), **close)
+    if mode == "sum":
+        weights = torch.rand(8)
+        torch.testing.assert_close(
+            model[0](index, offsets, per_sample_weights=weights),
+            dense[0](index, offsets, per_sample_weights=weights),
+            **close,
+        )
+
+
+def test_max_norm_is_what_lookups_saw():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(10, 8, max_norm=1.0))
+    index = torch.arange(10)
+    expected = copy.deepcopy(model)(index)
+    post_training_sparse_quantize(model, DataNormSparsifier, sparsity_level=0.0)
+    torch.testing.assert_close(model(index), expected, rtol=0, atol=0.01)
+    assert model[0].max_norm == 1.0
+
+
+def test_a_bag_of_maxima_is_refused_unchanged():
+    from fx_sparsity.quantization import BackendError
+
+    model = nn.Sequential(nn.EmbeddingBag(10, 8, mode="max"))
+    with pytest.raises(BackendError, match="0: expected an EmbeddingBag of mode 'sum' or 'mean'"):
+        post_training_sparse_quantize(model, DataNormSparsifier)
+    assert type(model[0]) is nn.EmbeddingBag

@@ -137,7 +137,7 @@ def test_squash_leaves_sparse_params_where_asked():
             "0.weight is the same tensor as",
         ),
         ([{"tensor_fqn": "0.weight"}, {"tensor_fqn": "1"}], "1 is not a tensor"),
-        ([{"tensor_fqn": "0.weight"}, {"level": 1}], "needs a `tensor_fqn`"),
+        ([{"tensor_fqn": "0.weight"}, {"level": 1}], "a dict with a `tensor_fqn`"),
         (
             [{"tensor_fqn": "0.weight", "mask": torch.ones(2)}],
             r"0.weight: expected a mask of shape",
@@ -170,8 +170,8 @@ def test_integer_and_parametrized_tensors_are_refused_by_name():
     model.register_buffer("codes", torch.zeros(4, 4, dtype=torch.int8))
     with pytest.raises(MaskError, match="codes has dtype torch.int8"):
         WeightNormSparsifier().prepare(model, [{"tensor_fqn": "codes"}])
-    WeightNormSparsifier().prepare(model)
-    with pytest.raises(MaskError, match="weight is already parametrized by Mask"):
+    nn.utils.parametrizations.weight_norm(model)
+    with pytest.raises(MaskError, match="weight is already parametrized by _WeightNorm"):
         WeightNormSparsifier().prepare(model)
 
 

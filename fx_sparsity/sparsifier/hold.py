@@ -1,0 +1,66 @@
+"""Fine-tuning a squashed model: the zeros stay zero, whatever the optimizer does."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from fx_sparsity.sparsifier.record import SparsityRecord
+from fx_sparsity.sparsifier.target import MaskError
+from fx_sparsity.sparsifier.utils import fqn_to_module
+
+
+class Hold:
+    """Keeps masked values at zero after every step of an optimizer; see `hold`."""
+
+    def __init__(self, optimizer: Optimizer, pruned: dict[str, tuple[Tensor, Tensor]]) -> None:
+        self._optimizer = optimizer
+        self._pruned = pruned
+        self._hook = optimizer.register_step_post_hook(self._after_step)
+        self.apply()
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Zero every masked value and its optimizer state now, as after a merge of LoRA factors."""
+        for weight, pruned in self._pruned.values():
+            weight.masked_fill_(pruned, 0)
+            for value in self._optimizer.state.get(weight, {}).values():
+                if isinstance(value, Tensor) and value.shape == weight.shape:
+                    value.masked_fill_(pruned, 0)
+
+    def remove(self) -> None:
+        """Let the optimizer go."""
+        self._hook.remove()
+
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        del optimizer, args, kwargs
+        self.apply()
+
+
+def hold(optimizer: Optimizer, model: nn.Module, record: SparsityRecord) -> Hold:
+    """Keep the zeros of a squashed model through fine-tuning.
+
+    After every step of `optimizer` (also one that a `GradScaler` takes) the masked values are set
+    to zero again, and so is their momentum and variance, so that nothing leaks back. Zeroes once
+    right away.
+
+    Args:
+        optimizer: holds the model's parameters.
+        model: squashed.
+        record: what `squash` returned.
+
+    Raises:
+        MaskError: a recorded weight that the model or the optimizer lacks, or of another shape.
+    """
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    pruned = {}
+    for name, mask in record.items():
+        weight = fqn_to_module(model, name)
+        if not isinstance(weight, Tensor) or tuple(weight.shape) != mask.shape:
+            found = tuple(weight.shape) if isinstance(weight, Tensor) else "nothing"
+            raise MaskError(f"{name}: expected a weight of shape {mask.shape}, found {found}")
+        if id(weight) not in held:
+            raise MaskError(f"{name} is not among the optimizer's parameters; is it still masked?")
+        pruned[name] = (weight, ~mask.keep.to(weight.device))
+    return Hold(optimizer, pruned)

@@ -49,7 +49,7 @@ class SparsifierCore(ABC):
         self.get_tensor(name)
 
     def check_updates(self, names: Sequence[str]) -> None:
-        """`check_update` for all of `names`: the place to ask a device about all of them at once."""
+        """`check_update` for all of `names`: the place to ask a device about them all at once."""
         for name in names:
             self.check_update(name)
 

@@ -1,7 +1,7 @@
 """The mask engine: weights or scores, a tiling and a level in; a mask out. Knows no model."""
 
 from fx_sparsity.masks.engine import compute_mask, contains_nan
-from fx_sparsity.masks.everywhere import global_masks
+from fx_sparsity.masks.global_level import global_masks
 from fx_sparsity.masks.holds import tiling_holds
 from fx_sparsity.masks.rank import Rank, ScoreError
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fx_sparsity._native import Library
 from fx_sparsity.masks.rank import Rank, ScoreError
@@ -47,15 +47,14 @@ def geometry(shape: Sequence[int], tiling: Tiling) -> Geometry | None:
 
 
 def covers(x: Tensor) -> bool:
-    """Whether the operators can read `x`, made contiguous."""
-    return (
-        x.device.type == "cpu" and x.dtype in _WEIGHTS and x.layout == torch.strided
-    ) and LIBRARY.ready()
+    """Whether the operators can read `x`, made contiguous; subclasses may not even have data."""
+    plain = type(x) in (Tensor, nn.Parameter) and x.layout == torch.strided
+    return plain and x.device.type == "cpu" and x.dtype in _WEIGHTS and LIBRARY.ready()
 
 
 def has_nan(x: Tensor) -> bool:
     """Whether `x`, which `covers` accepts, holds a NaN."""
-    return torch.ops.fx_sparsity_masks.has_nan(x.contiguous())
+    return torch.ops.fx_sparsity_masks.has_nan(x.detach().contiguous())
 
 
 def write_mask(x: Tensor, tiling: Tiling, level: float, rank: Rank, out: Tensor) -> bool:

@@ -10,6 +10,7 @@ already. Boolean masks are those of the graph pass; the classic ones have the we
 import argparse
 import ctypes
 import gc
+import os
 import statistics
 import time
 import warnings
@@ -226,7 +227,8 @@ def machine() -> str:
     path = "C++ kernels" if LIBRARY.ready() else LIBRARY.state()[1]
     return (
         f"{name}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads; "
-        f"torch {torch.__version__}; {path}; times in milliseconds"
+        f"torch {torch.__version__}; {path}; times in milliseconds; "
+        f"load {os.getloadavg()[0]:.1f} from elsewhere at the start"
     )
 
 

@@ -22,37 +22,39 @@ inline double score(T x) {
   return value;
 }
 
-// Keys of `count` blocks of `Width` columns (0: `width`) from the sums of their columns. True if a
-// mean is NaN.
-template <int Width, bool Signed>
-bool reduce_columns(
-    const double* sums, int64_t count, int64_t width, int64_t height, uint32_t* keys) {
-  bool nan = false;
-  for (int64_t b = 0; b < count; b++) {
-    double sum = 0;
-    if constexpr (Width > 0) {
-      for (int j = 0; j < Width; j++) sum += sums[b * Width + j];
-    } else {
-      const double* p = sums + b * width;
-      double part[8] = {};
-      int64_t j = 0;
-      for (; j + 8 <= width; j += 8) {
-        for (int l = 0; l < 8; l++) part[l] += p[j + l];
-      }
-      for (; j < width; j++) part[0] += p[j];
-      for (double x : part) sum += x;
-    }
-    const double mean = sum / double(height * width);
-    nan |= mean != mean;
-    keys[b] = mean_key<Signed>(mean);
+// Keys of `count` blocks of `width` columns from the sums of their columns, which are used up. `size`
+// turns a block's sum into its mean; where all blocks are of one size (0), sums rank as means do.
+// True if a mean is NaN.
+template <bool Signed>
+bool reduce_columns(double* sums, int64_t count, int64_t width, int64_t size, uint32_t* keys) {
+  for (; width % 2 == 0; width /= 2) {
+    const int64_t half = count * width / 2;
+#pragma GCC ivdep  // what is written was read before
+    for (int64_t i = 0; i < half; i++) sums[i] = sums[2 * i] + sums[2 * i + 1];
   }
-  return nan;
+  if (width > 1) {
+    for (int64_t b = 0; b < count; b++) {
+      double sum = sums[b * width];
+      for (int64_t j = 1; j < width; j++) sum += sums[b * width + j];
+      sums[b] = sum;
+    }
+  }
+  if (size) {
+    for (int64_t b = 0; b < count; b++) sums[b] /= double(size);
+  }
+  uint64_t nan = 0;
+  for (int64_t b = 0; b < count; b++) {
+    nan |= sums[b] != sums[b];
+    keys[b] = mean_key<Signed>(sums[b]);
+  }
+  return nan != 0;
 }
 
 // Keys of all block means, row-major over the grid. True if a mean is NaN.
 template <Norm N, class T>
 bool block_keys(const T* data, const Geometry& g, uint32_t* keys) {
   constexpr bool is_signed = N == Norm::value;
+  const bool ragged = g.height % g.block_height || g.width % g.block_width;
   std::atomic<bool> nan{false};
   for_each_strip(g, blocks_per_strip(g), [&](const Strip& s) {
     const int64_t wide = s.whole * g.block_width + s.ragged;
@@ -65,14 +67,11 @@ bool block_keys(const T* data, const Geometry& g, uint32_t* keys) {
       for (int64_t j = 0; j < wide; j++) sums[j] += score<N>(row[j]);
     }
     uint32_t* out = keys + s.block;
-    const auto reduce = g.block_width == 1 ? reduce_columns<1, is_signed>
-        : g.block_width == 2               ? reduce_columns<2, is_signed>
-        : g.block_width == 4               ? reduce_columns<4, is_signed>
-                                           : reduce_columns<0, is_signed>;
-    bool bad = reduce(sums, s.whole, g.block_width, s.height, out);
+    const int64_t size = ragged ? s.height * g.block_width : 0;
+    bool bad = reduce_columns<is_signed>(sums, s.whole, g.block_width, size, out);
     if (s.ragged) {
-      sums += s.whole * g.block_width;
-      bad |= reduce_columns<0, is_signed>(sums, 1, s.ragged, s.height, out + s.whole);
+      double* rest = sums + s.whole * g.block_width;
+      bad |= reduce_columns<is_signed>(rest, 1, s.ragged, s.height * s.ragged, out + s.whole);
     }
     if (bad) nan.store(true, std::memory_order_relaxed);
   });

@@ -134,28 +134,38 @@ int64_t gather_between(
   return found;
 }
 
-// The threshold that drops the `k` smallest of `n` keys, 0 < k <= n. A sample brackets it; one pass
-// gathers what the bracket holds. Where the bracket misses or holds too much (ties), it is counted.
-template <class Source>
-Threshold threshold_of(Source source, int64_t n, int64_t k) {
-  if (n <= 4 * kSample) {
-    std::vector<uint32_t> all(n);
-    for (int64_t i = 0; i < n; i++) all[i] = source[i];
-    return threshold_of_buffer(all.data(), n, k);
-  }
-  std::vector<uint32_t> sample(kSample);
-  const double stride = double(n) / kSample;
-  for (int64_t i = 0; i < kSample; i++) sample[i] = source[int64_t(i * stride)];
-  const double share = double(k) / double(n);
-  const int64_t spread = int64_t(4 * std::sqrt(kSample * share * (1 - share))) + 2;
-  const int64_t middle = int64_t(share * kSample);
-  const int64_t first = std::clamp<int64_t>(middle - spread, 0, kSample);
-  const int64_t last = std::clamp<int64_t>(middle + spread, 0, kSample);
-  const uint32_t low = first < 1 ? 0 : threshold_of_buffer(sample.data(), kSample, first).key;
-  for (int64_t i = 0; i < kSample; i++) sample[i] = source[int64_t(i * stride)];
-  const uint32_t high =
-      last >= kSample ? UINT32_MAX : threshold_of_buffer(sample.data(), kSample, last).key;
+// Keys low..high that very likely hold the k-th smallest of `n`: four standard deviations to
+// either side of its place in a sample.
+struct Bracket {
+  uint32_t low = 0, high = UINT32_MAX;
+};
 
+template <class Source>
+Bracket bracket_of(Source source, int64_t n, int64_t k) {
+  std::vector<uint32_t> sample(kSample);
+  const double stride = double(n) / kSample, share = double(k) / double(n);
+  const double spread = 4 * std::sqrt(kSample * share * (1 - share)) + 2;
+  const int64_t first = int64_t(share * kSample - spread);
+  const int64_t last = int64_t(share * kSample + spread);
+  const auto key_of_rank = [&](int64_t rank) {
+    for (int64_t i = 0; i < kSample; i++) sample[i] = source[int64_t(double(i) * stride)];
+    return threshold_of_buffer(sample.data(), kSample, rank).key;
+  };
+  Bracket bracket;
+  if (first > 0) bracket.low = key_of_rank(first);
+  if (last < kSample) bracket.high = key_of_rank(last);
+  return bracket;
+}
+
+// The keys of a bracket, and how many lie below it. Given up where they are more than an eighth.
+struct Candidates {
+  std::vector<uint32_t> keys;
+  int64_t below = 0;
+  bool complete = true;
+};
+
+template <class Source>
+Candidates candidates_of(Source source, int64_t n, Bracket bracket) {
   std::vector<std::vector<uint32_t>> found(chunks_of(n));
   std::atomic<int64_t> below{0};
   std::atomic<bool> crowded{false};
@@ -164,20 +174,33 @@ Threshold threshold_of(Source source, int64_t n, int64_t k) {
     int64_t less = 0;
     for (int64_t c = begin; c < end && !crowded.load(std::memory_order_relaxed); c++) {
       const int64_t stop = std::min(n, (c + 1) * kChunk);
-      const int64_t count =
-          gather_between(source, c * kChunk, stop, low, high, buffer.data(), less);
+      const int64_t count = gather_between(
+          source, c * kChunk, stop, bracket.low, bracket.high, buffer.data(), less);
       if (count > kChunk / 8) crowded.store(true, std::memory_order_relaxed);
       found[c].assign(buffer.data(), buffer.data() + count);
     }
     below += less;
   });
-  if (!crowded) {
-    std::vector<uint32_t> candidates;
-    for (const auto& part : found) candidates.insert(candidates.end(), part.begin(), part.end());
-    const int64_t rank = k - below;
-    if (rank >= 1 && rank <= int64_t(candidates.size())) {
-      return threshold_of_buffer(candidates.data(), candidates.size(), rank);
-    }
+  Candidates candidates{{}, below, !crowded};
+  for (const auto& part : found) {
+    candidates.keys.insert(candidates.keys.end(), part.begin(), part.end());
+  }
+  return candidates;
+}
+
+// The threshold that drops the `k` smallest of `n` keys, 0 < k <= n. A sample brackets it, and one
+// pass gathers what the bracket holds. Where it misses, or holds too much (ties), keys are counted.
+template <class Source>
+Threshold threshold_of(Source source, int64_t n, int64_t k) {
+  if (n <= 4 * kSample) {
+    std::vector<uint32_t> all(n);
+    for (int64_t i = 0; i < n; i++) all[i] = source[i];
+    return threshold_of_buffer(all.data(), n, k);
+  }
+  Candidates candidates = candidates_of(source, n, bracket_of(source, n, k));
+  const int64_t rank = k - candidates.below, count = int64_t(candidates.keys.size());
+  if (candidates.complete && rank >= 1 && rank <= count) {
+    return threshold_of_buffer(candidates.keys.data(), count, rank);
   }
   return threshold_by_counting(source, n, k);
 }

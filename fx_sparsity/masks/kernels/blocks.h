@@ -22,9 +22,9 @@ inline double score(T x) {
   return value;
 }
 
-// Keys of `count` blocks of `width` columns from the sums of their columns, which are used up. `size`
-// turns a block's sum into its mean; where all blocks are of one size (0), sums rank as means do.
-// True if a mean is NaN.
+// Keys of `count` blocks of `width` columns from the sums of their columns, which are used up.
+// `size` turns a block's sum into its mean; where all blocks are of one size (0), sums rank as
+// means do. True if a mean is NaN.
 template <bool Signed>
 bool reduce_columns(double* sums, int64_t count, int64_t width, int64_t size, uint32_t* keys) {
   for (; width % 2 == 0; width /= 2) {
@@ -81,7 +81,8 @@ bool block_keys(const T* data, const Geometry& g, uint32_t* keys) {
 // One row of a mask: each block's value `Width` times (0: `width`).
 template <int Width, class Out>
 void expand_row(
-    const uint32_t* keys, int64_t first, int64_t count, int64_t width, Cut cut, Out one, Out* mask) {
+    const uint32_t* keys, int64_t first, int64_t count, int64_t width, Cut cut, Out one,
+    Out* mask) {
   const int64_t size = Width > 0 ? Width : width;
   for (int64_t b = 0; b < count; b++) {
     const Out value = cut.drops(keys[b], first + b) ? Out(0) : one;

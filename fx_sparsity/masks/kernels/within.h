@@ -87,7 +87,8 @@ inline void store_mask16(uint32_t* mask, __mmask16 keep, uint32_t one) {
 // Contiguous groups of `Group` = 2, 4, 8 or 16 elements, 16 elements at a time: each element meets
 // its group by rotation. `count` is a multiple of 16.
 template <int Group, class Source, class Out>
-void drop_in_registers(Source source, int64_t at, int64_t count, int64_t zeros, Out one, Out* mask) {
+void drop_in_registers(
+    Source source, int64_t at, int64_t count, int64_t zeros, Out one, Out* mask) {
   __m512i partner[Group];
   __m512i earlier[Group];
   for (int r = 1; r < Group; r++) {

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from torch import Tensor
+
 Role = Literal["out", "in", "row", "dim", "kernel", "batch"]
 Remainder = Literal["error", "dense", "pad"]
 
@@ -35,13 +37,14 @@ class Tiling:
     blocks)` of them are chosen, lowest mean score first, and from each chosen block go:
 
     - `zeros="all"`: every element (block sparsity; unstructured where every extent is 1);
-    - an integer: that many, lowest score first (the classic `zeros_per_block`);
+    - an integer: that many, lowest score first, or all of a ragged block that has no more (the
+      classic `zeros_per_block`);
     - `zeros="level"`: here every block is chosen, and loses `round(level * elements)` of its own
       elements (N:M, and unstructured per output row).
 
     `remainder` rules axes that an extent does not divide: `"pad"` makes the ragged edge a block of
-    the elements it really has, the missing ones counted among its zeros; `"dense"` never prunes
-    the edge; `"error"` refuses the weight.
+    the elements it really has, the missing ones counted among its zeros where `zeros` is
+    `"level"`; `"dense"` never prunes the edge; `"error"` refuses the weight.
     """
 
     extents: tuple[int, ...]
@@ -59,11 +62,13 @@ class Tiling:
             return tuple(s // e for s, e in zip(shape, self.extents, strict=True))
         return tuple(-(-s // e) for s, e in zip(shape, self.extents, strict=True))
 
-    def zeros_in_chosen(self, level: float) -> int:
-        """Zeros that a chosen whole block has."""
+    def zeros_in_chosen(self, level: float, real: Tensor) -> Tensor:
+        """Zeros that chosen blocks have, each of which has `real` elements inside the weight."""
         if self.zeros == "all":
-            return self.block_size
-        return round(level * self.block_size) if self.zeros == "level" else self.zeros
+            return real
+        if self.zeros == "level":
+            return (round(level * self.block_size) - (self.block_size - real)).clamp(min=0)
+        return real.clamp(max=self.zeros)
 
     def chosen(self, level: float, blocks: int) -> int:
         """How many of `blocks` are chosen."""

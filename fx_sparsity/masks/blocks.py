@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from fx_sparsity.patterns import Tiling
+
 _SLAB = 1 << 20  # elements
 
 
@@ -55,3 +57,8 @@ def real_elements(shape: Sequence[int], extents: Sequence[int], device: torch.de
         starts = torch.arange(0, size, extent, device=device)
         counts = counts.unsqueeze(-1) * (size - starts).clamp(max=extent)
     return counts.reshape(-1)
+
+
+def zeros_of_whole(tiling: Tiling, level: float) -> int:
+    """Zeros that a chosen block has if it lies wholly inside the weight."""
+    return int(tiling.zeros_in_chosen(level, torch.tensor(tiling.block_size)))

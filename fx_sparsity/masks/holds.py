@@ -21,6 +21,5 @@ def tiling_holds(zero: Tensor, tiling: Tiling, level: float) -> bool:
         zero = zero[tuple(slice(size) for size in extent)]
     sizes = real_elements(zero.shape, tiling.extents, zero.device)
     zeros = to_blocks(zero, tiling.extents, fill=0).sum(1)
-    missing = tiling.block_size - sizes
-    wanted = (tiling.zeros_in_chosen(level) - missing).clamp(min=0)
+    wanted = tiling.zeros_in_chosen(level, sizes)
     return int((zeros >= wanted).sum()) >= tiling.chosen(level, len(sizes))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fx_sparsity._native import Library
+from fx_sparsity.masks.blocks import zeros_of_whole
 from fx_sparsity.masks.rank import Rank, ScoreError
 from fx_sparsity.patterns import Tiling
 
@@ -106,4 +107,6 @@ def _write(
     if tiling.zeros == "all":
         ops.drop_blocks(keys, chosen, *shape, mask)
     else:
-        ops.drop_within(x, signed, tiling.zeros_in_chosen(level), keys, chosen, *shape, mask)
+        zeros = zeros_of_whole(tiling, level)
+        count_missing = tiling.zeros == "level"
+        ops.drop_within(x, signed, zeros, count_missing, keys, chosen, *shape, mask)

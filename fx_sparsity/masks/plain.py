@@ -6,7 +6,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fx_sparsity.masks.blocks import block_means, from_blocks, real_elements, to_blocks
+from fx_sparsity.masks.blocks import (
+    block_means,
+    from_blocks,
+    real_elements,
+    to_blocks,
+    zeros_of_whole,
+)
 from fx_sparsity.masks.rank import Rank, ScoreError
 from fx_sparsity.masks.select import k_smallest, k_smallest_per_row
 from fx_sparsity.patterns import Tiling
@@ -45,12 +51,11 @@ def _drop(x: Tensor, tiling: Tiling, level: float, rank: Rank) -> Tensor:
     if tiling.zeros == "all" and chosen is not None:
         return from_blocks(chosen.unsqueeze(1).expand(-1, tiling.block_size), shape, extents)
 
-    # The filling of a ragged block is ranked last, and taken off the count instead.
-    zeros: Tensor | int = tiling.zeros_in_chosen(level)
+    # The filling of a ragged block is ranked last: the counts are of real elements.
+    zeros: Tensor | int = zeros_of_whole(tiling, level)
     filling = None
     if any(size % extent for size, extent in zip(shape, extents, strict=True)):
-        missing = tiling.block_size - real_elements(shape, extents, x.device)
-        zeros = (zeros - missing).clamp(min=0)
+        zeros = tiling.zeros_in_chosen(level, real_elements(shape, extents, x.device))
         filling = ~to_blocks(torch.ones_like(x, dtype=torch.bool), extents, fill=False)
     if chosen is not None:
         zeros = zeros * chosen

@@ -17,7 +17,11 @@ def reference_mask(scores: np.ndarray, tiling, level: float) -> torch.Tensor:
     if (count := tiling.chosen(level, len(blocks))) < len(blocks):
         blocks.sort(key=lambda block: math.fsum(scores[i] for i in block) / len(block))
     for block in blocks[:count]:
-        zeros = tiling.zeros_in_chosen(level) - (tiling.block_size - len(block))
+        zeros = {"all": tiling.block_size, "level": round(level * tiling.block_size)}.get(
+            tiling.zeros, tiling.zeros
+        )
+        if tiling.zeros == "level":  # the missing elements of a ragged block are zeros already
+            zeros -= tiling.block_size - len(block)
         for i in sorted(block, key=scores.__getitem__)[: max(zeros, 0)]:
             keep[i] = False
     return torch.from_numpy(keep)

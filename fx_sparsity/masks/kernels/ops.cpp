@@ -153,15 +153,17 @@ void drop_blocks(
 }
 
 // Drops the `zeros` smallest elements of the `k` blocks of the smallest keys, or of every block
-// where `keys` is empty. Edges that belong to no block are not written.
+// where `keys` is empty. `count_missing` counts a ragged block's missing elements among its zeros.
+// Edges that belong to no block are not written.
 void drop_within(
-    Tensor x, bool is_signed, int64_t zeros, Tensor keys, int64_t k, int64_t batch, int64_t height,
-    int64_t width, int64_t block_height, int64_t block_width, bool dense, Tensor mask) {
+    Tensor x, bool is_signed, int64_t zeros, bool count_missing, Tensor keys, int64_t k,
+    int64_t batch, int64_t height, int64_t width, int64_t block_height, int64_t block_width,
+    bool dense, Tensor mask) {
   const Geometry g = Geometry{batch, height, width, block_height, block_width, dense}.flattened();
   Chosen chosen{nullptr, {0, 0}};
   if (keys.numel()) chosen = {keys_of(keys), cut_smallest(Keys{keys_of(keys)}, g.blocks(), k)};
   with_keys_and_mask(x, is_signed, mask, [&](auto source, auto* out, auto one) {
-    fx::drop_within(source, g, zeros, chosen, one, out);
+    fx::drop_within(source, g, zeros, count_missing, chosen, one, out);
   });
 }
 
@@ -179,8 +181,8 @@ STABLE_TORCH_LIBRARY(fx_sparsity_masks, m) {
   m.def("block_keys(Tensor x, int norm, " FX_GEOMETRY ", Tensor(a!) keys) -> bool");
   m.def("drop_blocks(Tensor keys, int k, " FX_GEOMETRY ", Tensor(a!) mask) -> ()");
   m.def(
-      "drop_within(Tensor x, bool signed, int zeros, Tensor keys, int k, " FX_GEOMETRY
-      ", Tensor(a!) mask) -> ()");
+      "drop_within(Tensor x, bool signed, int zeros, bool count_missing, Tensor keys, int k, "
+      FX_GEOMETRY ", Tensor(a!) mask) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fx_sparsity_masks, CPU, m) {

@@ -145,11 +145,12 @@ void drop_in_lanes(
   }
 }
 
-// From every chosen block drop its `zeros` smallest elements; a ragged block's missing elements
-// count among them.
+// From every chosen block drop its `zeros` smallest elements, or all that a ragged block has. Its
+// missing elements count among them if `count_missing`.
 template <class Source, class Out>
 void drop_within(
-    Source source, const Geometry& g, int64_t zeros, Chosen chosen, Out one, Out* mask) {
+    Source source, const Geometry& g, int64_t zeros, bool count_missing, Chosen chosen, Out one,
+    Out* mask) {
   const int64_t per_strip = std::max<int64_t>(1, kStripWidth / g.block_size() / 16 * 16);
   const bool small = g.block_size() <= kSmall;
   for_each_strip(g, per_strip, [&](const Strip& s) {
@@ -166,7 +167,7 @@ void drop_within(
     }
     for (; b < s.whole + (s.ragged > 0); b++) {
       const int64_t wide = b < s.whole ? g.block_width : s.ragged;
-      const int64_t missing = g.block_size() - s.height * wide;
+      const int64_t missing = count_missing ? g.block_size() - s.height * wide : 0;
       const int64_t own = chosen(s.block + b) ? zeros - missing : 0;
       drop_in_one(source, s.at + b * g.block_width, s.height, wide, g.width, own, one, mask);
     }

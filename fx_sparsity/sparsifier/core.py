@@ -2,7 +2,7 @@
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -47,6 +47,11 @@ class SparsifierCore(ABC):
     def check_update(self, name: str) -> None:
         """Raise if the mask of `name` cannot be computed. Called for all before any is changed."""
         self.get_tensor(name)
+
+    def check_updates(self, names: Sequence[str]) -> None:
+        """`check_update` for all of `names`: the place to ask a device about them all at once."""
+        for name in names:
+            self.check_update(name)
 
     def pattern_of(self, config: Mapping[str, Any]) -> tuple[Pattern, float] | None:
         """Pattern and level that a configuration asks for; None where the method knows neither.
@@ -133,8 +138,7 @@ class SparsifierCore(ABC):
             )
         names = [name for name in self._targets if name not in squashed]
         with torch.no_grad():
-            for name in names:
-                self.check_update(name)
+            self.check_updates(names)
             for name in names:
                 self._update(name)
                 self._target(name).given = False

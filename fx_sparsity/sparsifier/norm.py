@@ -1,12 +1,11 @@
 """Magnitude pruning: what has the smallest norm goes."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from fx_sparsity.masks import ScoreError, compute_mask
+from fx_sparsity.masks import Rank, ScoreError, compute_mask, contains_nan
 from fx_sparsity.patterns import Pattern, PatternError, StorageBlock
 from fx_sparsity.sparsifier.base import BaseSparsifier
 from fx_sparsity.sparsifier.core import SparsifierCore, roles_of
@@ -15,24 +14,13 @@ from fx_sparsity.sparsifier.data import BaseDataSparsifier, Data
 Norm = Callable[[Tensor], Tensor] | str | int | None
 
 
-def norm_scores(weight: Tensor, norm: Norm) -> Tensor:
-    """Importance of every element by its own size, in float32 (float64 for float64 weights).
-
-    Args:
-        weight: any shape, floating.
-        norm: `"L1"` or 1 for |w|; `"L2"`, 2 or None for w²; or a function tensor -> scores.
-
-    Raises:
-        ValueError: another norm.
-    """
-    if callable(norm):
-        return norm(weight)
-    weight = weight.float() if weight.dtype.itemsize < 4 else weight
-    if norm in ("L1", 1):
-        return weight.abs()
-    if norm in ("L2", 2, None):
-        return weight.square()
-    raise ValueError(f'norm must be "L1", "L2", 1, 2 or a function, found {norm!r}')
+_RANKS: dict[Norm, Rank] = {
+    "L1": Rank.MAGNITUDE,
+    1: Rank.MAGNITUDE,
+    "L2": Rank.SQUARE,
+    2: Rank.SQUARE,
+    None: Rank.SQUARE,
+}
 
 
 class _NormMixin(SparsifierCore):
@@ -41,7 +29,8 @@ class _NormMixin(SparsifierCore):
     norm: Norm
 
     def _init_norm(self, norm: Norm) -> None:
-        norm_scores(torch.zeros(1), norm)  # an unknown norm is an error here, not at the first step
+        if not callable(norm) and norm not in _RANKS:
+            raise ValueError(f'norm must be "L1", "L2", 1, 2 or a function, found {norm!r}')
         self.norm = norm
 
     def pattern_of(self, config: Mapping[str, Any]) -> tuple[Pattern, float]:
@@ -62,21 +51,24 @@ class _NormMixin(SparsifierCore):
         except PatternError as error:
             raise PatternError(f"{name}: {error}") from error
 
-    def check_update(self, name: str) -> None:
+    def check_updates(self, names: Sequence[str]) -> None:
         """Refuse NaN, which has no rank."""
-        if bool(torch.isnan(self._target(name).original).any()):
-            raise ScoreError(f"{name} contains NaN; its mask cannot be computed")
+        weights = {name: self._target(name).original for name in names}
+        if contains_nan(*weights.values()):
+            bad = next(name for name, weight in weights.items() if contains_nan(weight))
+            raise ScoreError(f"{bad} contains NaN; its mask cannot be computed")
 
     def _norm_mask(self, name: str, config: Mapping[str, Any]) -> None:
         target = self._target(name)
         weight = target.original
         pattern, level = self.pattern_of(config)
         tiling = pattern.tiling(weight.shape, roles_of(config, weight.ndim))
-        # Squares rank single elements as magnitudes do, and magnitudes do not underflow.
-        single = tiling.block_size == 1 and self.norm in ("L2", 2, None)
-        scores = norm_scores(weight, "L1" if single else self.norm)
+        mask = target.mask.mask
         try:
-            target.mask.update(compute_mask(scores, tiling, level))
+            if callable(self.norm):
+                compute_mask(self.norm(weight), tiling, level, out=mask)
+            else:
+                compute_mask(weight, tiling, level, _RANKS[self.norm], out=mask, checked=True)
         except ScoreError as error:
             raise ScoreError(f"{name}: {error}") from error
 

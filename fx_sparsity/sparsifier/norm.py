@@ -1,6 +1,8 @@
 """Magnitude pruning: what has the smallest norm goes."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from difflib import get_close_matches
+from numbers import Real
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,6 +25,15 @@ _RANKS: dict[Norm, Rank] = {
 }
 
 
+_KEYS = frozenset(
+    {
+        *("sparsity_level", "sparse_block_shape", "zeros_per_block", "pattern", "roles"),
+        *("tensor_fqn", "module_fqn", "module", "tensor_name"),
+    }
+)
+"""What a configuration of a norm sparsifier may hold."""
+
+
 class _NormMixin(SparsifierCore):
     """What the two norm sparsifiers share: they differ in what they hold, not in what they do."""
 
@@ -36,15 +47,29 @@ class _NormMixin(SparsifierCore):
     def pattern_of(self, config: Mapping[str, Any]) -> tuple[Pattern, float]:
         """See `SparsifierCore.pattern_of`. Levels outside [0, 1] are clamped, as they always were.
 
-        `pattern` wins over `sparse_block_shape` and `zeros_per_block`, which speak of storage.
+        `pattern` wins over `sparse_block_shape` and `zeros_per_block`, which speak of storage; one
+        that fixes its level, as 2:4 does, wins over `sparsity_level`.
         """
-        pattern = config.get("pattern")
-        if pattern is None:
-            pattern = StorageBlock(tuple(config["sparse_block_shape"]), config["zeros_per_block"])
-        return Pattern.parse(pattern), min(max(config["sparsity_level"], 0.0), 1.0)
+        if config.get("pattern") is None:
+            block, zeros = config["sparse_block_shape"], config["zeros_per_block"]
+            pattern: Pattern = StorageBlock((int(block[0]), int(block[1])), zeros)
+        else:
+            pattern = Pattern.parse(config["pattern"])
+        level = pattern.implied_level
+        return pattern, min(max(config["sparsity_level"], 0.0), 1.0) if level is None else level
 
     def check_config(self, name: str, tensor: Tensor, config: Mapping[str, Any]) -> None:
-        """See `SparsifierCore.check_config`."""
+        """See `SparsifierCore.check_config`. A key that no method reads is refused by name."""
+        for key in config:
+            if key not in _KEYS:
+                near = get_close_matches(key, _KEYS) or sorted(_KEYS)
+                raise TypeError(
+                    f"{name}: unknown key {key!r} in its configuration; "
+                    f"known are {', '.join(map(repr, near))}"
+                )
+        level = config["sparsity_level"]
+        if not isinstance(level, Real):
+            raise TypeError(f"{name}: expected a number as sparsity_level, found {level!r}")
         try:
             pattern, _ = self.pattern_of(config)
             pattern.tiling(tensor.shape, roles_of(config, tensor.ndim))
@@ -54,6 +79,8 @@ class _NormMixin(SparsifierCore):
     def check_updates(self, names: Sequence[str]) -> None:
         """Refuse NaN, which has no rank."""
         weights = {name: self._target(name).original for name in names}
+        if callable(self.norm):
+            weights = {name: self.norm(weight) for name, weight in weights.items()}
         if contains_nan(*weights.values()):
             bad = next(name for name, weight in weights.items() if contains_nan(weight))
             raise ScoreError(f"{bad} contains NaN; its mask cannot be computed")

@@ -52,7 +52,7 @@ class Target:
             raise DetachedError(f"{self.name}: detached from its model; `attach(model)` binds it")
         module, attribute = self.owners[0]
         if parametrize.is_parametrized(module, attribute):
-            entry: Any = module.parametrizations  # type: ignore[assignment]
+            entry: Any = module.parametrizations
             return entry[attribute].original
         return getattr(module, attribute)
 

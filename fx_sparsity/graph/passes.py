@@ -3,9 +3,10 @@
 import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from fx_sparsity.graph.capture import module_source
@@ -19,15 +20,50 @@ WEIGHT_META = "fx_sparsity_weights"
 """Key in `node.meta`: argument name -> `SeenWeight` that it receives."""
 
 
-@dataclass(frozen=True)
-class SeenWeight:
-    """What a consumer sees of a weight: its name, its shape, and an `as_strided` view of it."""
+class Step(NamedTuple):
+    """An `as_strided` of a contiguous tensor of `shape`."""
 
-    fqn: str
     shape: tuple[int, ...]
     size: tuple[int, ...]
     stride: tuple[int, ...]
     offset: int
+
+
+@dataclass(frozen=True)
+class SeenWeight:
+    """What a consumer sees of a weight.
+
+    Attributes:
+        fqn: canonical name of the weight.
+        steps: from the weight itself to what is seen; where more than one, each starts from a
+            contiguous copy of what the one before gives.
+    """
+
+    fqn: str
+    steps: tuple[Step, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight itself."""
+        return self.steps[0].shape
+
+    @property
+    def size(self) -> tuple[int, ...]:
+        """Of what is seen."""
+        return self.steps[-1].size
+
+    def of(self, whole: Tensor) -> Tensor:
+        """What is seen of a tensor of the weight's shape."""
+        for step in self.steps:
+            whole = whole.contiguous().view(step.shape)
+            whole = whole.as_strided(step.size, step.stride, step.offset)
+        return whole
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the weight is seen just as it is."""
+        stride = torch.empty(self.shape, device="meta").stride()
+        return all(step == (self.shape, self.shape, stride, 0) for step in self.steps)
 
 
 class AnnotateWeights(PassBase):
@@ -49,13 +85,14 @@ class AnnotateWeights(PassBase):
         for node, arg, origin, axes in weight_uses(graph_module.graph, module_source(graph_module)):
             if axes is not None and origin.parameter.ndim >= 2:
                 fqn = canonical_fqn(origin.fqn)
-                node.meta.setdefault(WEIGHT_META, {})[arg] = SeenWeight(
-                    self.canonical.get(fqn, fqn),
+                step = Step(
                     tuple(origin.parameter.shape),
                     tuple(origin.view.shape),
                     tuple(origin.view.stride()),
                     int(origin.view.storage_offset()),
                 )
+                seen = SeenWeight(self.canonical.get(fqn, fqn), (step,))
+                node.meta.setdefault(WEIGHT_META, {})[arg] = seen
         return PassResult(graph_module, False)
 
 

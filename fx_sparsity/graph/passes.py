@@ -8,8 +8,8 @@ from torch import fx, nn
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from fx_sparsity.graph.capture import module_source
-from fx_sparsity.graph.discovery import canonical_fqn, weight_uses
 from fx_sparsity.graph.operators import OPERATORS, bind, operator_name
+from fx_sparsity.graph.uses import canonical_fqn, weight_uses
 from fx_sparsity.graph.weight_map import WeightMap
 from fx_sparsity.sparsifier import Mask
 
@@ -34,10 +34,11 @@ class AnnotateWeights(PassBase):
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """See `PassBase.call`."""
-        for node, arg, origin, axes in weight_uses(graph_module.graph, module_source(graph_module)):
-            if axes is not None and origin.parameter.ndim >= 2:
-                fqn = canonical_fqn(origin.fqn)
-                node.meta.setdefault(WEIGHT_META, {})[arg] = self.canonical.get(fqn, fqn)
+        for found in weight_uses(graph_module.graph, module_source(graph_module)):
+            if (use := found.use()) is not None and len(use.roles) >= 2:
+                fqn = canonical_fqn(found.origin.fqn)
+                noted = found.node.meta.setdefault(WEIGHT_META, {})
+                noted[found.arg] = self.canonical.get(fqn, fqn)
         return PassResult(graph_module, False)
 
 

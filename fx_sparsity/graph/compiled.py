@@ -24,7 +24,8 @@ def capture_graphs(
     recurrent networks are let in, which Dynamo otherwise runs eagerly.
 
     Returns:
-        Graphs with their example inputs, in the order of capture; and what the call raised.
+        Graphs with their example inputs, in the order of capture; and what ended it early, if
+        the call raised.
     """
     graphs: list[tuple[fx.GraphModule, Sequence[Any]]] = []
 

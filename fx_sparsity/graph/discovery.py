@@ -1,6 +1,6 @@
 """`find_weights`: every weight of a model, read off its graph."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -217,12 +217,14 @@ def _read_without_export(
     """Piece the map together from what the other frontends show."""
     args, kwargs = call_arguments(example_inputs)
     frontends = []
-    graphs: list[tuple[fx.GraphModule, Sequence[Any]]] = []
-    run_undisturbed(model, lambda: graphs.extend(capture_graphs(model, args, kwargs)[0]))
+    captured: list[Any] = []
+    run_undisturbed(model, lambda: captured.extend(capture_graphs(model, args, kwargs)))
+    graphs, stop = captured
     for gm, inputs in graphs:
         search.read(gm.graph, compiled_source(gm, inputs, model), gm)
-    if graphs:
-        frontends.append(f"Dynamo ({len(graphs)} graph{'s' if len(graphs) > 1 else ''})")
+    if graphs or stop:
+        count = f"{len(graphs)} graph{'' if len(graphs) == 1 else 's'}"
+        frontends.append(f"Dynamo ({count}{f', then {type(stop).__name__}' if stop else ''})")
     if search.open():
         try:
             traced = trace_model(model)

@@ -179,8 +179,12 @@ NORMALIZATIONS = frozenset(
     {"layer_norm", "native_layer_norm", "rms_norm", "group_norm", "native_group_norm"}
 )
 """Consumers that scale by a parameter, and that torch does not tag as elementwise."""
-UNTAGGED = frozenset({"where", "rsub", "masked_fill", "masked_fill_"})
-"""Elementwise operators with overloads that torch does not tag as such."""
+UNTAGGED = frozenset(
+    {"where", "rsub", "masked_fill", "masked_fill_", "_weight_norm", "_weight_norm_interface"}
+)
+"""Elementwise operators with overloads that torch does not tag as such; a weight norm is one to
+its second argument.
+"""
 COMBINATIONS = frozenset({"cat", "stack"})
 """Operators that put tensors beside one another; the axes stay what they were."""
 SAME_VALUES = frozenset(

@@ -149,7 +149,9 @@ def _uses(
             for origin in origins[value]:
                 if constant and not is_elementwise(node):
                     # Nothing is decided yet: what matters is who consumes the result.
-                    mixed = replace(origin, view=None, through=origin.through or operator_name(node))
+                    mixed = replace(
+                        origin, view=None, through=origin.through or operator_name(node)
+                    )
                     origins[node].append(mixed)
                 else:
                     yield Consumption(node, "", origin, None, constant)

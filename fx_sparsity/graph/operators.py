@@ -266,6 +266,16 @@ def is_elementwise(node: fx.Node) -> bool:
     )
 
 
+def writes(node: fx.Node) -> bool:
+    """Whether a node changes one of its arguments in place."""
+    if node.op not in ("call_function", "call_method"):
+        return False
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.is_mutable
+    name = operator_name(node)
+    return name == "setitem" or (name.endswith("_") and not name.endswith("__"))
+
+
 def _indices(node: fx.Node) -> tuple[Any, ...]:
     index = node.args[1]
     return tuple(index) if isinstance(index, tuple | list) else (index,)

@@ -18,6 +18,7 @@ from fx_sparsity.graph.operators import (
     bind,
     is_elementwise,
     operator_name,
+    writes,
 )
 from fx_sparsity.graph.provenance import (
     Origin,
@@ -106,9 +107,9 @@ def canonical_fqn(fqn: str) -> str:
 
 
 def live_nodes(graph: fx.Graph) -> set[fx.Node]:
-    """Nodes that an output depends on."""
+    """Nodes that an output depends on; writing into a tensor counts as reaching one."""
     live: set[fx.Node] = set()
-    pending = [node for node in graph.nodes if node.op == "output"]
+    pending = [node for node in graph.nodes if node.op == "output" or writes(node)]
     while pending:
         node = pending.pop()
         if node not in live:

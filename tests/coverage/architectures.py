@@ -345,7 +345,7 @@ TRANSFORMERS = {
         "vision",
         "ResNet",
         "ForImageClassification",
-        {"embedding_size": 64, "hidden_sizes": [128, 256], "depths": [1, 1]},
+        {"embedding_size": 128, "hidden_sizes": [512, 1024], "depths": [1, 1]},
         image,
     ),
     "segformer": (
@@ -395,8 +395,8 @@ class Sequence(nn.Module):
 
     def __init__(self, kind, **options):
         super().__init__()
-        self.recurrent = kind(64, 64, batch_first=True, **options)
-        self.head = nn.Linear(64 * (1 + self.recurrent.bidirectional), 32)
+        self.recurrent = kind(256, 256, batch_first=True, **options)
+        self.head = nn.Linear(256 * (1 + self.recurrent.bidirectional), 32)
 
     def forward(self, x):
         return self.head(self.recurrent(x)[0])
@@ -451,20 +451,20 @@ class Tables(nn.Module):
 
 def encoder(**options):
     return nn.TransformerEncoder(
-        nn.TransformerEncoderLayer(128, 4, 256, batch_first=True, **options), 2
+        nn.TransformerEncoderLayer(256, 4, 512, batch_first=True, **options), 2
     )
 
 
 # name -> (model, inputs)
 TORCH = {
-    "LSTM": lambda: (Sequence(nn.LSTM, bidirectional=True), (torch.randn(3, 5, 64),)),
-    "GRU": lambda: (Sequence(nn.GRU), (torch.randn(3, 5, 64),)),
-    "RNN": lambda: (Sequence(nn.RNN), (torch.randn(3, 5, 64),)),
+    "LSTM": lambda: (Sequence(nn.LSTM, bidirectional=True), (torch.randn(3, 5, 256),)),
+    "GRU": lambda: (Sequence(nn.GRU), (torch.randn(3, 5, 256),)),
+    "RNN": lambda: (Sequence(nn.RNN), (torch.randn(3, 5, 256),)),
     "MultiheadAttention": lambda: (Attention(), (torch.randn(2, 6, 128), torch.randn(2, 6, 96))),
-    "TransformerEncoder": lambda: (encoder(), (torch.randn(2, 6, 128),)),
+    "TransformerEncoder": lambda: (encoder(), (torch.randn(2, 6, 256),)),
     "Transformer": lambda: (
-        nn.Transformer(128, 4, 1, 1, 256, batch_first=True),
-        (torch.randn(2, 6, 128), torch.randn(2, 4, 128)),
+        nn.Transformer(256, 4, 1, 1, 512, batch_first=True),
+        (torch.randn(2, 6, 256), torch.randn(2, 4, 256)),
     ),
     "convolutions": lambda: (Convolutions(), (torch.randn(2, 32, 16),)),
     "tables": lambda: (Tables(), (torch.randint(1, 100, (6, 4)),)),

@@ -35,6 +35,8 @@ FACTORS = {
     ("convolution", "weight"): ("input", 1, 1),
 }
 RECURRENT = {"lstm", "gru", "rnn_tanh", "rnn_relu"}
+BAGS = {"embedding_bag", "_embedding_bag", "_embedding_bag_forward_only"}
+LOOKUPS = {"embedding", "index", "getitem", "index_select", "gather", *BAGS}
 
 
 class Wrong(AssertionError):
@@ -54,15 +56,15 @@ class Recorder(fx.Interpreter):
 
 
 class Proof:
-    """Checks the claims of a map on one program.
+    """Checks the claims of a map on one graph.
 
     Args:
-        program: exported; its parameters are overwritten by random numbers without zeros.
-        args, kwargs: inputs that it was exported with.
+        gm: its parameters are overwritten by random numbers without zeros.
+        args, kwargs: inputs that it was captured with.
     """
 
-    def __init__(self, program, args, kwargs):
-        self.gm = program.module()
+    def __init__(self, gm, args, kwargs=None):
+        self.gm = gm
         self.generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for parameter in self.gm.parameters():
@@ -70,7 +72,7 @@ class Proof:
                     noise = torch.rand(parameter.shape, generator=self.generator)
                     parameter.copy_(0.02 + 0.05 * noise)
             recorder = Recorder(self.gm)
-            recorder.run(*pytree.tree_leaves((args, kwargs)))
+            recorder.run(*pytree.tree_leaves((args, kwargs or {})))
         self.values = recorder.values
         self.nodes = {node.name: node for node in self.gm.graph.nodes}
         self.interpreter = recorder
@@ -136,15 +138,20 @@ class Proof:
         for n in node.all_input_nodes:
             v = self.values[n]
             real = n is not value and isinstance(v, Tensor) and v.is_floating_point()
-            inputs[n] = torch.randn(v.shape, generator=self.generator).to(v.dtype) if real else v
+            # Positive and small, so that units behind a ReLU are active and gates unsaturated.
+            inputs[n] = (
+                0.1 * torch.rand(v.shape, generator=self.generator).to(v.dtype) if real else v
+            )
         case = Case(self, use, node, value, inputs, weight, hit, told)
         if use.op in RECURRENT:
             case.recurrent(role)
         elif use.op == "einsum":
             case.einsum(role)
-        elif use.op == "bilinear":
+        elif use.op.endswith("_cell"):
+            case.cell(role)
+        elif use.op in ("bilinear", "_trilinear"):
             case.bilinear(role)
-        elif use.op in ("embedding", "embedding_bag", "index", "index_select", "gather"):
+        elif use.op in LOOKUPS:
             case.lookup(role)
         else:
             case.factor(role)
@@ -184,13 +191,13 @@ class Case:
         return indices
 
     def same(self, a, b, what):
-        self.require(torch.allclose(a, b, rtol=1e-3, atol=1e-4, equal_nan=True), what)
+        self.require(torch.allclose(a, b, rtol=1e-3, atol=1e-6, equal_nan=True), what)
 
     def confined(self, axis, indices):
         """The result changes at these indices of an axis, and nowhere else."""
-        difference = (self.pruned() - self.result()).movedim(axis, 0)
-        self.require(not difference[~indices].any(), "other outputs change")
-        self.require(difference[indices].any(), "its output does not change")
+        before, after = self.result().movedim(axis, 0), self.pruned().movedim(axis, 0)
+        self.same(before[~indices], after[~indices], "other outputs change")
+        self.require(not torch.allclose(before[indices], after[indices]), "its output stays")
 
     def factor(self, role):
         """A product of a weight and an activation."""
@@ -244,7 +251,8 @@ class Case:
             self.confined(-1, self.slab(0))
             return
         (axis,) = [a for a in (1, 2) if self.varies(a)]
-        operand = self.args[f"input{axis}"]
+        names = {"bilinear": ("input1", "input2"), "_trilinear": ("i1", "i3")}
+        operand = self.args[names[self.use.op][axis - 1]]
         silenced = self.inputs[operand].masked_fill(self.slab(axis), 0)
         expected = self.result(replaced={operand: silenced})
         self.same(self.pruned(), expected, "is not what zeroing the input channel does")
@@ -279,7 +287,7 @@ class Case:
     def lookup(self, role):
         """Results hold looked-up rows: a zeroed row is zero wherever its index stands."""
         before, after = self.result(), self.pruned()
-        if self.use.op == "embedding_bag":
+        if self.use.op in BAGS:
             self.bag(role, before, after)
             return
         dim, index = self.index()
@@ -302,9 +310,9 @@ class Case:
     def index(self):
         if self.use.op == "embedding":
             return 0, self.inputs[self.args["indices"]]
-        if self.use.op == "index":
+        if self.use.op in ("index", "getitem"):
             indices = self.args["indices"]
-            ((dim, node),) = [(d, i) for d, i in enumerate(indices) if i is not None]
+            ((dim, node),) = [(d, i) for d, i in enumerate(indices) if isinstance(i, fx.Node)]
             return dim, self.inputs[node]
         return self.args["dim"], self.inputs[self.args["index"]]
 
@@ -321,6 +329,28 @@ class Case:
             unchanged = torch.equal(before[bag], after[bag])
             self.require(unchanged != bool(rows[index[start:end]].any()), f"bag {bag} is wrong")
 
+    def cell(self, role):
+        """One step of a recurrent network: a row of gates moves one unit of the new state."""
+        state = self.args["hx"][0] if isinstance(self.args["hx"], list) else self.args["hx"]
+        before, after = self.result(), self.pruned()
+        self.require(not torch.equal(before, after), "the state does not change")
+        if role == "out":
+            self.units(self.slab(0), before, after)
+            return
+        node = self.args["input"] if self.use.arg == "w_ih" else state
+        silenced = {node: self.inputs[node].masked_fill(self.slab(1), 0)}
+        pruned = self.result(self.weight.masked_fill(self.hit, 0), silenced)
+        self.require(
+            torch.equal(self.result(replaced=silenced), pruned),
+            "it matters although its input channel is zero",
+        )
+
+    def units(self, rows, before, after):
+        """Gates are stacked: rows belong to units in turn."""
+        touched = torch.zeros(before.shape[-1], dtype=torch.bool)
+        touched[rows.nonzero().flatten() % before.shape[-1]] = True
+        self.require(torch.equal(before[..., ~touched], after[..., ~touched]), "other units change")
+
     def recurrent(self, role):
         """One step, from a random state: a row of gates moves one unit of its layer's new state."""
         layer = self.args["params"].index(self.value) // (4 if self.args["has_biases"] else 2)
@@ -330,7 +360,8 @@ class Case:
         states = self.args["hx"] if isinstance(self.args["hx"], list | tuple) else [self.args["hx"]]
         step = {sequence: self.inputs[sequence].narrow(time, 0, 1)}
         step |= {
-            s: torch.randn(self.inputs[s].shape, generator=self.proof.generator) for s in states
+            s: 0.1 * torch.rand(self.inputs[s].shape, generator=self.proof.generator)
+            for s in states
         }
 
         def state(weight, replaced):
@@ -341,9 +372,7 @@ class Case:
         before, after = state(self.weight, {}), state(pruned, {})
         self.require(not torch.equal(before, after), "the state does not change")
         if role == "out":
-            units = torch.zeros(before.shape[-1], dtype=torch.bool)
-            units[self.slab(0).nonzero().flatten() % before.shape[-1]] = True
-            self.require(torch.equal(before[..., ~units], after[..., ~units]), "other units change")
+            self.units(self.slab(0), before, after)
             return
         first = layer < (2 if self.args["bidirectional"] else 1)
         self.require(first or recurs, "only the first layer's input can be silenced")

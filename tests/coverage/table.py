@@ -47,7 +47,7 @@ def measure(name):
     model, args, kwargs = make(name)
     program = torch.export.export(model, args, kwargs, strict=False)
     weights = find_weights(program)
-    proof = Proof(program, args, kwargs)
+    proof = Proof(program.module(), args, kwargs)
     wrong = []
     for site in weights.sites:
         try:

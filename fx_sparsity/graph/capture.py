@@ -121,6 +121,22 @@ def exported_source(program: ExportedProgram) -> Source:
     return source
 
 
+def exported_tensors(program: ExportedProgram) -> dict[str, Tensor]:
+    """Parameters, then buffers and constants, by FQN; a tied tensor is one object.
+
+    A program that was saved and loaded holds ties as several tensors over one storage, in an order
+    of its own.
+    """
+    signature, held = program.graph_signature, {**program.state_dict, **program.constants}
+    tensors = {name: held[name] for name in signature.parameters} | held
+    first: dict[Any, Tensor] = {}
+    for name, tensor in tensors.items():
+        if isinstance(tensor, Tensor) and tensor.device.type != "meta" and tensor.numel():
+            place = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+            tensors[name] = first.setdefault(place, tensor)
+    return {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
+
+
 def module_source(gm: fx.GraphModule) -> Source:
     """Parameters and buffers are `get_attr` nodes."""
 
@@ -141,8 +157,8 @@ def compiled_source(
     Args:
         gm: the graph that a backend receives from Dynamo, or from AOTAutograd below it.
         example_inputs: what the backend received with the Dynamo graph.
-        model: tells the names, by tensor identity. Without it they are read off the placeholders'
-            guards, as far as these lead to a module.
+        model: tells the names, by tensor identity. Without it they are read off Dynamo's notes,
+            as far as these lead to a module; other parameters go by the name of their node.
     """
     placeholders = gm.graph.find_nodes(op="placeholder")
     position = {node: input_position(node, i) for i, node in enumerate(placeholders)}
@@ -158,8 +174,9 @@ def compiled_source(
                 return None
             tensor = operator.attrgetter(fqn)(model)
         else:
-            fqn = input_target(node) or source_target(node)
             tensor = node.meta.get("val") if tensor is None else tensor
+            unnamed = node.name if isinstance(tensor, nn.Parameter) else None
+            fqn = input_target(node) or source_target(node) or unnamed
         return (fqn, tensor) if fqn is not None and isinstance(tensor, Tensor) else None
 
     return source

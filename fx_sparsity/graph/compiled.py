@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+_UNLIMITED = 1 << 30
 _STEP = re.compile(r"\._(?:modules|parameters|buffers)\['([^']+)'\]|\.(\w+)|\[(\d+)\]")
 
 
@@ -33,8 +34,9 @@ def capture_graphs(
         graphs.append((gm, example_inputs))
         return gm.forward
 
-    limits = {"recompile_limit": 1 << 30, "accumulated_recompile_limit": 1 << 30}
-    with torch._dynamo.config.patch(allow_rnn=True, **limits):
+    with torch._dynamo.config.patch(
+        allow_rnn=True, recompile_limit=_UNLIMITED, accumulated_recompile_limit=_UNLIMITED
+    ):
         try:
             torch.compile(model, backend=backend, dynamic=False)(*args, **kwargs)
         except Exception as error:
@@ -48,15 +50,22 @@ def source_target(node: fx.Node) -> str | None:
     Dynamo notes how it found the tensor, such as `L['self']._modules['fc']._parameters['weight']`;
     the FQN counts from the module whose code was compiled. None for other inputs.
     """
-    argument = node.meta.get("grapharg")
-    if argument is None:
+    source = getattr(node, "_dynamo_source", None)
+    if source is None:
         return None
-    name = argument.source.name
-    text = name() if callable(name) else name
+    text = source.name() if callable(source.name) else source.name
     if not re.search(r"\._(parameters|buffers)\['[^']+'\]$", text):
         return None
     path = text.partition("]")[2]
     return ".".join(next(filter(None, step)) for step in _STEP.findall(path))
+
+
+def is_compiled(gm: fx.GraphModule) -> bool:
+    """Whether a graph comes from Dynamo or AOTAutograd, going by the notes on its placeholders."""
+    return any(
+        "desc" in node.meta or hasattr(node, "_dynamo_source")
+        for node in gm.graph.find_nodes(op="placeholder")
+    )
 
 
 def input_target(node: fx.Node) -> str | None:

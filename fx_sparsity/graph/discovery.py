@@ -10,18 +10,18 @@ from torch.export import ExportedProgram
 from fx_sparsity.graph.capture import (
     CaptureError,
     ExampleInputs,
-    InputError,
     Source,
     call_arguments,
     compiled_source,
     export_model,
     exported_source,
+    exported_tensors,
     module_source,
     named_tensors,
     run_undisturbed,
     trace_model,
 )
-from fx_sparsity.graph.compiled import capture_graphs
+from fx_sparsity.graph.compiled import capture_graphs, is_compiled
 from fx_sparsity.graph.operators import OPERATORS
 from fx_sparsity.graph.uses import canonical_fqn, module_uses, uses_of_module, weight_uses
 from fx_sparsity.graph.weight_map import Reason, Unclaimed, Use, WeightMap, WeightSite
@@ -59,13 +59,11 @@ def find_weights(
         InputError: the module rejects `example_inputs`.
     """
     if isinstance(subject, ExportedProgram):
-        tensors = {**subject.state_dict, **subject.constants}
-        parameters = set(subject.graph_signature.parameters)
-        search = _Search(tensors, parameters, None)
+        search = _Search(exported_tensors(subject), set(subject.graph_signature.parameters), None)
         search.read(subject.graph, exported_source(subject), subject.graph_module)
         return search.result("ExportedProgram")
     if isinstance(subject, fx.GraphModule):
-        if model is not None or _is_compiled(subject, example_inputs):
+        if is_compiled(subject):
             return _read_compiled(subject, example_inputs, model)
         search = _Search.of(subject)
         search.read(subject.graph, module_source(subject), subject)
@@ -248,14 +246,6 @@ def _read_classes(search: _Search, model: nn.Module) -> None:
 
 def _no_graph(detail: str) -> tuple[Reason, str]:
     return Reason.FRONTEND, detail
-
-
-def _is_compiled(gm: fx.GraphModule, example_inputs: ExampleInputs | None) -> bool:
-    """Whether a graph comes from `torch.compile`: Dynamo notes on placeholders what they are."""
-    return example_inputs is not None and any(
-        "grapharg" in node.meta or "desc" in node.meta
-        for node in gm.graph.find_nodes(op="placeholder")
-    )
 
 
 def _read_compiled(

@@ -298,12 +298,13 @@ def _overloads(node: fx.Node) -> list[torch._ops.OpOverload]:
     """A node's ATen operator; every overload of that name for torch functions and methods."""
     if isinstance(node.target, torch._ops.OpOverload):
         return [node.target]
-    return _overloads_named(operator_name(node))
+    if isinstance(node.target, torch._ops.OpOverloadPacket):
+        return _overloads_of(node.target)
+    return _overloads_of(getattr(torch.ops.aten, operator_name(node), None))
 
 
 @cache
-def _overloads_named(name: str) -> list[torch._ops.OpOverload]:
-    packet = getattr(torch.ops.aten, name, None)
+def _overloads_of(packet: Any) -> list[torch._ops.OpOverload]:
     if not isinstance(packet, torch._ops.OpOverloadPacket):
         return []
     return [getattr(packet, overload) for overload in packet.overloads()]

@@ -79,8 +79,10 @@ def follow(node: fx.Node, origins: Origins, constant: bool) -> Iterator[tuple[fx
     if node.op not in ("call_function", "call_method") or not node.args:
         return
     name, first = operator_name(node), node.args[0]
-    if name in SAME_VALUES or is_view(node) or (is_lookup(node) and isinstance(first, fx.Node)):
-        for origin in origins.get(first, ()) if isinstance(first, fx.Node) else ():
+    if name in SAME_VALUES or is_view(node) or is_lookup(node):
+        if not isinstance(first, fx.Node):
+            return
+        for origin in origins.get(first, ()):
             if (passed := _pass_on(node, name, origin)) is not None:
                 yield first, passed
     elif constant and name in COMBINATIONS:

@@ -1,7 +1,9 @@
 """Which nodes of a graph consume which parameters, and as what."""
 
-from collections.abc import Iterator, Mapping
+import operator
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import replace
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import torch
@@ -76,7 +78,7 @@ def weight_uses(graph: fx.Graph, source: Source) -> Iterator[Consumption]:
             seeds[node] = [origin_of(*found)]
         elif node.op == "placeholder":
             inputs.add(node)
-    yield from _uses(graph, seeds, inputs)
+    yield from _uses(graph, seeds, inputs)  # what the graph returns of them matters to no one
 
 
 def module_uses(graph: fx.Graph, model: Any) -> Iterator[tuple[str, str, Use]]:
@@ -120,12 +122,19 @@ def live_nodes(graph: fx.Graph) -> set[fx.Node]:
 
 def _uses(
     graph: fx.Graph, seeds: Mapping[fx.Node, list[Origin]], inputs: set[fx.Node]
-) -> Iterator[Consumption]:
-    """Walk a graph, given what its first nodes hold and which of them depend on the inputs."""
+) -> Generator[Consumption, None, list[list[Origin]]]:
+    """Walk a graph, given what its first nodes hold and which of them depend on the inputs.
+
+    Returns:
+        What the graph passes on in each of its results.
+    """
     live = live_nodes(graph)
     origins: dict[fx.Node, list[Origin]] = {**seeds}
     dependent = set(inputs)
+    results: dict[fx.Node, list[list[Origin]]] = {}
     for node in graph.nodes:
+        if node.target is operator.getitem and node.args[0] in results:
+            origins[node] = results[node.args[0]][node.args[1]]
         received = [value for value in node.all_input_nodes if value in origins]
         constant = dependent.isdisjoint(node.all_input_nodes)
         if not constant:
@@ -133,7 +142,7 @@ def _uses(
         if node.op not in ("call_function", "call_method") or not received or node not in live:
             continue
         if isinstance(node.target, torch._ops.HigherOrderOperator):
-            yield from _inside(node, origins, dependent)
+            results[node] = yield from _inside(node, origins, dependent)
             continue
         passed = list(follow(node, origins, constant))
         origins.setdefault(node, []).extend(origin for _, origin in passed)
@@ -156,27 +165,38 @@ def _uses(
                     origins[node].append(mixed)
                 else:
                     yield Consumption(node, "", origin, None, constant)
+    (returned,) = graph.output_node().args
+    values = returned if isinstance(returned, list | tuple) else [returned]
+    return [list(origins.get(v, ())) if isinstance(v, fx.Node) else [] for v in values]
 
 
 def _inside(
     node: fx.Node, origins: Mapping[fx.Node, list[Origin]], dependent: set[fx.Node]
-) -> Iterator[Consumption]:
+) -> Generator[Consumption, None, list[list[Origin]]]:
     """Uses within the subgraphs of a higher-order operator, such as `torch.cond`.
 
     The operator's arguments end with the operands, which the subgraphs take as placeholders.
+
+    Returns:
+        What any of the subgraphs passes on in each of its results.
     """
     flat = pytree.tree_leaves((node.args, node.kwargs))
-    attributes = [a for a in flat if isinstance(a, fx.Node) and a.op == "get_attr"]
-    owner = node.graph.owning_module
-    bodies = [owner.get_submodule(str(a.target)) for a in attributes if _is_body(owner, a)]
-    for body in bodies:
-        assert isinstance(body, fx.GraphModule)
+    results: list[list[Origin]] = []
+    for body in _bodies(node.graph.owning_module, flat):
         placeholders = body.graph.find_nodes(op="placeholder")
         operands = flat[len(flat) - len(placeholders) :]
         pairs = list(zip(placeholders, operands, strict=False))
         seeds = {p: origins[o] for p, o in pairs if isinstance(o, fx.Node) and o in origins}
-        yield from _uses(body.graph, seeds, {p for p, o in pairs if o in dependent})
+        passed = yield from _uses(body.graph, seeds, {p for p, o in pairs if o in dependent})
+        pieces = zip_longest(results, passed, fillvalue=())
+        results = [[*before, *here] for before, here in pieces]
+    return results
 
 
-def _is_body(owner: Any, node: fx.Node) -> bool:
-    return isinstance(getattr(owner, str(node.target), None), fx.GraphModule)
+def _bodies(owner: fx.GraphModule | None, arguments: list[Any]) -> Iterator[fx.GraphModule]:
+    """The subgraphs among the arguments of a higher-order operator."""
+    for argument in arguments:
+        if isinstance(argument, fx.Node) and argument.op == "get_attr":
+            body = getattr(owner, str(argument.target), None)
+            if isinstance(body, fx.GraphModule):
+                yield body

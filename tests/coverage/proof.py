@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from fx_sparsity.graph.operators import OPERATORS, bind
+from fx_sparsity.graph.uses import canonical_fqn
 
 # (operator, argument) -> (argument that holds the activation, its reduced axis, axis of the result)
 FACTORS = {
@@ -76,6 +77,8 @@ class Proof:
         self.values = recorder.values
         self.nodes = {node.name: node for node in self.gm.graph.nodes}
         self.interpreter = recorder
+        named = self.gm.named_parameters(remove_duplicate=False)
+        self.named = {canonical_fqn(name): parameter for name, parameter in named}
         self.parameters = {
             node: self.values[node] for node in self.gm.graph.nodes if node.op == "get_attr"
         }
@@ -83,7 +86,7 @@ class Proof:
     @torch.no_grad()
     def check(self, site):
         """Raise `Wrong` for the first claim about a weight that does not hold."""
-        parameter = self.gm.get_parameter(site.fqn)
+        parameter = self.named[site.fqn]
         for use in site.uses:
             node = self.nodes[use.node]
             (value,) = [v for a, v, _ in OPERATORS[use.op].find(bind(node)) if a == use.arg]

@@ -141,14 +141,14 @@ class _Search:
         reasons = self.reasons.get(fqn, set())
         return bool(reasons) and all(reason.explained for reason, _ in reasons)
 
-    def result(self, frontend: str, unseen: tuple[Reason, str] | None = None) -> WeightMap:
+    def result(self, frontend: str, incomplete: str = "") -> WeightMap:
         """The map.
 
         Args:
             frontend: where it was read from.
-            unseen: the reason for parameters that no graph showed.
+            incomplete: why the graphs may not show every parameter, if that is so.
         """
-        unseen = unseen or (Reason.UNREACHABLE, "")
+        unseen = (Reason.FRONTEND, incomplete) if incomplete else (Reason.UNREACHABLE, "")
         modules = {} if self.model is None else dict(self.model.named_modules())
         unclaimed = [
             self._unclaimed(fqn, unseen)
@@ -200,7 +200,7 @@ def _read_module(
     search = _Search.of(model)
     if example_inputs is None:
         _read_classes(search, model)
-        return search.result("module classes, without example inputs", _no_graph("none captured"))
+        return search.result("module classes, without example inputs", "no example inputs")
     try:
         program = export_model(model, example_inputs, dynamic_shapes)
     except CaptureError as error:
@@ -235,17 +235,13 @@ def _read_without_export(
         _read_classes(search, model)
         frontends.append("module classes")
     cause = type(error.__cause__).__name__
-    return search.result(", ".join(frontends), _no_graph(f"torch.export: {cause}"))
+    return search.result(", ".join(frontends), f"torch.export: {cause}")
 
 
 def _read_classes(search: _Search, model: nn.Module) -> None:
     wanted = search.open()
     for path, module in model.named_modules():
         search.take(uses_of_module(path, module), wanted)
-
-
-def _no_graph(detail: str) -> tuple[Reason, str]:
-    return Reason.FRONTEND, detail
 
 
 def _read_compiled(
@@ -259,7 +255,7 @@ def _read_compiled(
         found = dict(filter(None, map(source, gm.graph.nodes)))
         search = _Search(found, {n for n, t in found.items() if isinstance(t, nn.Parameter)}, None)
     search.read(gm.graph, source, gm)
-    return search.result("torch.compile", _no_graph("no input of this graph"))
+    return search.result("torch.compile", "no input of this graph")
 
 
 def _inside_leaves(graph: fx.Graph, owner: nn.Module) -> dict[str, str]:

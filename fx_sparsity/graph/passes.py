@@ -152,7 +152,12 @@ def graph_mask(model: fx.GraphModule | nn.Module, fqn: str) -> Mask | None:
 
 def is_mask(node: fx.Node) -> bool:
     """Whether a node reads a mask that `InsertMasks` put there."""
-    return node.op == "get_attr" and str(node.target).startswith(f"{_MASKS}.")
+    return node.op == "get_attr" and is_mask_name(str(node.target))
+
+
+def is_mask_name(fqn: str | None) -> bool:
+    """Whether a buffer belongs to a mask, going by its FQN."""
+    return fqn is not None and fqn.startswith(f"{_MASKS}.")
 
 
 def mask_path(fqn: str) -> str:

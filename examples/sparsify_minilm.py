@@ -224,8 +224,8 @@ def main() -> int:
                 "quantized alone",
                 "-",
                 "-",
-                *quality(alone(*inputs), dense),
-                megabytes(file_bytes(alone)),
+                *quality(alone.model(*inputs), dense),
+                megabytes(file_bytes(alone.model)),
                 "-",
             )
             for (name, pattern), order in product(PATTERNS.items(), ORDERS):

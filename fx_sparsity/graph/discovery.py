@@ -60,13 +60,13 @@ def find_weights(
     """
     if isinstance(subject, ExportedProgram):
         search = _Search(exported_tensors(subject), set(subject.graph_signature.parameters), None)
-        search.read(subject.graph, exported_source(subject), subject.graph_module)
+        search.read((subject.graph_module, exported_source(subject)))
         return search.result("ExportedProgram")
     if isinstance(subject, fx.GraphModule):
         if is_compiled(subject):
             return _read_compiled(subject, example_inputs, model)
         search = _Search.of(subject)
-        search.read(subject.graph, module_source(subject), subject)
+        search.read((subject, module_source(subject)))
         return search.result("GraphModule")
     return _read_module(subject, example_inputs, dynamic_shapes)
 
@@ -102,10 +102,14 @@ class _Search:
         parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         return cls(dict(named_tensors(model)), parameters, model)
 
-    def read(self, graph: fx.Graph, source: Source, owner: nn.Module) -> None:
-        """Take in the uses that a graph shows, of whatever is not settled yet."""
+    def read(self, *graphs: tuple[fx.GraphModule, Source]) -> None:
+        """Take in the uses that graphs show between them, of whatever is not settled yet."""
         wanted = self.open()
-        for found in weight_uses(graph, source):
+        for gm, source in graphs:
+            self._read(gm, source, wanted)
+
+    def _read(self, gm: fx.GraphModule, source: Source, wanted: set[str]) -> None:
+        for found in weight_uses(gm.graph, source):
             fqn = self.canonical.get(found.origin.fqn, found.origin.fqn)
             if not (fqn in wanted or (found.origin.dequantized and self.tensors[fqn].ndim >= 2)):
                 continue
@@ -114,8 +118,8 @@ class _Search:
                 self.uses.setdefault(fqn, []).append((kind, use, found.constant))
             else:
                 self.reasons.setdefault(fqn, set()).add(found.reason())
-        self.take(module_uses(graph, owner), wanted)
-        for fqn, name in _inside_leaves(graph, owner).items():
+        self.take(module_uses(gm.graph, gm), wanted)
+        for fqn, name in _inside_leaves(gm).items():
             if self.canonical.get(fqn) in wanted - self.uses.keys():
                 reason = (Reason.FRONTEND, f"inside {name}")
                 self.reasons.setdefault(self.canonical[fqn], set()).add(reason)
@@ -205,7 +209,7 @@ def _read_module(
         program = export_model(model, example_inputs, dynamic_shapes)
     except CaptureError as error:
         return _read_without_export(search, model, example_inputs, error)
-    search.read(program.graph, exported_source(program), program.graph_module)
+    search.read((program.graph_module, exported_source(program)))
     return search.result("torch.export")
 
 
@@ -218,8 +222,7 @@ def _read_without_export(
     captured: list[Any] = []
     run_undisturbed(model, lambda: captured.extend(capture_graphs(model, args, kwargs)))
     graphs, stop = captured
-    for gm, inputs in graphs:
-        search.read(gm.graph, compiled_source(gm, inputs, model), gm)
+    search.read(*((gm, compiled_source(gm, inputs, model)) for gm, inputs in graphs))
     if graphs or stop:
         count = f"{len(graphs)} graph{'' if len(graphs) == 1 else 's'}"
         frontends.append(f"Dynamo ({count}{f', then {type(stop).__name__}' if stop else ''})")
@@ -229,7 +232,7 @@ def _read_without_export(
         except Exception as trace_error:  # whatever the model's own code raises on proxies
             frontends.append(f"no FX trace ({type(trace_error).__name__})")
         else:
-            search.read(traced.graph, module_source(traced), traced)
+            search.read((traced, module_source(traced)))
             frontends.append("FX trace")
     if search.open():
         _read_classes(search, model)
@@ -254,15 +257,15 @@ def _read_compiled(
     else:
         found = dict(filter(None, map(source, gm.graph.nodes)))
         search = _Search(found, {n for n, t in found.items() if isinstance(t, nn.Parameter)}, None)
-    search.read(gm.graph, source, gm)
+    search.read((gm, source))
     return search.result("torch.compile", "no input of this graph")
 
 
-def _inside_leaves(graph: fx.Graph, owner: nn.Module) -> dict[str, str]:
+def _inside_leaves(gm: fx.GraphModule) -> dict[str, str]:
     """FQN -> class of the called module, for parameters of modules that the graph does not open."""
     return {
         name: type(module).__name__
-        for node in graph.find_nodes(op="call_module")
-        for module in [owner.get_submodule(str(node.target))]
+        for node in gm.graph.find_nodes(op="call_module")
+        for module in [gm.get_submodule(str(node.target))]
         for name, _ in module.named_parameters(prefix=str(node.target))
     }

@@ -2,9 +2,10 @@
 
 import operator
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
-from torch import fx, nn
+from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from fx_sparsity.graph.capture import module_source
@@ -12,10 +13,21 @@ from fx_sparsity.graph.operators import OPERATORS, bind, operator_name
 from fx_sparsity.graph.uses import canonical_fqn, weight_uses
 from fx_sparsity.graph.weight_map import WeightMap
 from fx_sparsity.sparsifier import Mask
+from fx_sparsity.sparsifier.mask import GRAPH_MASKS
 
 WEIGHT_META = "fx_sparsity_weights"
-"""Key in `node.meta`: argument name -> FQN of the weight that it receives."""
-_MASKS = "sparsity_masks"
+"""Key in `node.meta`: argument name -> `SeenWeight` that it receives."""
+
+
+@dataclass(frozen=True)
+class SeenWeight:
+    """What a consumer sees of a weight: its name, its shape, and an `as_strided` view of it."""
+
+    fqn: str
+    shape: tuple[int, ...]
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
 
 
 class AnnotateWeights(PassBase):
@@ -35,10 +47,17 @@ class AnnotateWeights(PassBase):
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """See `PassBase.call`."""
         for found in weight_uses(graph_module.graph, module_source(graph_module)):
-            if (use := found.use()) is not None and len(use.roles) >= 2:
-                fqn = canonical_fqn(found.origin.fqn)
-                noted = found.node.meta.setdefault(WEIGHT_META, {})
-                noted[found.arg] = self.canonical.get(fqn, fqn)
+            origin, use = found.origin, found.use()
+            # Of a copy no view of the weight itself can be told.
+            if use is not None and len(use.roles) >= 2 and origin.before is None:
+                fqn = canonical_fqn(origin.fqn)
+                found.node.meta.setdefault(WEIGHT_META, {})[found.arg] = SeenWeight(
+                    self.canonical.get(fqn, fqn),
+                    tuple(origin.parameter.shape),
+                    tuple(origin.view.shape),
+                    tuple(origin.view.stride()),
+                    int(origin.view.storage_offset()),
+                )
         return PassResult(graph_module, False)
 
 
@@ -119,8 +138,8 @@ class RemoveMasks(PassBase):
             for dead in (node, zero, keep):
                 graph.erase_node(dead)
             modified = True
-        if hasattr(graph_module, _MASKS):
-            graph_module.delete_submodule(_MASKS)
+        if hasattr(graph_module, GRAPH_MASKS):
+            graph_module.delete_submodule(GRAPH_MASKS)
         if modified:
             graph_module.recompile()
         return PassResult(graph_module, modified)
@@ -133,23 +152,6 @@ class RemoveMasks(PassBase):
                 operator.attrgetter(str(node.target))(graph_module)
 
 
-def graph_mask(model: fx.GraphModule | nn.Module, fqn: str) -> Mask | None:
-    """The mask that `InsertMasks` put on a weight, if it did.
-
-    Where the GraphModule has been rebuilt since, its buffers hang on plain modules; a mask over the
-    same tensors is put back in their place.
-    """
-    path = mask_path(fqn)
-    try:
-        holder = model.get_submodule(path)
-    except AttributeError:
-        return None
-    if not isinstance(holder, Mask):
-        holder = Mask(holder.get_buffer("mask"))
-        model.set_submodule(path, holder)
-    return holder
-
-
 def is_mask(node: fx.Node) -> bool:
     """Whether a node reads a mask that `InsertMasks` put there."""
     return node.op == "get_attr" and is_mask_name(str(node.target))
@@ -157,19 +159,19 @@ def is_mask(node: fx.Node) -> bool:
 
 def is_mask_name(fqn: str | None) -> bool:
     """Whether a buffer belongs to a mask, going by its FQN."""
-    return fqn is not None and fqn.startswith(f"{_MASKS}.")
+    return fqn is not None and fqn.startswith(f"{GRAPH_MASKS}.")
 
 
 def mask_path(fqn: str) -> str:
     """Where a weight's mask lives in a GraphModule: under the weight's own path, so that no two
     weights collide.
     """
-    return f"{_MASKS}.{fqn}"
+    return f"{GRAPH_MASKS}.{fqn}"
 
 
-def weight_arguments(node: fx.Node) -> Iterator[tuple[str, fx.Node]]:
-    """(FQN, the node it receives now) of every weight that `AnnotateWeights` noted on `node`."""
-    noted: dict[str, str] = node.meta.get(WEIGHT_META, {})
+def weight_arguments(node: fx.Node) -> Iterator[tuple[SeenWeight, fx.Node]]:
+    """(weight, the node it receives now) of every weight that `AnnotateWeights` noted on `node`."""
+    noted: dict[str, SeenWeight] = node.meta.get(WEIGHT_META, {})
     row = OPERATORS.get(operator_name(node)) if noted else None
     for arg, value, _ in row.find(bind(node)) if row else ():
         if arg in noted and isinstance(value, fx.Node):

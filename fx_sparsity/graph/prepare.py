@@ -11,11 +11,11 @@ from fx_sparsity.graph.capture import ExampleInputs
 from fx_sparsity.graph.discovery import find_weights
 from fx_sparsity.graph.exported import insert_masks, remove_masks
 from fx_sparsity.graph.mapping import SparsityMapping
-from fx_sparsity.graph.passes import InsertMasks, RemoveMasks, graph_mask, mask_path
+from fx_sparsity.graph.passes import InsertMasks, RemoveMasks, mask_path
 from fx_sparsity.graph.weight_map import WeightMap
 from fx_sparsity.patterns import SparsityConfig
 from fx_sparsity.sparsifier import BaseSparsifier, Mask, MaskError, SparsityRecord
-from fx_sparsity.sparsifier.target import check_maskable, mask_on
+from fx_sparsity.sparsifier.target import check_maskable, graph_mask, mask_on
 
 _log = logging.getLogger(__name__)
 _Model = TypeVar("_Model", bound=nn.Module | ExportedProgram)

@@ -1,10 +1,14 @@
 """Cutting an N-dimensional tensor into blocks, and putting it together again."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+
+from fx_sparsity.patterns import Tiling
+
+_SLAB = 1 << 20  # elements
 
 
 def to_blocks(x: Tensor, extents: Sequence[int], fill: float) -> Tensor:
@@ -26,6 +30,17 @@ def to_blocks(x: Tensor, extents: Sequence[int], fill: float) -> Tensor:
     return x.reshape(blocks, -1)
 
 
+def block_means(x: Tensor, extents: Sequence[int], terms: Callable[[Tensor], Tensor]) -> Tensor:
+    """Mean of `terms(x)` over the elements that each block really has: float64 tensor [blocks].
+
+    The terms are computed slab by slab, so that they are never all in memory.
+    """
+    row = max(1, x[:1].numel()) * extents[0]
+    slabs = x.split(extents[0] * max(1, _SLAB // row)) if x.dim() else [x]
+    sums = [to_blocks(terms(slab), extents, fill=0.0).sum(1) for slab in slabs]
+    return torch.cat(sums) / real_elements(x.shape, extents, x.device)
+
+
 def from_blocks(blocks: Tensor, shape: Sequence[int], extents: Sequence[int]) -> Tensor:
     """Undo `to_blocks`: a contiguous tensor of `shape`, the filling cut off."""
     grid = [-(-size // extent) for size, extent in zip(shape, extents, strict=True)]
@@ -42,3 +57,8 @@ def real_elements(shape: Sequence[int], extents: Sequence[int], device: torch.de
         starts = torch.arange(0, size, extent, device=device)
         counts = counts.unsqueeze(-1) * (size - starts).clamp(max=extent)
     return counts.reshape(-1)
+
+
+def zeros_of_whole(tiling: Tiling, level: float) -> int:
+    """Zeros that a chosen block has if it lies wholly inside the weight."""
+    return int(tiling.zeros_in_chosen(level, torch.tensor(tiling.block_size)))

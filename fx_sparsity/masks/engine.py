@@ -1,83 +1,77 @@
-"""From scores to a mask: exact counts, deterministic ties, any number of dimensions."""
+"""From weights or scores to a mask: exact counts, deterministic ties, any number of dimensions."""
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from fx_sparsity.masks.blocks import from_blocks, real_elements, to_blocks
-from fx_sparsity.masks.select import k_smallest, k_smallest_per_row
+from fx_sparsity.masks import native
+from fx_sparsity.masks.plain import plain_mask
+from fx_sparsity.masks.rank import Rank, ScoreError, any_nan, check_floating
 from fx_sparsity.patterns import Tiling
 
 
-class ScoreError(ValueError):
-    """Scores that cannot be ranked: NaN, or not a floating dtype."""
-
-
 @torch.no_grad()
-def compute_mask(scores: Tensor, tiling: Tiling, level: float) -> Tensor:
-    """The mask that prunes the lowest scores a tiling and a level allow.
+def compute_mask(
+    x: Tensor,
+    tiling: Tiling,
+    level: float,
+    rank: Rank = Rank.VALUE,
+    out: Tensor | None = None,
+    checked: bool = False,
+) -> Tensor:
+    """The mask that prunes the lowest ranks a tiling and a level allow.
 
     Exactly `round(level * blocks)` blocks are chosen (Python's `round`). Among equals, blocks and
-    elements first in row-major storage order go first. A block's score is the mean of the elements
-    that it really has, accumulated in float64.
+    elements first in row-major order of the shape go first. A block's score is the mean of the
+    elements that it really has, accumulated in float64; the C++ path compares the means to 20 bits.
 
     Args:
-        scores: importance of every element, any shape, floating; higher is kept.
-        tiling: the pattern in storage dimensions, one extent for each dimension of `scores`.
+        x: scores, or the weight itself where `rank` is a norm; any shape, floating.
+        tiling: the pattern in storage dimensions, one extent for each dimension of `x`.
         level: share of blocks that go, in [0, 1].
+        rank: `VALUE` keeps high scores; `MAGNITUDE` and `SQUARE` rank weights without storing
+            their norms.
+        out: written to and returned: of the shape of `x`, boolean, or floating with 1 for kept.
+        checked: `x` is known to hold no NaN (see `contains_nan`).
 
     Returns:
-        Contiguous boolean tensor of the shape of `scores`: True is kept.
+        `out`, or a contiguous boolean tensor of the shape of `x`: True is kept.
 
     Raises:
-        ScoreError: `scores` holds a NaN or is not floating.
+        ScoreError: `x` holds a NaN, a block both inf and -inf, or `x` is not floating; `out` is as
+            it was.
         PatternError: the tiling does not fit the shape.
-        ValueError: a level outside [0, 1].
+        ValueError: a level outside [0, 1], or `out` of another shape.
     """
     if not 0 <= level <= 1:
         raise ValueError(f"a sparsity level lies in [0, 1], found {level!r}")
-    if not scores.is_floating_point():
-        raise ScoreError(f"scores must be floating, found {scores.dtype}")
-    tiling.check(scores.shape, tiling)
-    if scores.dtype in (torch.float16, torch.bfloat16):
-        scores = scores.float()
-    if bool(torch.isnan(scores).any()):
+    check_floating(x)
+    tiling.check(x.shape, tiling)
+    if out is not None and out.shape != x.shape:
+        raise ValueError(f"expected a mask of shape {tuple(x.shape)}, found {tuple(out.shape)}")
+    if not checked and contains_nan(x):
         raise ScoreError("scores contain NaN")
 
-    whole = scores
-    if tiling.remainder == "dense":
-        extent = [n * e for n, e in zip(tiling.grid(scores.shape), tiling.extents, strict=True)]
-        scores = scores[tuple(slice(size) for size in extent)]
-    if scores.numel() == 0:
-        return torch.ones(whole.shape, dtype=torch.bool, device=whole.device)
-
-    keep = ~_drop(scores, tiling, level)
-    if keep.shape != whole.shape:
-        missing = [w - k for w, k in zip(whole.shape, keep.shape, strict=True)]
-        padding = [n for m in reversed(missing) for n in (0, m)]
-        keep = torch.nn.functional.pad(keep, padding, value=True)
-    return keep.contiguous()
+    if tiling.zeros == tiling.block_size:
+        tiling = replace(tiling, zeros="all")
+    if x.numel() and native.covers(x):
+        mask = out
+        if mask is None:
+            mask = torch.empty(x.shape, dtype=torch.bool)
+        if native.write_mask(x, tiling, level, rank, mask):
+            return mask
+    keep = plain_mask(x, tiling, level, rank)
+    return keep if out is None else out.copy_(keep)
 
 
-def _drop(scores: Tensor, tiling: Tiling, level: float) -> Tensor:
-    """Elements that go, shaped like `scores`."""
-    extents, shape = tiling.extents, scores.shape
-    if tiling.block_size == 1 and tiling.zeros == "all":
-        return k_smallest(scores.reshape(-1), round(level * scores.numel())).view(shape)
-
-    sizes = real_elements(shape, extents, scores.device)
-    chosen = torch.ones(len(sizes), dtype=torch.bool, device=scores.device)
-    if (count := tiling.chosen(level, len(sizes))) < len(sizes):
-        means = to_blocks(scores, extents, fill=0.0).sum(1, dtype=torch.float64) / sizes
-        if bool(torch.isnan(means).any()):
-            raise ScoreError("a block's mean score is NaN: it holds both inf and -inf")
-        chosen = k_smallest(means, count)
-    if tiling.zeros == "all":
-        return from_blocks(chosen.unsqueeze(1).expand(-1, tiling.block_size), shape, extents)
-
-    # The filling of a ragged block is ranked last: the counts are of real elements.
-    zeros = tiling.zeros_in_chosen(level, sizes) * chosen
-    filling = None
-    if bool((sizes < tiling.block_size).any()):
-        filling = ~to_blocks(torch.ones_like(scores, dtype=torch.bool), extents, fill=False)
-    blocks = to_blocks(scores, extents, fill=0.0)
-    return from_blocks(k_smallest_per_row(blocks, zeros, last=filling), shape, extents)
+def contains_nan(*tensors: Tensor) -> bool:
+    """Whether one of `tensors` (floating) holds a NaN; waits for a device once, if at all."""
+    flags = []
+    for tensor in tensors:
+        if native.covers(tensor):
+            if native.has_nan(tensor):
+                return True
+        else:
+            flags.append(any_nan(tensor))
+    return bool(torch.stack([flag.to(flags[0].device) for flag in flags]).any()) if flags else False

@@ -1,6 +1,6 @@
 """Sparsity and quantization, in either order, with a proof."""
 
-from fx_sparsity.quantization.backend import BACKENDS, Backend, BackendError, get_backend
+from fx_sparsity.quantization.backend import BACKENDS, Backend, BackendError, Quantized, get_backend
 from fx_sparsity.quantization.flow import Order, sparsify_and_quantize, sparsify_codes
 from fx_sparsity.quantization.gate import (
     SparsityLostError,
@@ -19,6 +19,7 @@ __all__ = [
     "BackendError",
     "IntegerZeroPoint",
     "Order",
+    "Quantized",
     "SparsityLostError",
     "StoredWeight",
     "Verification",

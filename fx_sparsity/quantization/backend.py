@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -15,6 +15,18 @@ Calibrate = Callable[[nn.Module], Any]
 
 class BackendError(ValueError):
     """A backend is unknown, not installed, or cannot do what was asked."""
+
+
+class Quantized(NamedTuple):
+    """What a backend returns.
+
+    Attributes:
+        model: quantized.
+        meant: FQNs of the weights that the configuration asked to quantize.
+    """
+
+    model: nn.Module
+    meant: frozenset[str]
 
 
 class Backend(ABC):
@@ -36,7 +48,7 @@ class Backend(ABC):
         calibrate: Calibrate | None = None,
         config: Any = None,
         dynamic_shapes: Any = None,
-    ) -> nn.Module:
+    ) -> Quantized:
         """Run the backend's own prepare and convert. `model` is not changed.
 
         Args:
@@ -48,10 +60,6 @@ class Backend(ABC):
                 code.
             dynamic_shapes: as `torch.export.export` takes it.
         """
-
-    @abstractmethod
-    def intends(self, model: nn.Module, weights: WeightMap, config: Any = None) -> frozenset[str]:
-        """FQNs of the weights that `quantize` is meant to quantize under `config`."""
 
 
 BACKENDS: dict[str, tuple[str, str, str]] = {

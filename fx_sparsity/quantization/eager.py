@@ -17,7 +17,13 @@ from torch.ao.quantization.observer import PerChannelMinMaxObserver
 
 from fx_sparsity.graph import WeightMap
 from fx_sparsity.graph.capture import ExampleInputs
-from fx_sparsity.quantization.backend import Backend, Calibrate
+from fx_sparsity.quantization.backend import (
+    Backend,
+    BackendError,
+    Calibrate,
+    Quantized,
+    run_example,
+)
 from fx_sparsity.quantization.embeddings import (
     bake_max_norm,
     check_quantizable,
@@ -25,6 +31,7 @@ from fx_sparsity.quantization.embeddings import (
 )
 from fx_sparsity.quantization.observers import EMBEDDING_SPEC, IntegerZeroPoint
 from fx_sparsity.quantization.stored import StoredWeight
+from fx_sparsity.sparsifier import Mask
 
 QConfigs = Mapping[type[nn.Module], tq.QConfig]
 
@@ -60,62 +67,56 @@ class EagerBackend(Backend):
         calibrate: Calibrate | None = None,
         config: QConfigs | None = None,
         dynamic_shapes: Any = None,
-    ) -> nn.Module:
-        """See `Backend.quantize`. Nothing here is calibrated or exported."""
-        del example_inputs, weights, calibrate, dynamic_shapes
+    ) -> Quantized:
+        """See `Backend.quantize`. Nothing here is calibrated or exported.
+
+        Raises:
+            BackendError: live masks, which torch would leave in float without a word; a bag that
+                takes the maximum; or a result that does not run on the example inputs.
+        """
+        del calibrate, dynamic_shapes
+        for name, module in model.named_modules():
+            if isinstance(module, Mask):
+                weight = name.partition(".parametrizations.")[0]
+                raise BackendError(f"{weight} is still masked; squash before quantizing")
         qconfigs = dict(config or DEFAULT_QCONFIGS)
         copied = copy.deepcopy(model)
-        embeddings = {
-            name: module
-            for name, module in copied.named_modules()
-            if isinstance(module, nn.Embedding | nn.EmbeddingBag) and type(module) in qconfigs
-        }
-        for name, module in embeddings.items():
-            check_quantizable(name, module)
-            bake_max_norm(module)
+        names: dict[nn.Module, list[str]] = {}
+        for name, module in copied.named_modules(remove_duplicate=False):
+            if type(module) in qconfigs:
+                names.setdefault(module, []).append(name)
+        for source in names:
+            if isinstance(source, nn.Embedding | nn.EmbeddingBag):
+                check_quantizable(names[source][0], source)
+                bake_max_norm(source)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*torch.ao.quantization is deprecated.*")
             quantized = tq.quantize_dynamic(copied, qconfigs, inplace=True)
-        for name, source in embeddings.items():
-            module = quantized.get_submodule(name)
-            if isinstance(module, nnq.Embedding):
+        for source, aliases in names.items():
+            module = quantized.get_submodule(aliases[0])
+            if isinstance(source, nn.Embedding | nn.EmbeddingBag):
                 match_float_forward(module, source)
-        return quantized
-
-    def intends(
-        self, model: nn.Module, weights: WeightMap, config: QConfigs | None = None
-    ) -> frozenset[str]:
-        """Weights of the modules whose exact class has a qconfig, as `quantize_dynamic` looks."""
-        wanted = set(config or DEFAULT_QCONFIGS)
-        return frozenset(
-            fqn
-            for fqn, site in weights.items()
-            if fqn.endswith(".weight") and type(model.get_submodule(site.owner)) in wanted
-        )
+            for alias in aliases[1:]:  # torch converts a shared module once for some of its names
+                quantized.set_submodule(alias, module)
+        try:
+            with torch.no_grad():
+                run_example(quantized, example_inputs)
+        except Exception as error:
+            raise BackendError(
+                f"the quantized {type(model).__name__} does not run on example_inputs: "
+                f"{type(error).__name__}: {error}; exclude the modules concerned in `config`, "
+                "or use backend 'pt2e'"
+            ) from error
+        held = {f"{name}.weight".removeprefix(".") for found in names.values() for name in found}
+        meant = frozenset(fqn for fqn, site in weights.items() if held & {fqn, *site.aliases})
+        return Quantized(quantized, meant)
 
 
 def read_modules(model: nn.Module) -> Iterator[StoredWeight]:
-    """Weights of quantized modules, and float parameters of two or more dimensions.
-
-    A tied parameter is yielded under each of its names.
-    """
-    for name, module in model.named_modules():
+    """Weights of torch's quantized modules, a shared module under each of its names."""
+    for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, nnq.Linear | nnq.Conv2d | nnq.Conv1d | nnq.Conv3d | nnq.Embedding):
             yield read_quantized(f"{name}.weight".removeprefix("."), module)
-    for fqn, parameter in model.named_parameters(remove_duplicate=False):
-        if parameter.ndim >= 2:
-            yield float_weight(fqn, fqn, parameter)
-
-
-def float_weight(fqn: str, where: str, tensor: Tensor) -> StoredWeight:
-    """A weight that is not quantized."""
-
-    @torch.no_grad()
-    def write(values: Tensor) -> None:
-        tensor.copy_(values)
-
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    return StoredWeight(fqn, where, dtype, "float", tensor.detach(), write)
 
 
 def read_quantized(fqn: str, module: Any) -> StoredWeight:

@@ -1,14 +1,16 @@
 """The flows: a model in, a sparse quantized model and the proof out, in either order."""
 
 import copy
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor, nn
 
 from fx_sparsity.graph import SparsityMapping, WeightMap, find_weights, prepare, squash
 from fx_sparsity.graph.capture import ExampleInputs
 from fx_sparsity.graph.prepare import group_entry
-from fx_sparsity.quantization.backend import Backend, Calibrate, get_backend
+from fx_sparsity.quantization.backend import Backend, Calibrate, Quantized, get_backend
 from fx_sparsity.quantization.gate import Verification, read_weights, verify
 from fx_sparsity.quantization.stored import StoredWeight
 from fx_sparsity.sparsifier import BaseSparsifier, SparsityRecord
@@ -27,7 +29,7 @@ def sparsify_and_quantize(
     calibrate: Calibrate | None = None,
     config: Any = None,
     dynamic_shapes: Any = None,
-    reference: nn.Module | None = None,
+    reference: Quantized | None = None,
 ) -> tuple[nn.Module, Verification]:
     """Sparsify and quantize a copy of a model, and verify the result.
 
@@ -43,7 +45,8 @@ def sparsify_and_quantize(
         calibrate: runs the observed model on data; the example inputs by default.
         config: the backend's own, see its class.
         dynamic_shapes: as `torch.export.export` takes it.
-        reference: the model quantized alike without masks, where it is at hand; made otherwise.
+        reference: the model quantized alike without masks, as `Backend.quantize` returns it, where
+            it is at hand; made otherwise.
 
     Returns:
         The quantized model, and the verification of every masked weight. It does not raise by
@@ -51,7 +54,7 @@ def sparsify_and_quantize(
 
     Raises:
         InputError, CaptureError, MappingError, MaskError: as `prepare`.
-        BackendError: unknown or not installed backend.
+        BackendError: unknown or not installed backend, or one that cannot quantize this model.
         ZeroNotRepresentableError: quantize-first, and a weight has no code that means zero.
         ValueError: unknown order.
     """
@@ -61,9 +64,8 @@ def sparsify_and_quantize(
     weights = find_weights(model, example_inputs, dynamic_shapes=dynamic_shapes)
     if mapping is not None:
         mapping.resolve(weights)
-    meant = chosen.intends(model, weights, config)
 
-    def quantized(float_model: nn.Module) -> nn.Module:
+    def quantized(float_model: nn.Module) -> Quantized:
         return chosen.quantize(
             float_model,
             example_inputs,
@@ -73,19 +75,18 @@ def sparsify_and_quantize(
             dynamic_shapes=dynamic_shapes,
         )
 
-    if reference is None:
-        reference = quantized(model)
+    alone = quantized(model) if reference is None else reference
     if order == "sparsify_first":
         sparse = prepare(
             copy.deepcopy(model), sparsifier, example_inputs, mapping, dynamic_shapes=dynamic_shapes
         )
         sparsifier.step()
         sparse, record = squash(sparse, sparsifier)
-        result = quantized(sparse)
+        result = quantized(sparse).model
     else:
-        result = copy.deepcopy(reference)
+        result = copy.deepcopy(alone.model)
         record = sparsify_codes(result, sparsifier, weights, mapping)
-    return result, verify(result, record, reference=reference, meant=meant)
+    return result, verify(result, record, reference=alone.model, meant=alone.meant)
 
 
 def sparsify_codes(
@@ -116,14 +117,17 @@ def sparsify_codes(
     """
     configs = None if mapping is None else mapping.resolve(weights)
     stored: dict[str, list[StoredWeight]] = {fqn: [] for fqn in (configs or weights)}
+    canonical = {name: fqn for fqn in stored for name in (fqn, *weights[fqn].aliases)}
     for weight in read_weights(model):
-        if weight.fqn in stored:
+        if weight.fqn in canonical:
             weight.zero_code()
-            stored[weight.fqn].append(weight)
+            if weight.obstacle:
+                raise ValueError(f"{weight.fqn} cannot be masked: {weight.obstacle}")
+            stored[canonical[weight.fqn]].append(weight)
     if missing := [fqn for fqn, copies in stored.items() if not copies]:
         raise ValueError(f"the quantized model does not hold {', '.join(missing)}")
 
-    ranked = _skeleton({fqn: copies[0].dequantize() for fqn, copies in stored.items()})
+    ranked = _skeleton({fqn: _assemble(fqn, copies) for fqn, copies in stored.items()})
     entries = [
         {
             "tensor_fqn": fqn,
@@ -134,11 +138,35 @@ def sparsify_codes(
     ]
     sparsifier.prepare(ranked, entries)
     sparsifier.step()
-    record = SparsityRecord.of(sparsifier)
+    record = SparsityRecord.of(sparsifier, {fqn: weights[fqn].aliases for fqn in stored})
     for fqn, copies in stored.items():
         for weight in copies:
             weight.set_zero(record[fqn].keep)
     return record
+
+
+def _assemble(fqn: str, copies: Sequence[StoredWeight]) -> Tensor:
+    """What the codes of a weight stand for, in its own shape, from parts where it was split.
+
+    Raises:
+        ValueError: the parts do not make up the whole.
+    """
+    whole = next((weight for weight in copies if weight.view is None), None)
+    if whole is not None:
+        return whole.dequantize().detach().clone()
+    view = copies[0].view
+    assert view is not None
+    values = torch.zeros(view.shape)
+    covered = torch.zeros(view.shape, dtype=torch.bool)
+    for part in copies:
+        part.seen(values).copy_(part.dequantize())
+        part.seen(covered).fill_(True)
+    if not bool(covered.all()):
+        raise ValueError(
+            f"{fqn}: the quantized model stores only {int(covered.sum())} of its "
+            f"{covered.numel()} elements"
+        )
+    return values
 
 
 def _skeleton(tensors: dict[str, Tensor]) -> nn.Module:

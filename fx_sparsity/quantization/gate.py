@@ -3,15 +3,15 @@
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import overload
 
-import torch
 from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
 
 from fx_sparsity.graph.passes import WEIGHT_META
 from fx_sparsity.masks import tiling_holds
-from fx_sparsity.quantization.eager import read_modules
-from fx_sparsity.quantization.stored import StoredWeight
-from fx_sparsity.sparsifier import MaskRecord
+from fx_sparsity.quantization.stored import StoredWeight, float_weight
+from fx_sparsity.sparsifier import Mask, MaskRecord
 from fx_sparsity.tables import format_table
 
 
@@ -35,8 +35,10 @@ class VerifiedWeight:
         extra: kept elements that are zero though quantizing alone leaves them non-zero; None where
             there is nothing to compare with.
         pattern: that the mask was made with; None for a method without one.
-        pattern_holds: whether the stored zeros obey it; None without a pattern.
+        pattern_holds: whether the stored zeros obey it, for the weight as a whole where this copy
+            stores only a part; None without a pattern.
         max_change: largest change of a kept value against quantizing alone; None as for `extra`.
+        obstacle: what keeps the stored value from being what the consumer reads; empty as a rule.
     """
 
     fqn: str
@@ -52,6 +54,7 @@ class VerifiedWeight:
     pattern: str | None
     pattern_holds: bool | None
     max_change: float | None
+    obstacle: str = ""
 
     @property
     def share(self) -> float:
@@ -63,7 +66,7 @@ class VerifiedWeight:
         """What is wrong, in words; empty where all is well."""
         if not self.where:
             return ("not found in the model",)
-        faults = []
+        faults = [self.obstacle] if self.obstacle else []
         if self.zero_in_code != self.wanted:
             faults.append(f"{self.wanted - self.zero_in_code} of {self.wanted} zeros lost")
         if self.extra:
@@ -107,7 +110,13 @@ class Verification(Sequence[VerifiedWeight]):
         """The rows as a JSON list of objects, each with its `faults`."""
         return json.dumps([{**asdict(row), "faults": row.faults} for row in self.rows], indent=2)
 
-    def __getitem__(self, index):  # type: ignore[no-untyped-def]
+    @overload
+    def __getitem__(self, index: int) -> VerifiedWeight: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> tuple[VerifiedWeight, ...]: ...
+
+    def __getitem__(self, index: int | slice) -> VerifiedWeight | tuple[VerifiedWeight, ...]:
         return self.rows[index]
 
     def __len__(self) -> int:
@@ -144,7 +153,7 @@ class Verification(Sequence[VerifiedWeight]):
 
 
 def read_weights(model: nn.Module) -> list[StoredWeight]:
-    """How a model stores its weights now: quantized modules, quantized graphs, float parameters.
+    """How a model stores its weights now: quantized modules, quantized graphs, float tensors.
 
     Args:
         model: a module; or a GraphModule on which `AnnotateWeights` ran before it was quantized.
@@ -153,7 +162,26 @@ def read_weights(model: nn.Module) -> list[StoredWeight]:
         from fx_sparsity.quantization.pt2e import read_graph
 
         return list(read_graph(model))
-    return list(read_modules(model))
+    stored = list(_read_float(model))
+    if any("quantized" in type(module).__module__ for module in model.modules()):
+        from fx_sparsity.quantization.eager import read_modules
+
+        stored += read_modules(model)
+    return stored
+
+
+def _read_float(model: nn.Module) -> Iterator[StoredWeight]:
+    """Floating parameters and buffers under each name; masked ones as the model sees them."""
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, Mask | parametrize.ParametrizationList):
+            continue
+        names = [*module._parameters, *module._buffers]
+        names += getattr(module, "parametrizations", {})
+        for attribute in names:
+            tensor = getattr(module, attribute)
+            if isinstance(tensor, Tensor) and tensor.is_floating_point():
+                fqn = f"{prefix}.{attribute}".removeprefix(".")
+                yield float_weight(fqn, fqn, tensor)
 
 
 def verify(
@@ -166,7 +194,7 @@ def verify(
     """Check, weight by weight, that what was masked is zero, and nothing else is.
 
     Zero means zero in code space: the stored code is the one that dequantizes to exactly zero. A
-    float weight has to be zero itself.
+    float weight has to be zero itself. A tied weight is checked wherever it is stored.
 
     Args:
         model: sparsified, and quantized or not. Not changed.
@@ -176,14 +204,16 @@ def verify(
             weight's further zeros are found.
         meant: FQNs of the weights that were meant to be quantized.
     """
-    stored = read_weights(model)
-    alone = {} if reference is None else _by_place(read_weights(reference))
+    stored = _by_name(read_weights(model), record)
+    alone = {} if reference is None else _by_name(read_weights(reference), record)
     rows: list[VerifiedWeight] = []
     for fqn, mask in record.items():
-        copies = [weight for weight in stored if weight.fqn == fqn]
         intended = None if meant is None else fqn in meant
+        copies = stored[fqn]
+        holds = _holds(copies, mask)
         for i, weight in enumerate(copies):
-            rows.append(_row(weight, mask, alone.get((fqn, i)), intended))
+            counterpart = alone[fqn][i] if fqn in alone and i < len(alone[fqn]) else None
+            rows.append(_row(fqn, weight, mask, counterpart, intended, holds[i]))
         if not copies:
             wanted = int((~mask.keep).sum())
             rows.append(
@@ -194,49 +224,82 @@ def verify(
     return Verification(tuple(rows))
 
 
-def _by_place(weights: Iterable[StoredWeight]) -> dict[tuple[str, int], StoredWeight]:
-    """Stored copies by FQN and by their turn among the copies of that weight."""
-    found: dict[tuple[str, int], StoredWeight] = {}
-    turns: dict[str, int] = {}
+def _by_name(
+    weights: Iterable[StoredWeight], record: Mapping[str, MaskRecord]
+) -> dict[str, list[StoredWeight]]:
+    """Every stored copy of each recorded weight, one tensor once."""
+    canonical = {alias: fqn for fqn, mask in record.items() for alias in (fqn, *mask.aliases)}
+    found: dict[str, list[StoredWeight]] = {fqn: [] for fqn in record}
+    seen: set[tuple[str, int]] = set()
     for weight in weights:
-        turn = turns.get(weight.fqn, 0)
-        turns[weight.fqn] = turn + 1
-        found[weight.fqn, turn] = weight
+        fqn = canonical.get(weight.fqn)
+        if fqn is None:
+            continue
+        if not weight.quantized and weight.data.device.type != "meta":
+            place = (fqn, weight.data.data_ptr())
+            if place in seen:
+                continue
+            seen.add(place)
+        found[fqn].append(weight)
     return found
 
 
+def _holds(copies: Sequence[StoredWeight], mask: MaskRecord) -> list[bool | None]:
+    """Whether the zeros of each copy obey the pattern; parts of a weight are judged together."""
+    tiling, level = mask.tiling, mask.level
+    if tiling is None or level is None or not mask.keep.numel():
+        return [None] * len(copies)
+    whole = ~mask.keep  # what no part covers is not in question here
+    for part in copies:
+        if part.view is not None and not part.obstacle:
+            part.view.of(whole).copy_(part.zeros())
+    parts = tiling_holds(whole, tiling, level)
+    return [
+        None
+        if copy.obstacle
+        else parts
+        if copy.view is not None
+        else tiling_holds(copy.zeros(), tiling, level)
+        for copy in copies
+    ]
+
+
 def _row(
-    weight: StoredWeight, mask: MaskRecord, alone: StoredWeight | None, meant: bool | None
+    fqn: str,
+    weight: StoredWeight,
+    mask: MaskRecord,
+    alone: StoredWeight | None,
+    meant: bool | None,
+    holds: bool | None,
 ) -> VerifiedWeight:
-    keep = mask.keep.to(weight.data.device)
-    zeros, values = weight.zeros(), weight.dequantize()
+    device = weight.data.device
+    keep = weight.seen(mask.keep).to(device)
     extra: int | None = None
     max_change: float | None = None
-    if alone is not None:
-        extra = int((zeros & keep & ~alone.zeros()).sum())
-        change = (values - alone.dequantize()).abs()[keep]
-        max_change = float(change.max()) if change.numel() else 0.0
-    elif not weight.quantized:
-        extra = int((zeros & keep).sum()) - mask.zeros
-    holds = None
-    if mask.tiling is not None and mask.level is not None:
-        holds = tiling_holds(zeros, mask.tiling, mask.level)
+    zero_in_code = zero_dequantized = 0
+    if not weight.obstacle:
+        zeros, values = weight.zeros(), weight.dequantize()
+        zero_in_code = int((zeros & ~keep).sum())
+        zero_dequantized = int(((values == 0) & ~keep).sum())
+        if alone is not None and not alone.obstacle:
+            extra = int((zeros & keep & ~alone.zeros()).sum())
+            change = (values - alone.dequantize()).abs()[keep]
+            max_change = float(change.max()) if change.numel() else 0.0
+        elif not weight.quantized:
+            extra = int((zeros & keep & ~mask.kept_zeros.to(device)).sum())
     return VerifiedWeight(
-        fqn=weight.fqn,
+        fqn=fqn,
         where=weight.where,
         dtype=weight.dtype,
         scheme=weight.scheme,
         quantized=weight.quantized,
         meant=meant,
         wanted=int((~keep).sum()),
-        zero_in_code=_count(zeros, keep),
-        zero_dequantized=_count(values == 0, keep),
+        zero_in_code=zero_in_code,
+        zero_dequantized=zero_dequantized,
         extra=extra,
         pattern=mask.pattern,
         pattern_holds=holds,
         max_change=max_change,
+        obstacle=weight.obstacle,
     )
-
-
-def _count(zeros: Tensor, keep: Tensor) -> int:
-    return int(torch.logical_and(zeros, ~keep).sum())

@@ -7,6 +7,7 @@ from typing import Any
 import torch.ao.nn.quantized as nnq
 from torch import Tensor, nn
 
+from fx_sparsity.quantization.backend import BackendError
 from fx_sparsity.quantization.eager import embedding_qconfig, read_quantized
 from fx_sparsity.quantization.embeddings import (
     Embedding,
@@ -42,13 +43,20 @@ def post_training_sparse_quantize(
     Raises:
         TypeError: a selected module is no embedding.
         ValueError: a selected module is not part of the model.
-        BackendError: an embedding bag that takes the maximum.
+        BackendError: an embedding bag that takes the maximum, or a subclass with a forward of its
+            own.
 
         Whatever is raised, the model was not changed.
     """
     embeddings = _select(model, select_embeddings)
     for name, module in embeddings.items():
         check_quantizable(name, module)
+        if type(module).forward not in (nn.Embedding.forward, nn.EmbeddingBag.forward):
+            raise BackendError(
+                f"{name}: expected torch's own forward, found {type(module).__name__}.forward, "
+                "which a quantized module would lose; leave it out with select_embeddings, or "
+                "quantize the model with backend 'pt2e'"
+            )
     sparsifier = data_sparsifier_class(**sparse_config)
     quantized = {}
     if sparsify_first:

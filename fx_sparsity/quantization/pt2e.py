@@ -2,6 +2,7 @@
 
 import operator
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,14 +24,11 @@ from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
 
 from fx_sparsity.graph import AnnotateWeights, WeightMap
 from fx_sparsity.graph.capture import ExampleInputs, export_model
-from fx_sparsity.graph.operators import OPERATORS, bind, operator_name
-from fx_sparsity.graph.passes import weight_arguments
-from fx_sparsity.quantization.backend import Backend, Calibrate, run_example
-from fx_sparsity.quantization.eager import float_weight
+from fx_sparsity.graph.operators import OPERATORS, SAME_VALUES, bind, is_view, operator_name
+from fx_sparsity.graph.passes import SeenWeight, weight_arguments
+from fx_sparsity.quantization.backend import Backend, Calibrate, Quantized, run_example
 from fx_sparsity.quantization.observers import EMBEDDING_SPEC, IntegerZeroPoint
-from fx_sparsity.quantization.stored import StoredWeight
-
-_QUANTIZED_KINDS = frozenset({"linear", "conv", "embedding", "embedding_bag"})
+from fx_sparsity.quantization.stored import StoredWeight, View, float_weight
 
 
 class EmbeddingObserver(IntegerZeroPoint, PerChannelMinMaxObserver):
@@ -91,7 +89,7 @@ class PT2EBackend(Backend):
         calibrate: Calibrate | None = None,
         config: Quantizer | None = None,
         dynamic_shapes: Any = None,
-    ) -> fx.GraphModule:
+    ) -> Quantized:
         """See `Backend.quantize`. Gives back a GraphModule, ready for `torch.compile`."""
         graph_module = export_model(model, example_inputs, dynamic_shapes).module()
         assert isinstance(graph_module, fx.GraphModule)
@@ -101,19 +99,21 @@ class PT2EBackend(Backend):
         name_sources(graph_module)
         AnnotateWeights(weights)(graph_module)
         prepared = prepare_pt2e(graph_module, config or default_quantizer())
+        meant = frozenset(_annotated_weights(prepared))
         with torch.no_grad():
             if calibrate is None:
                 run_example(prepared, example_inputs)
             else:
                 calibrate(prepared)
-        return drop_unread(convert_pt2e(prepared))
+        return Quantized(drop_unread(convert_pt2e(prepared)), meant)
 
-    def intends(
-        self, model: nn.Module, weights: WeightMap, config: Quantizer | None = None
-    ) -> frozenset[str]:
-        """Linear, convolution and embedding weights."""
-        del model, config
-        return frozenset(fqn for fqn, site in weights.items() if site.kind in _QUANTIZED_KINDS)
+
+def _annotated_weights(prepared: fx.GraphModule) -> Iterator[str]:
+    """FQNs of the weights that the quantizer put an observer on."""
+    for node in prepared.graph.nodes:
+        for weight, value in weight_arguments(node):
+            if value.op == "call_module":
+                yield weight.fqn
 
 
 _SOURCES: dict[Any, Callable[..., Any]] = {
@@ -153,24 +153,42 @@ def read_graph(model: fx.GraphModule) -> Iterator[StoredWeight]:
     """Weights of an annotated graph, by what its consumers read now: codes, or float values."""
     seen: set[tuple[str, str]] = set()
     for node in model.graph.nodes:
-        for fqn, value in weight_arguments(node):
-            stored = _read_value(model, fqn, value)
-            if (fqn, stored.where) not in seen:
-                seen.add((fqn, stored.where))
+        for weight, value in weight_arguments(node):
+            stored = _read_value(model, weight, value)
+            if (weight.fqn, stored.where) not in seen:
+                seen.add((weight.fqn, stored.where))
                 yield stored
 
 
-def _read_value(model: fx.GraphModule, fqn: str, node: fx.Node) -> StoredWeight:
+def _read_value(model: fx.GraphModule, weight: SeenWeight, node: fx.Node) -> StoredWeight:
     """Walk from a consumer's argument back to the attribute that holds the weight."""
     dequantize: fx.Node | None = None
+    obstacle, viewed_since = "", False
     while node.op != "get_attr":
-        if operator_name(node).startswith("dequantize"):
+        name = operator_name(node)
+        if name.startswith("dequantize"):
             dequantize = node
+        elif is_view(node):
+            viewed_since = viewed_since or dequantize is None
+        elif name not in SAME_VALUES and not name.startswith("quantize"):
+            obstacle = f"read through {name}"
+        if not node.all_input_nodes:
+            obstacle = obstacle or f"not read from the model but from {node.name}"
+            nothing = torch.empty(weight.size, device="meta")
+            return replace(float_weight(weight.fqn, node.name, nothing), obstacle=obstacle)
         node = node.all_input_nodes[0]
     where = str(node.target)
     tensor: Tensor = operator.attrgetter(where)(model)
+    view: View | None = View(weight.shape, weight.size, weight.stride, weight.offset)
+    if dequantize is None or viewed_since:
+        view = None  # stored as the weight itself is; the views come after
+    if view is not None and view.of(torch.empty(weight.shape, device="meta")).is_contiguous():
+        view = None if weight.size == weight.shape else view
+    expected = weight.shape if view is None else weight.size
+    if tuple(tensor.shape) != expected:
+        obstacle = obstacle or f"stored in shape {tuple(tensor.shape)}, expected {expected}"
     if dequantize is None:
-        return float_weight(fqn, where, tensor)
+        return replace(float_weight(weight.fqn, where, tensor), obstacle=obstacle)
 
     def constant(value: Any) -> Tensor:
         if isinstance(value, fx.Node):
@@ -194,7 +212,7 @@ def _read_value(model: fx.GraphModule, fqn: str, node: fx.Node) -> StoredWeight:
         tensor.copy_(codes)
 
     return StoredWeight(
-        fqn,
+        weight.fqn,
         where,
         str(tensor.dtype).removeprefix("torch."),
         scheme,
@@ -203,4 +221,6 @@ def _read_value(model: fx.GraphModule, fqn: str, node: fx.Node) -> StoredWeight:
         scale,
         zero_point,
         (int(args["quant_min"]), int(args["quant_max"])),
+        view,
+        obstacle,
     )

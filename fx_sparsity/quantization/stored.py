@@ -12,6 +12,25 @@ class ZeroNotRepresentableError(ValueError):
 
 
 @dataclass(frozen=True)
+class View:
+    """Which elements of a weight a consumer sees, and in which order: an `as_strided` of it.
+
+    Attributes:
+        shape: of the weight itself, contiguous.
+        size, stride, offset: of the view.
+    """
+
+    shape: tuple[int, ...]
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int = 0
+
+    def of(self, whole: Tensor) -> Tensor:
+        """The view of a tensor of `shape`; writing to it writes to a contiguous `whole`."""
+        return whole.contiguous().as_strided(self.size, self.stride, self.offset)
+
+
+@dataclass(frozen=True)
 class StoredWeight:
     """One copy of a weight, as a model holds it now.
 
@@ -26,6 +45,9 @@ class StoredWeight:
         scale, zero_point: broadcastable against `data`; None where it is not quantized.
         code_range: smallest and largest code; None where it is not quantized.
         write: replaces what is stored by a tensor like `data`.
+        view: where `data` is a view of the weight, as after transposing or splitting a packed one.
+        obstacle: what stands between the stored value and its consumer, so that the one says
+            nothing of the other; empty where nothing does.
     """
 
     fqn: str
@@ -37,6 +59,12 @@ class StoredWeight:
     scale: Tensor | None = None
     zero_point: Tensor | None = None
     code_range: tuple[int, int] | None = None
+    view: View | None = None
+    obstacle: str = ""
+
+    def seen(self, whole: Tensor) -> Tensor:
+        """The part of a tensor in the weight's own shape that this copy stores, in its order."""
+        return whole if self.view is None else self.view.of(whole)
 
     @property
     def quantized(self) -> bool:
@@ -82,7 +110,21 @@ class StoredWeight:
     def set_zero(self, keep: Tensor) -> None:
         """Write the code that means zero wherever `keep` is False; scales and the rest stay.
 
+        Args:
+            keep: boolean, of the weight's own shape.
+
         Raises:
             ZeroNotRepresentableError: there is no such code; nothing was changed.
         """
-        self.write(torch.where(keep, self.data, self.zero_code()))
+        self.write(torch.where(self.seen(keep), self.data, self.zero_code()))
+
+
+def float_weight(fqn: str, where: str, tensor: Tensor) -> StoredWeight:
+    """A weight that is not quantized."""
+
+    @torch.no_grad()
+    def write(values: Tensor) -> None:
+        tensor.copy_(values)
+
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return StoredWeight(fqn, where, dtype, "float", tensor.detach(), write)

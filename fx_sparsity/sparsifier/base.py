@@ -18,6 +18,7 @@ from fx_sparsity.sparsifier.target import (
     Target,
     attach_all,
     check_maskable,
+    graph_mask,
     mask_on,
     owners_by_identity,
 )
@@ -74,6 +75,11 @@ class BaseSparsifier(SparsifierCore):
             MaskError: a weight that does not exist, is not floating, is parametrized by something
                 else, or is listed twice; it is named.
         """
+        if self.model is not None and self.model is not model and self._targets:
+            raise MaskError(
+                f"the sparsifier is bound to another {type(self.model).__name__}; "
+                "prepare this model with a fresh one"
+            )
         entries = [{"tensor_fqn": fqn} for fqn in _weights_of(model)] if config is None else config
         owners = owners_by_identity(model)
         groups: list[dict[str, Any]] = []
@@ -104,19 +110,23 @@ class BaseSparsifier(SparsifierCore):
             if mask is None:
                 mask = Mask(torch.ones_like(tensor) if first is None else first)
                 fresh.append(Target(name, owners[id(tensor)], mask))
+                fresh[-1].given = first is not None and not bool(first.all())
                 targets[name] = fresh[-1]
             else:
                 targets[name] = Target(name, owners[id(tensor)], mask, in_graph)
                 if first is not None:
                     given[name] = first
+        for target in targets.values():
+            for module, attribute in target.owners:
+                if mask_on(module, attribute) is None:
+                    check_maskable(target.name, module, attribute)
         attach_all(fresh)
         for name, first in given.items():
             targets[name].mask.update(first)
         for name, target in targets.items():
             counters = self.state[name].counters if name in self.state else None
             self._register(target, counters)
-        replaced = [g for g in self.groups if g["tensor_fqn"] not in targets]
-        self.groups = replaced + groups
+        self.groups = [g for g in self.groups if g["tensor_fqn"] not in targets] + groups
         self.model = model
         guard(model)
 
@@ -145,6 +155,23 @@ class BaseSparsifier(SparsifierCore):
         self._target(name)
         return next(group for group in self.groups if group["tensor_fqn"] == name)
 
+    def aliases(self) -> dict[str, tuple[str, ...]]:
+        """See `SparsifierCore.aliases`."""
+        if self.model is None:
+            return {}
+        names: dict[int, list[str]] = {}
+        for prefix, module in self.model.named_modules(remove_duplicate=False):
+            names.setdefault(id(module), []).append(prefix)
+        return {
+            name: tuple(
+                alias
+                for module, attribute in target.owners
+                for prefix in names.get(id(module), [])
+                if (alias := f"{prefix}.{attribute}".removeprefix(".")) != name
+            )
+            for name, target in self._targets.items()
+        }
+
     def squash_mask(
         self,
         params_to_keep: Sequence[str] | None = None,
@@ -158,6 +185,7 @@ class BaseSparsifier(SparsifierCore):
 
         Raises:
             KeyError: a key that a group does not have; nothing was squashed.
+            MaskError: a weight that something else parametrizes too; nothing was squashed.
             DetachedError: the sparsifier has no model.
         """
         kept: list[tuple[nn.Module, dict[str, Any]]] = []
@@ -296,10 +324,16 @@ class BaseSparsifier(SparsifierCore):
             if tensor is None:
                 raise MaskError(f"error loading {name}: the model has no such tensor")
             _check_shape(name, tensor, mask)
-            present = mask_on(info["module"], info["tensor_name"])
-            in_graph = name in self._targets and self._targets[name].in_graph
-            if in_graph:
-                present = self._targets[name].mask
+            present = graph_mask(model, name)
+            in_graph = present is not None
+            if present is None:
+                present = mask_on(info["module"], info["tensor_name"])
+            was_in_graph = name in self._targets and self._targets[name].in_graph
+            if was_in_graph and not in_graph and not squashed:
+                raise MaskError(
+                    f"error loading {name}: the graph no longer selects through a mask; "
+                    "call prepare on it first"
+                )
             if present is None:
                 if not squashed:
                     check_maskable(name, info["module"], info["tensor_name"])
@@ -311,6 +345,8 @@ class BaseSparsifier(SparsifierCore):
                 targets[name] = Target(name, owners[id(tensor)], present, in_graph)
         attach_all(fresh)
         for name in [name for name in self._targets if name not in entries]:
+            if self._targets[name].in_graph:
+                self._targets[name].mask.mask.fill_(1)  # the node stays, and keeps everything
             self._forget(name)
         self._targets, self.state, self.groups = {}, {}, []
         for name, target in targets.items():
@@ -328,6 +364,7 @@ class BaseSparsifier(SparsifierCore):
             info = get_arg_info_from_tensor_fqn(model, group["tensor_fqn"])
             self.groups.append({**group, **info})
         self.model = model
+        guard(model)
 
     def _update(self, name: str) -> None:
         self.update_mask(**self.config_of(name))
@@ -363,12 +400,8 @@ class BaseSparsifier(SparsifierCore):
         memo[id(self)] = copied
         copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         model = memo.get(id(self.model))
-        if model is not None:
-            for name, target in self._targets.items():
-                # A graph's masks are submodules of the model, copied with it.
-                if target.in_graph:
-                    copied._targets[name].mask = memo[id(target.mask)]
-                    copied._targets[name].in_graph = True
+        # A model that holds its own sparsifier is not whole yet when the sparsifier is copied.
+        if model is not None and "_modules" in vars(model):
             copied.attach(model)
         return copied
 

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from fx_sparsity.sparsifier.mask import Mask
+from fx_sparsity.sparsifier.mask import GRAPH_MASKS, Mask
 
 
 def dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -54,10 +54,13 @@ def _masked(model: nn.Module) -> dict[str, tuple[str, Mask]]:
     """Key of an original -> (plain key, mask), for every tensor that a mask alone parametrizes."""
     found = {}
     for name, module in model.named_modules(remove_duplicate=False):
+        prefix = f"{name}." if name else ""
+        if isinstance(module, Mask) and name.startswith(f"{GRAPH_MASKS}."):
+            plain = name.removeprefix(f"{GRAPH_MASKS}.")
+            found[plain] = (plain, module)
         if not parametrize.is_parametrized(module):
             continue
         for attribute, entry in module.parametrizations.items():
-            prefix = f"{name}." if name else ""
             if len(entry) == 1 and isinstance(entry[0], Mask):
                 key = f"{prefix}parametrizations.{attribute}.original"
                 found[key] = (f"{prefix}{attribute}", entry[0])
@@ -66,4 +69,5 @@ def _masked(model: nn.Module) -> dict[str, tuple[str, Mask]]:
 
 def _belongs_to_mask(key: str, masked: Mapping[str, Any]) -> bool:
     head, _, tail = key.rpartition(".")
-    return tail == "mask" and f"{head.removesuffix('.0')}.original" in masked
+    in_graph = key.startswith(f"{GRAPH_MASKS}.")
+    return tail == "mask" and (in_graph or f"{head.removesuffix('.0')}.original" in masked)

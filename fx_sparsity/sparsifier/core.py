@@ -2,7 +2,7 @@
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -47,6 +47,11 @@ class SparsifierCore(ABC):
     def check_update(self, name: str) -> None:
         """Raise if the mask of `name` cannot be computed. Called for all before any is changed."""
         self.get_tensor(name)
+
+    def check_updates(self, names: Sequence[str]) -> None:
+        """`check_update` for all of `names`: the place to ask a device about them all at once."""
+        for name in names:
+            self.check_update(name)
 
     def pattern_of(self, config: Mapping[str, Any]) -> tuple[Pattern, float] | None:
         """Pattern and level that a configuration asks for; None where the method knows neither.
@@ -102,6 +107,14 @@ class SparsifierCore(ABC):
         """
         return self._target(name).original
 
+    def is_given(self, name: str) -> bool:
+        """Whether a tensor's mask came from elsewhere and has not been recomputed since."""
+        return self._target(name).given
+
+    def aliases(self) -> dict[str, tuple[str, ...]]:
+        """Further names of each tensor, where it is tied or its module is shared."""
+        return {}
+
     def is_squashed(self, name: str) -> bool:
         """Whether the zeros of a tensor are baked in."""
         return self._target(name).squashed
@@ -113,8 +126,8 @@ class SparsifierCore(ABC):
             ValueError: a tensor cannot be ranked (NaN); it is named, and no mask was changed.
             DetachedError: the sparsifier has no model.
         """
-        self.steps += 1
         if not self.enable_mask_update:
+            self.steps += 1
             return
         squashed = [name for name, target in self._targets.items() if target.squashed]
         if squashed and not self._said_squashed:
@@ -125,15 +138,19 @@ class SparsifierCore(ABC):
             )
         names = [name for name in self._targets if name not in squashed]
         with torch.no_grad():
-            for name in names:
-                self.check_update(name)
+            self.check_updates(names)
             for name in names:
                 self._update(name)
+                self._target(name).given = False
+        self.steps += 1
 
     # -- for the two bases -----------------------------------------------------------------------
 
     def _squash(self, names: Iterable[str]) -> None:
-        for target in [self._target(name) for name in names]:
+        targets = [self._target(name) for name in names]
+        for target in targets:
+            target.check_detachable()
+        for target in targets:
             target.squash()
 
     def _target(self, name: str) -> Target:

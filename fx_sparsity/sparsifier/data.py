@@ -260,6 +260,8 @@ def _parse(state_dict: Mapping[str, Any]) -> Iterator[_Entry]:
         if data is None or config is None:
             what = "data" if data is None else "configuration"
             raise ValueError(f"error loading {name}: the state has no {what} for it")
+        if not data.is_floating_point():
+            raise ValueError(f"error loading {name}: expected floating data, found {data.dtype}")
         mask, _, counters = load_entry(saved)
         mask = torch.ones_like(data) if mask is None else mask
         if mask.shape != data.shape:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fx_sparsity.sparsifier.record import SparsityRecord
-from fx_sparsity.sparsifier.target import MaskError
+from fx_sparsity.sparsifier.target import MaskError, mask_on
 from fx_sparsity.sparsifier.utils import fqn_to_module
 
 
@@ -46,21 +46,22 @@ def hold(optimizer: Optimizer, model: nn.Module, record: SparsityRecord) -> Hold
     right away.
 
     Args:
-        optimizer: holds the model's parameters.
+        optimizer: trains the model; weights that it does not hold, such as the frozen ones beneath
+            LoRA factors, are zeroed by `Hold.apply` all the same.
         model: squashed.
         record: what `squash` returned.
 
     Raises:
-        MaskError: a recorded weight that the model or the optimizer lacks, or of another shape.
+        MaskError: a recorded weight that the model lacks, of another shape, or still masked.
     """
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     pruned = {}
     for name, mask in record.items():
         weight = fqn_to_module(model, name)
         if not isinstance(weight, Tensor) or tuple(weight.shape) != mask.shape:
             found = tuple(weight.shape) if isinstance(weight, Tensor) else "nothing"
             raise MaskError(f"{name}: expected a weight of shape {mask.shape}, found {found}")
-        if id(weight) not in held:
-            raise MaskError(f"{name} is not among the optimizer's parameters; is it still masked?")
+        owner, _, attribute = name.rpartition(".")
+        if mask_on(model.get_submodule(owner), attribute) is not None:
+            raise MaskError(f"{name} is still masked; squash first")
         pruned[name] = (weight, ~mask.keep.to(weight.device))
     return Hold(optimizer, pruned)

@@ -1,5 +1,8 @@
 """Taking over models that `torch.nn.utils.prune` pruned."""
 
+from typing import Any
+
+import torch
 from torch import nn
 from torch.nn.utils import prune
 
@@ -19,7 +22,9 @@ def take_over_pruned(model: nn.Module, sparsifier: BaseSparsifier) -> list[str]:
         FQNs of the weights taken over.
 
     Raises:
-        MaskError: nothing in the model is pruned; nothing was changed.
+        MaskError: nothing in the model is pruned, or a tied weight twice, differently.
+
+        Whatever is raised, by `prepare` too, nothing was changed.
     """
     pruned = [
         (name, module, key, hook)
@@ -29,14 +34,45 @@ def take_over_pruned(model: nn.Module, sparsifier: BaseSparsifier) -> list[str]:
     ]
     if not pruned:
         raise MaskError("the model has no weight pruned by torch.nn.utils.prune")
-    config = []
-    for name, module, key, hook in pruned:
+    first: dict[int, int] = {}
+    config: list[dict[str, Any]] = []
+    for name, module, _, hook in pruned:
         attribute = str(hook._tensor_name)  # where prune itself keeps it; there is no public name
-        original = module._parameters.pop(f"{attribute}_orig")
-        mask = module._buffers.pop(f"{attribute}_mask")
-        del module._forward_pre_hooks[key]
-        delattr(module, attribute)
-        module.register_parameter(attribute, original)
-        config.append({"tensor_fqn": f"{name}.{attribute}".removeprefix("."), "mask": mask})
-    sparsifier.prepare(model, config)
+        fqn = f"{name}.{attribute}".removeprefix(".")
+        mask = module._buffers[f"{attribute}_mask"]
+        original = module._parameters[f"{attribute}_orig"]
+        if id(original) not in first:
+            first[id(original)] = len(config)
+            config.append({"tensor_fqn": fqn, "mask": mask})
+        elif not torch.equal(config[first[id(original)]]["mask"], mask):
+            raise MaskError(
+                f"{fqn} is the same tensor as {config[first[id(original)]]['tensor_fqn']}, "
+                "pruned otherwise"
+            )
+    for _, module, key, hook in pruned:
+        _to_parameter(module, key, hook)
+    try:
+        sparsifier.prepare(model, config)
+    except BaseException:
+        for _, module, key, hook in pruned:
+            _to_pruned(module, key, hook)
+        raise
+    for _, module, _, hook in pruned:
+        del module._buffers[f"{hook._tensor_name}_mask"]
     return [str(entry["tensor_fqn"]) for entry in config]
+
+
+def _to_parameter(module: nn.Module, key: int, hook: prune.BasePruningMethod) -> None:
+    """Undo the reparametrization; the mask buffer stays for now."""
+    del module._forward_pre_hooks[key]
+    delattr(module, hook._tensor_name)
+    original = module._parameters.pop(f"{hook._tensor_name}_orig")
+    module.register_parameter(hook._tensor_name, original)
+
+
+def _to_pruned(module: nn.Module, key: int, hook: prune.BasePruningMethod) -> None:
+    """Redo it."""
+    original = module._parameters.pop(hook._tensor_name)
+    module.register_parameter(f"{hook._tensor_name}_orig", original)
+    module._forward_pre_hooks[key] = hook
+    hook(module, None)

@@ -1,7 +1,12 @@
 """The mask parametrization: zeros a weight while the original stays trainable beneath it."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+
+GRAPH_MASKS = "sparsity_masks"
+"""Submodule of a GraphModule under which the masks of its own weights live, each by its FQN."""
 
 
 class Mask(nn.Module):
@@ -38,6 +43,12 @@ class Mask(nn.Module):
     def right_inverse(self, weight: Tensor) -> Tensor:
         """Assigning to the masked weight replaces the original as it is."""
         return weight
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "Mask":
+        """Moving the module may hand out uninitialised memory (`to_empty`); zero stays zero."""
+        super()._apply(fn, recurse)
+        self.zero.zero_()
+        return self
 
     def update(self, keep: Tensor) -> None:
         """Overwrite the mask in place.

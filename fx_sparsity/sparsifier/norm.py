@@ -1,12 +1,13 @@
 """Magnitude pruning: what has the smallest norm goes."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from difflib import get_close_matches
+from numbers import Real
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from fx_sparsity.masks import ScoreError, compute_mask
+from fx_sparsity.masks import Rank, ScoreError, compute_mask, contains_nan
 from fx_sparsity.patterns import Pattern, PatternError, StorageBlock
 from fx_sparsity.sparsifier.base import BaseSparsifier
 from fx_sparsity.sparsifier.core import SparsifierCore, roles_of
@@ -15,24 +16,22 @@ from fx_sparsity.sparsifier.data import BaseDataSparsifier, Data
 Norm = Callable[[Tensor], Tensor] | str | int | None
 
 
-def norm_scores(weight: Tensor, norm: Norm) -> Tensor:
-    """Importance of every element by its own size, in float32 (float64 for float64 weights).
+_RANKS: dict[Norm, Rank] = {
+    "L1": Rank.MAGNITUDE,
+    1: Rank.MAGNITUDE,
+    "L2": Rank.SQUARE,
+    2: Rank.SQUARE,
+    None: Rank.SQUARE,
+}
 
-    Args:
-        weight: any shape, floating.
-        norm: `"L1"` or 1 for |w|; `"L2"`, 2 or None for w²; or a function tensor -> scores.
 
-    Raises:
-        ValueError: another norm.
-    """
-    if callable(norm):
-        return norm(weight)
-    weight = weight.float() if weight.dtype.itemsize < 4 else weight
-    if norm in ("L1", 1):
-        return weight.abs()
-    if norm in ("L2", 2, None):
-        return weight.square()
-    raise ValueError(f'norm must be "L1", "L2", 1, 2 or a function, found {norm!r}')
+_KEYS = frozenset(
+    {
+        *("sparsity_level", "sparse_block_shape", "zeros_per_block", "pattern", "roles"),
+        *("tensor_fqn", "module_fqn", "module", "tensor_name"),
+    }
+)
+"""What a configuration of a norm sparsifier may hold."""
 
 
 class _NormMixin(SparsifierCore):
@@ -41,42 +40,62 @@ class _NormMixin(SparsifierCore):
     norm: Norm
 
     def _init_norm(self, norm: Norm) -> None:
-        norm_scores(torch.zeros(1), norm)  # an unknown norm is an error here, not at the first step
+        if not callable(norm) and norm not in _RANKS:
+            raise ValueError(f'norm must be "L1", "L2", 1, 2 or a function, found {norm!r}')
         self.norm = norm
 
     def pattern_of(self, config: Mapping[str, Any]) -> tuple[Pattern, float]:
         """See `SparsifierCore.pattern_of`. Levels outside [0, 1] are clamped, as they always were.
 
-        `pattern` wins over `sparse_block_shape` and `zeros_per_block`, which speak of storage.
+        `pattern` wins over `sparse_block_shape` and `zeros_per_block`, which speak of storage; one
+        that fixes its level, as 2:4 does, wins over `sparsity_level`.
         """
-        pattern = config.get("pattern")
-        if pattern is None:
-            pattern = StorageBlock(tuple(config["sparse_block_shape"]), config["zeros_per_block"])
-        return Pattern.parse(pattern), min(max(config["sparsity_level"], 0.0), 1.0)
+        if config.get("pattern") is None:
+            block, zeros = config["sparse_block_shape"], config["zeros_per_block"]
+            pattern: Pattern = StorageBlock((int(block[0]), int(block[1])), zeros)
+        else:
+            pattern = Pattern.parse(config["pattern"])
+        level = pattern.implied_level
+        return pattern, min(max(config["sparsity_level"], 0.0), 1.0) if level is None else level
 
     def check_config(self, name: str, tensor: Tensor, config: Mapping[str, Any]) -> None:
-        """See `SparsifierCore.check_config`."""
+        """See `SparsifierCore.check_config`. A key that no method reads is refused by name."""
+        for key in config:
+            if key not in _KEYS:
+                near = get_close_matches(key, _KEYS) or sorted(_KEYS)
+                raise TypeError(
+                    f"{name}: unknown key {key!r} in its configuration; "
+                    f"known are {', '.join(map(repr, near))}"
+                )
+        level = config["sparsity_level"]
+        if not isinstance(level, Real):
+            raise TypeError(f"{name}: expected a number as sparsity_level, found {level!r}")
         try:
             pattern, _ = self.pattern_of(config)
             pattern.tiling(tensor.shape, roles_of(config, tensor.ndim))
         except PatternError as error:
             raise PatternError(f"{name}: {error}") from error
 
-    def check_update(self, name: str) -> None:
+    def check_updates(self, names: Sequence[str]) -> None:
         """Refuse NaN, which has no rank."""
-        if bool(torch.isnan(self._target(name).original).any()):
-            raise ScoreError(f"{name} contains NaN; its mask cannot be computed")
+        weights = {name: self._target(name).original for name in names}
+        if callable(self.norm):
+            weights = {name: self.norm(weight) for name, weight in weights.items()}
+        if contains_nan(*weights.values()):
+            bad = next(name for name, weight in weights.items() if contains_nan(weight))
+            raise ScoreError(f"{bad} contains NaN; its mask cannot be computed")
 
     def _norm_mask(self, name: str, config: Mapping[str, Any]) -> None:
         target = self._target(name)
         weight = target.original
         pattern, level = self.pattern_of(config)
         tiling = pattern.tiling(weight.shape, roles_of(config, weight.ndim))
-        # Squares rank single elements as magnitudes do, and magnitudes do not underflow.
-        single = tiling.block_size == 1 and self.norm in ("L2", 2, None)
-        scores = norm_scores(weight, "L1" if single else self.norm)
+        mask = target.mask.mask
         try:
-            target.mask.update(compute_mask(scores, tiling, level))
+            if callable(self.norm):
+                compute_mask(self.norm(weight), tiling, level, out=mask)
+            else:
+                compute_mask(weight, tiling, level, _RANKS[self.norm], out=mask, checked=True)
         except ScoreError as error:
             raise ScoreError(f"{name}: {error}") from error
 

@@ -1,7 +1,7 @@
 """What masking leaves behind: which elements were pruned, and to what pattern."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ from fx_sparsity.masks.bits import pack_bits, unpack_bits
 from fx_sparsity.patterns import Pattern, Role, Tiling
 from fx_sparsity.sparsifier.core import SparsifierCore, roles_of
 
+_ZEROS = "::zeros"
+
 
 @dataclass(frozen=True)
 class MaskRecord:
@@ -26,7 +28,9 @@ class MaskRecord:
         pattern: as `Pattern.parse` reads it; None for a method without one.
         level: share that was to go; None without a pattern.
         packed: the mask, one bit an element, row-major, low bit first; a set bit is kept.
-        zeros: zeros among the *kept* elements when the record was made.
+        packed_zeros: the kept elements that were zero anyway when the record was made, packed like
+            the mask; empty where there were none.
+        aliases: further names of the weight, where it is tied or its module is shared.
     """
 
     shape: tuple[int, ...]
@@ -34,12 +38,20 @@ class MaskRecord:
     pattern: str | None
     level: float | None
     packed: Tensor
-    zeros: int
+    packed_zeros: Tensor
+    aliases: tuple[str, ...] = ()
 
     @property
     def keep(self) -> Tensor:
         """The mask: boolean, of the weight's shape, True is kept."""
         return unpack_bits(self.packed, self.shape)
+
+    @property
+    def kept_zeros(self) -> Tensor:
+        """Kept elements that were zero anyway: boolean, of the weight's shape."""
+        if not len(self.packed_zeros):
+            return torch.zeros(self.shape, dtype=torch.bool)
+        return unpack_bits(self.packed_zeros, self.shape)
 
     @property
     def tiling(self) -> Tiling | None:
@@ -56,22 +68,31 @@ class SparsityRecord(Mapping[str, MaskRecord]):
         self._weights = dict(weights)
 
     @classmethod
-    def of(cls, sparsifier: SparsifierCore) -> "SparsityRecord":
-        """Record every mask that `sparsifier` holds now, squashed or not."""
+    def of(
+        cls, sparsifier: SparsifierCore, aliases: Mapping[str, Sequence[str]] | None = None
+    ) -> "SparsityRecord":
+        """Record every mask that `sparsifier` holds now, squashed or not.
+
+        Args:
+            sparsifier: its masks, and what it knows of patterns.
+            aliases: further names of tied weights; read off the sparsifier's model by default.
+        """
+        known = sparsifier.aliases() if aliases is None else aliases
         weights = {}
         for name in sparsifier.names:
             config = sparsifier.config_of(name)
             mask = sparsifier.get_mask(name)
             keep = mask if mask.dtype == torch.bool else mask != 0
-            weight = sparsifier.get_data(name, return_original=False)
-            pattern = sparsifier.pattern_of(config)
+            zeros = (sparsifier.get_data(name, return_original=False) == 0) & keep
+            pattern = None if sparsifier.is_given(name) else sparsifier.pattern_of(config)
             weights[name] = MaskRecord(
                 shape=tuple(keep.shape),
                 roles=roles_of(config, keep.ndim),
                 pattern=None if pattern is None else str(pattern[0]),
                 level=None if pattern is None else pattern[1],
                 packed=pack_bits(keep),
-                zeros=int(((weight == 0) & keep).sum()),
+                packed_zeros=pack_bits(zeros) if zeros.any() else pack_bits(zeros[:0].reshape(0)),
+                aliases=tuple(known.get(name, ())),
             )
         return cls(weights)
 
@@ -83,11 +104,12 @@ class SparsityRecord(Mapping[str, MaskRecord]):
                 "roles": w.roles,
                 "pattern": w.pattern,
                 "level": w.level,
-                "zeros": w.zeros,
+                "aliases": w.aliases,
             }
             for name, w in self.items()
         }
         masks = {name: w.packed.cpu() for name, w in self.items()}
+        masks |= {f"{name}{_ZEROS}": w.packed_zeros.cpu() for name, w in self.items()}
         save_file(masks, path, metadata={"sparsity_record": json.dumps(meta)})
 
     @classmethod
@@ -109,7 +131,8 @@ class SparsityRecord(Mapping[str, MaskRecord]):
                         pattern=entry["pattern"],
                         level=entry["level"],
                         packed=file.get_tensor(name),
-                        zeros=entry["zeros"],
+                        packed_zeros=file.get_tensor(f"{name}{_ZEROS}"),
+                        aliases=tuple(entry["aliases"]),
                     )
                     for name, entry in json.loads(text).items()
                 }

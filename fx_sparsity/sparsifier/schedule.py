@@ -48,9 +48,9 @@ class _Scheduler(ABC):
             self._last_param = dict(self._values())
         finally:
             self._within_step = False
-        for name, value in self._last_param.items():
-            self._sparsifier.config_of(name)[self._param] = value
-            if self.verbose:
+        self._write()
+        if self.verbose:
+            for name, value in self._last_param.items():
                 print(f"Adjusting {self._param} of {name} to {value:.4e}.")
         self._sparsifier.enable_mask_update = True
 
@@ -72,6 +72,11 @@ class _Scheduler(ABC):
         if unknown:
             raise ValueError(f"{type(self).__name__} has no {', '.join(unknown)}")
         self.__dict__.update(state_dict)
+        self._write()
+
+    def _write(self) -> None:
+        for name, value in self._last_param.items():
+            self._sparsifier.config_of(name)[self._param] = value
 
     def _warn_outside_step(self, instead: str) -> None:
         if not self._within_step:
@@ -99,6 +104,12 @@ class BaseScheduler(_Scheduler):
     ) -> None:
         self.sparsifier = sparsifier
         if isinstance(sparsifier, SparsifierCore):
+            for name in sparsifier.names:
+                found = sparsifier.pattern_of(sparsifier.config_of(name))
+                if found is not None and found[0].implied_level is not None:
+                    raise ValueError(
+                        f"{name}: pattern {found[0]} fixes its level, which cannot be scheduled"
+                    )
             self.base_sl = [sparsifier.config_of(n)["sparsity_level"] for n in sparsifier.names]
         super().__init__(sparsifier, "sparsity_level", last_epoch, verbose)
 
@@ -111,7 +122,13 @@ class BaseScheduler(_Scheduler):
         return list(self._last_param.values())
 
     def _values(self) -> Mapping[str, float]:
-        return dict(zip(self._sparsifier.names, self.get_sl(), strict=True))
+        names, levels = self._sparsifier.names, list(self.get_sl())
+        if len(names) != len(levels):
+            raise ValueError(
+                f"the schedule has {len(levels)} levels, the sparsifier {len(names)} tensors; "
+                "make a new scheduler after adding or removing tensors"
+            )
+        return dict(zip(names, levels, strict=True))
 
     def _make_sure_a_list(self, value: Any) -> list[Any]:
         """One value for each tensor.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from fx_sparsity.sparsifier.mask import Mask
+from fx_sparsity.sparsifier.mask import GRAPH_MASKS, Mask
 
 
 class MaskError(ValueError):
@@ -31,6 +31,7 @@ class Target:
         in_graph: the mask is applied by a node of the owning `GraphModule`, not by a
             parametrization.
         squashed: the zeros are baked in and the parametrization is gone.
+        given: the mask came with a configuration; this sparsifier has not computed it yet.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Target:
     mask: Mask
     in_graph: bool = False
     squashed: bool = False
+    given: bool = False
 
     @property
     def original(self) -> Tensor:
@@ -50,7 +52,8 @@ class Target:
             raise DetachedError(f"{self.name}: detached from its model; `attach(model)` binds it")
         module, attribute = self.owners[0]
         if parametrize.is_parametrized(module, attribute):
-            return module.parametrizations[attribute].original  # type: ignore[union-attr, index]
+            entry: Any = module.parametrizations
+            return entry[attribute].original
         return getattr(module, attribute)
 
     @property
@@ -81,6 +84,25 @@ class Target:
             if mask_on(module, attribute) is not self.mask:
                 continue  # taken off through another sparsifier that shares it
             parametrize.remove_parametrizations(module, attribute, leave_parametrized=False)
+
+    def check_detachable(self) -> None:
+        """Raise if something else parametrizes the tensor: taking the mask off would take it along.
+
+        Raises:
+            MaskError: naming the tensor and the other parametrizations.
+            DetachedError: there is no model.
+        """
+        _ = self.original
+        for module, attribute in [] if self.squashed or self.in_graph else self.owners:
+            if mask_on(module, attribute) is not self.mask:
+                continue  # taken off through another sparsifier that shares it
+            entry: Any = module.parametrizations[attribute]  # type: ignore[index]
+            others = [type(p).__name__ for p in entry if p is not self.mask]
+            if others:
+                raise MaskError(
+                    f"{self.name} is parametrized by {', '.join(others)} besides its mask; "
+                    "remove that first"
+                )
 
     def squash(self) -> None:
         """Bake the zeros into the original, in place, and take the parametrization off."""
@@ -129,6 +151,23 @@ def mask_on(module: nn.Module, attribute: str) -> Mask | None:
         return None
     found = [p for p in module.parametrizations[attribute] if isinstance(p, Mask)]  # type: ignore[index]
     return found[0] if found else None
+
+
+def graph_mask(model: nn.Module, fqn: str) -> Mask | None:
+    """The mask over a GraphModule's own weight, if there is one.
+
+    Where the GraphModule has been rebuilt since, its buffers hang on plain modules; a mask over the
+    same tensors is put back in their place.
+    """
+    path = f"{GRAPH_MASKS}.{fqn}"
+    try:
+        holder = model.get_submodule(path)
+    except AttributeError:
+        return None
+    if not isinstance(holder, Mask):
+        holder = Mask(holder.get_buffer("mask"))
+        model.set_submodule(path, holder)
+    return holder
 
 
 def owners_by_identity(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:

@@ -2,11 +2,12 @@
 
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -28,22 +29,31 @@ def save(model_or_state: nn.Module | Mapping[str, Tensor], path: str | Path) -> 
         path: overwritten.
 
     Raises:
-        TypeError: an entry of the state is not a tensor; it is named.
+        TypeError: an entry of the state is not a plain tensor; it is named.
     """
     state = model_or_state.state_dict() if isinstance(model_or_state, nn.Module) else model_or_state
     for name, value in state.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"{name}: expected a tensor, found {type(value).__name__}")
+        if value.is_quantized or value.layout != torch.strided:
+            raise TypeError(
+                f"{name}: expected a strided tensor of plain numbers, found "
+                f"{'a quantized one' if value.is_quantized else value.layout}"
+            )
     parts: dict[str, Tensor] = {}
     entries: dict[str, dict[str, Any]] = {}
     written: dict[tuple[Any, ...], str] = {}
-    for name, tensor in state.items():
-        tensor = tensor.detach().cpu()
-        place = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
-        if tensor.numel() and place in written:
+    for name, original in state.items():
+        # Of the tensor that the state keeps alive: a copy's address may be used again.
+        place = (
+            *(original.device, original.data_ptr(), original.dtype),
+            *(tuple(original.shape), original.stride()),
+        )
+        if original.numel() and place in written:
             entries[name] = {"same_as": written[place]}
             continue
         written[place] = name
+        tensor = original.detach().cpu()
         form = smallest_format(tensor)
         entries[name] = {"format": form, "shape": list(tensor.shape)}
         for part, data in FORMATS[form].encode(tensor).items():
@@ -53,15 +63,14 @@ def save(model_or_state: nn.Module | Mapping[str, Tensor], path: str | Path) -> 
     metadata = {_KEY: json.dumps({"version": _VERSION, "tensors": entries})}
 
     path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
     try:
         save_file(parts, temporary, metadata=metadata)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
         raise
 
 

@@ -209,3 +209,21 @@ def test_dynamic_shapes():
     assert weights["weight"].roles == ("out", "in")
     traced = find_weights(fx.symbolic_trace(Expanding(8, 4)))
     assert traced["weight"].roles == ("out", "in")
+
+
+def test_a_weight_used_in_several_graphs_keeps_every_use():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.shared = nn.Parameter(torch.randn(4, 4))
+
+        def forward(self, x):
+            x = x + self.shared
+            if x.sum() > 1e9:
+                return x
+            x = x @ self.shared
+            return x if x.sum() > 1e9 else x @ self.shared.t()
+
+    weights = find_weights(Shared(), (torch.randn(4, 4),))
+    assert [use.op for use in weights["shared"].uses] == ["matmul", "matmul"]
+    assert weights.frontend == "Dynamo (3 graphs)"

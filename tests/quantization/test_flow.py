@@ -80,7 +80,7 @@ def test_quantize_first_keeps_scales_zero_points_and_other_codes():
     model, inputs = make("recommender")
     for backend in BACKENDS:
         weights = fxs.find_weights(model, inputs)
-        quantized = get_backend(backend).quantize(model, inputs, weights)
+        quantized = get_backend(backend).quantize(model, inputs, weights).model
         before = {w.where: w for w in read_weights(quantized) if w.quantized}
         sparsifier = fxs.WeightNormSparsifier()
         mapping = fxs.SparsityMapping().set_global("2:4")
@@ -143,7 +143,7 @@ def test_stock_embedding_zero_points_are_refused_when_masking_codes():
     model, inputs = make("recommender")
     weights = fxs.find_weights(model, inputs)
     config = {nn.EmbeddingBag: tq.float_qparams_weight_only_qconfig}
-    quantized = get_backend("eager").quantize(model, inputs, weights, config=config)
+    quantized = get_backend("eager").quantize(model, inputs, weights, config=config).model
     before = {w.where: w.data.clone() for w in read_weights(quantized)}
     with pytest.raises(ZeroNotRepresentableError, match=r"tables.0.weight.*expected integer zero"):
         sparsify_codes(quantized, fxs.WeightNormSparsifier(), weights)

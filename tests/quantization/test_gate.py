@@ -29,7 +29,7 @@ def faults(verification):
 def quantized_alone(backend, inputs, **kwargs):
     model, _ = make("recommender")
     weights = fxs.find_weights(model, inputs)
-    return get_backend(backend).quantize(model, inputs, weights, **kwargs)
+    return get_backend(backend).quantize(model, inputs, weights, **kwargs).model
 
 
 def test_a_float_model_passes():
@@ -61,7 +61,7 @@ def test_one_zero_more_than_asked_for_in_float():
 def test_one_code_flipped_and_one_zero_too_many_after_quantizing(backend):
     model, inputs, record = sparse()
     weights = fxs.find_weights(model, inputs)
-    quantized = get_backend(backend).quantize(model, inputs, weights)
+    quantized = get_backend(backend).quantize(model, inputs, weights).model
     reference = quantized_alone(backend, inputs)
     assert fxs.verify(quantized, record, reference=reference).ok
     stored = {w.fqn: w for w in read_weights(quantized)}
@@ -87,7 +87,7 @@ def test_a_fractional_zero_point_loses_zeros_and_is_named():
     model, inputs, record = sparse(pattern="unstructured 50%")
     config = {nn.EmbeddingBag: tq.float_qparams_weight_only_qconfig}
     weights = fxs.find_weights(model, inputs)
-    quantized = get_backend("eager").quantize(model, inputs, weights, config=config)
+    quantized = get_backend("eager").quantize(model, inputs, weights, config=config).model
     verification = fxs.verify(quantized, record)
     assert set(faults(verification)) == {f"tables.{i}.weight" for i in range(3)}
     with pytest.raises(fxs.SparsityLostError, match=r"tables.2.weight: \d+ of 160 zeros lost"):
@@ -125,8 +125,8 @@ def test_a_weight_left_in_float_though_meant_to_be_quantized():
     model, inputs, record = sparse()
     weights = fxs.find_weights(model, inputs)
     config = {nn.EmbeddingBag: fxs.quantization.eager.embedding_qconfig}
-    quantized = get_backend("eager").quantize(model, inputs, weights, config=config)
-    meant = get_backend("eager").intends(model, weights)
+    quantized = get_backend("eager").quantize(model, inputs, weights, config=config).model
+    meant = get_backend("eager").quantize(model, inputs, weights).meant
     assert set(faults(fxs.verify(quantized, record, meant=meant))) == {
         name for name in weights if "tables" not in name
     }
@@ -143,7 +143,7 @@ def test_a_weight_that_is_gone():
 
 def test_the_table_and_the_json():
     model, inputs, record = sparse("sequential")
-    quantized = get_backend("eager").quantize(model, inputs, fxs.find_weights(model, inputs))
+    quantized = get_backend("eager").quantize(model, inputs, fxs.find_weights(model, inputs)).model
     verification = fxs.verify(quantized, record)
     assert_expected_inline(
         str(verification),

@@ -43,7 +43,7 @@ def test_masked_codes_mean_zero_in_both_orders(sparsify_first):
     assert isinstance(model["a"]["b"], nnq.Embedding)
     assert isinstance(model["first"], nnq.EmbeddingBag)
     stored = {w.fqn: w for w in read_weights(model) if w.quantized}
-    assert set(stored) == {"a.b.weight", "a_b.weight", "first.weight"}
+    assert set(stored) == {"a.b.weight", "a_b.weight", "first.weight", "second.weight"}
     for fqn, weight in stored.items():
         original = dense.get_parameter(fqn)
         zeros = weight.zeros()
@@ -143,3 +143,16 @@ def test_a_bag_of_maxima_is_refused_unchanged():
     with pytest.raises(BackendError, match="0: expected an EmbeddingBag of mode 'sum' or 'mean'"):
         post_training_sparse_quantize(model, DataNormSparsifier)
     assert type(model[0]) is nn.EmbeddingBag
+
+
+def test_a_subclass_with_a_forward_of_its_own_is_refused_unchanged():
+    from fx_sparsity.quantization import BackendError
+
+    class Scaled(nn.Embedding):
+        def forward(self, index):
+            return super().forward(index) * 8
+
+    model = nn.Sequential(Scaled(10, 8))
+    with pytest.raises(BackendError, match="0: expected torch's own forward, found Scaled.forward"):
+        post_training_sparse_quantize(model, DataNormSparsifier)
+    assert type(model[0]) is Scaled

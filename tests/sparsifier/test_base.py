@@ -210,3 +210,80 @@ def test_repr_lists_groups():
     sparsifier = WeightNormSparsifier()
     sparsifier.prepare(model)
     assert "tensor_fqn: weight" in repr(sparsifier)
+
+
+def test_squashing_would_not_take_other_parametrizations_along():
+    class Double(nn.Module):
+        def forward(self, weight):
+            return 2 * weight
+
+    model, _ = make("sequential")
+    sparsifier = WeightNormSparsifier()
+    sparsifier.prepare(model)
+    parametrize.register_parametrization(model[2], "weight", Double())
+    before = snapshot(model)
+    with pytest.raises(MaskError, match=r"2.weight is parametrized by Double besides its mask"):
+        sparsifier.squash_mask()
+    assert_unchanged(model, before)
+    tied, _ = make("tied")
+    nn.utils.parametrizations.spectral_norm(tied.head)
+    tied.embed.weight = tied.head.parametrizations.weight.original
+    with pytest.raises(MaskError, match=r"embed.weight is already parametrized by _SpectralNorm"):
+        WeightNormSparsifier().prepare(tied, [{"tensor_fqn": "embed.weight"}])
+
+
+def test_a_bound_sparsifier_refuses_another_model():
+    sparsifier = WeightNormSparsifier()
+    sparsifier.prepare(make("sequential")[0])
+    with pytest.raises(MaskError, match="bound to another Sequential"):
+        sparsifier.prepare(make("sequential")[0])
+
+
+def test_uninitialised_memory_does_not_become_a_zero():
+    with torch.device("meta"):
+        model = nn.Linear(8, 8)
+    sparsifier = WeightNormSparsifier()
+    sparsifier.prepare(model)
+    model.to_empty(device="cpu")
+    source = nn.Linear(8, 8)
+    model.load_state_dict(
+        {
+            "bias": source.bias,
+            "parametrizations.weight.original": source.weight,
+            "parametrizations.weight.0.mask": torch.zeros(8, 8),
+        }
+    )
+    assert model.weight.eq(0).all()
+
+
+def test_n_of_m_fixes_its_own_level():
+    model = nn.Linear(8, 8)
+    sparsifier = WeightNormSparsifier()
+    sparsifier.prepare(model, [{"tensor_fqn": "weight", "pattern": "1:4"}])
+    sparsifier.step()
+    assert sparsifier.get_mask("weight").view(-1, 4).sum(1).eq(1).all()
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"sparsity_levl": 0.9}, r"weight: unknown key 'sparsity_levl'.*'sparsity_level'"),
+        ({"sparsity_level": "half"}, r"weight: expected a number as sparsity_level, found 'half'"),
+    ],
+)
+def test_typos_are_refused_in_concrete_classes(entry, message):
+    model = nn.Linear(8, 8)
+    with pytest.raises((TypeError, ValueError), match=message):
+        WeightNormSparsifier().prepare(model, [{"tensor_fqn": "weight", **entry}])
+    assert not parametrize.is_parametrized(model)
+
+
+def test_a_model_that_holds_its_sparsifier_copies():
+    model, _ = make("sequential")
+    model.sparsifier = WeightNormSparsifier()
+    model.sparsifier.prepare(model)
+    copied = copy.deepcopy(model)
+    copied.sparsifier.attach(copied)
+    copied.sparsifier.step()
+    assert copied[0].weight.eq(0).float().mean() == 0.5
+    assert model[0].weight.ne(0).all()

@@ -33,7 +33,8 @@ def test_a_record_outlives_squashing_and_a_file(tmp_path):
         assert list(record) == sparsifier.names
         for name, mask in record.items():
             assert torch.equal(mask.keep, sparsifier.get_mask(name).bool())
-            assert (mask.pattern, mask.level, mask.zeros) == ("storage-block:1x4", 0.5, 0)
+            assert (mask.pattern, mask.level) == ("storage-block:1x4", 0.5)
+            assert not mask.kept_zeros.any()
             assert mask.roles == before[name].roles
 
 
@@ -41,3 +42,15 @@ def test_another_file_is_no_record(tmp_path):
     save({"a": torch.ones(2)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="holds no sparsity record"):
         SparsityRecord.load(tmp_path / "other.safetensors")
+
+
+def test_zeros_that_were_there_anyway_are_remembered(tmp_path):
+    model, _ = make("root")
+    with torch.no_grad():
+        model.weight[:, 0] = 0
+    sparsifier = WeightNormSparsifier(0.0)
+    sparsifier.prepare(model)
+    sparsifier.step()
+    SparsityRecord.of(sparsifier).save(tmp_path / "record.safetensors")
+    mask = SparsityRecord.load(tmp_path / "record.safetensors")["weight"]
+    assert torch.equal(mask.kept_zeros, model.weight == 0)

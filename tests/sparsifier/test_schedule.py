@@ -76,6 +76,10 @@ def test_state_comes_back():
     resumed.step()
     assert resumed.last_epoch == 2
     assert levels(sparsifier) == pytest.approx([0.16, 0.16])
+    for name in sparsifier.names:
+        sparsifier.config_of(name)["sparsity_level"] = 0.0
+    resumed.load_state_dict(scheduler.state_dict())
+    assert levels(sparsifier) == pytest.approx([0.08, 0.08])
     with pytest.raises(ValueError, match="LambdaSL has no typo"):
         resumed.load_state_dict({"typo": 1})
 
@@ -116,3 +120,17 @@ def test_any_value_of_a_configuration_can_be_scheduled_by_name(kind):
         scheduler.step()
     assert set(scheduler.get_last_param().values()) == {2}
     assert {sparsifier.config_of(n)["zeros_per_block"] for n in sparsifier.names} == {2}
+
+
+def test_what_cannot_be_scheduled_is_refused():
+    model, _ = make("sequential")
+    sparsifier = WeightNormSparsifier()
+    sparsifier.prepare(model, [{"tensor_fqn": "0.weight", "pattern": "2:4"}])
+    with pytest.raises(ValueError, match=r"0.weight: pattern 2:4 fixes its level"):
+        LambdaSL(sparsifier, lambda epoch: 1.0)
+    data = sparsifiers()[1]
+    scheduler = LambdaSL(data, lambda epoch: 1.0)
+    data.step()
+    data.add_data("c", torch.ones(2, 2))
+    with pytest.raises(ValueError, match="has 2 levels, the sparsifier 3 tensors"):
+        scheduler.step()

@@ -85,6 +85,30 @@ def test_views_are_saved_alone(tmp_path):
     assert torch.equal(fxs.load(tmp_path / "f.safetensors")["row"], base[3])
 
 
+def test_ties_are_told_apart_by_the_state_not_by_copies(tmp_path, monkeypatch):
+    tensors = {f"t{i}": torch.full((64, 64), float(i % 2)) * torch.eye(64) for i in range(6)}
+    tensors["tied"] = tensors["t1"]
+    monkeypatch.setattr(torch.Tensor, "cpu", torch.Tensor.clone)  # as on another device
+    fxs.save(tensors, tmp_path / "f.safetensors")
+    loaded = fxs.load(tmp_path / "f.safetensors")
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
+    assert loaded["tied"] is loaded["t1"]
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated.*")
+@pytest.mark.parametrize(
+    ("tensor", "found"),
+    [
+        (torch.quantize_per_tensor(torch.ones(3), 1.0, 0, torch.qint8), "a quantized one"),
+        (torch.eye(3).to_sparse(), "torch.sparse_coo"),
+    ],
+)
+def test_what_is_no_plain_tensor_is_refused_by_name(tmp_path, tensor, found):
+    with pytest.raises(TypeError, match=f"t: expected a strided tensor.*{found}"):
+        fxs.save({"t": tensor}, tmp_path / "f.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_failed_save_leaves_the_old_file(tmp_path):
     path = tmp_path / "f.safetensors"
     fxs.save({"t": torch.ones(3)}, path)

@@ -1,0 +1,5 @@
+"""C++ operators, compiled on first use and loaded into `torch.ops`. Knows nothing of sparsity."""
+
+from fx_sparsity._native.library import Library
+
+__all__ = ["Library"]

@@ -1,0 +1,99 @@
+"""Calling the C++ compiler: straight, without a build system, over torch's stable ABI headers."""
+
+import contextlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+_TIMEOUT = 600  # seconds
+
+
+class BuildError(RuntimeError):
+    """A library cannot be built; one line says why."""
+
+
+def flags() -> list[str]:
+    """Compiler flags for this machine."""
+    found = ["-std=c++20", "-O3", "-march=native", "-fPIC", "-shared"]
+    if platform.machine() in ("x86_64", "AMD64"):
+        found.append("-mprefer-vector-width=512")
+    if platform.system() == "Darwin":
+        found += ["-undefined", "dynamic_lookup"]
+    # The oldest torch whose stable ABI is used, whichever torch the headers come from.
+    return [*found, "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+
+
+def find() -> list[str]:
+    """The compiler's command line: `$CXX`, or the first of the usual names on the path.
+
+    Raises:
+        BuildError: there is none.
+    """
+    if command := shlex.split(os.environ.get("CXX", "")):
+        if shutil.which(command[0]):
+            return command
+        raise BuildError(f"the C++ compiler in $CXX, {command[0]!r}, was not found")
+    for name in ("c++", "g++", "clang++"):
+        if path := shutil.which(name):
+            return [path]
+    raise BuildError("no C++ compiler was found (tried $CXX, c++, g++, clang++)")
+
+
+def compile_library(command: Sequence[str], sources: Sequence[Path], target: Path) -> None:
+    """Compile `sources` into the shared library `target`, which appears whole or not at all.
+
+    Args:
+        command: the compiler, see `find`.
+        sources: files to compile; headers beside them are found.
+        target: where the library goes; its folder exists.
+
+    Raises:
+        BuildError: the compiler fails, hangs or cannot be started, or the folder cannot be written.
+    """
+    root = Path(torch.__file__).parent
+    libraries = [f"-L{root / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10"]
+    try:
+        with (
+            _locked(target.with_suffix(".lock")),
+            tempfile.TemporaryDirectory(dir=target.parent, prefix="build-") as folder,
+        ):
+            if target.exists():  # another process was faster
+                return
+            unfinished = Path(folder) / target.name
+            line = [*command, *flags(), "-isystem", str(root / "include")]
+            line += [*map(str, sources), "-o", str(unfinished), *libraries]
+            done = subprocess.run(
+                line, capture_output=True, text=True, timeout=_TIMEOUT, check=False
+            )
+            if done.returncode:
+                output = [text for text in done.stderr.splitlines() if text.strip()]
+                reason = next((t for t in output if "error" in t), (output or ["no message"])[0])
+                raise BuildError(
+                    f"{command[0]} failed with exit status {done.returncode}: {reason.strip()}"
+                )
+            os.replace(unfinished, target)
+    except subprocess.TimeoutExpired as error:
+        raise BuildError(f"{command[0]} did not finish within {_TIMEOUT} s") from error
+    except OSError as error:
+        raise BuildError(f"{command[0]} could not build {target}: {error}") from error
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Let one process build at a time, where files can be locked; elsewhere all of them build."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    with path.open("w") as file:
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,95 @@
+"""One library of C++ operators: found or built, loaded once, and a sentence on how that went."""
+
+import logging
+import os
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from fx_sparsity._native import cache, compiler
+from fx_sparsity._native.compiler import BuildError
+
+logger = logging.getLogger("fx_sparsity")
+
+
+class Library:
+    """C++ operators that register themselves in `torch.ops` when loaded.
+
+    Nothing happens before the first `ready`. Then the library is loaded from the cache, or compiled
+    there; where neither works, one line is logged and the caller goes on without.
+
+    Args:
+        name: for file names and messages.
+        sources: C++ files, compiled together; headers in the same folders belong to them.
+    """
+
+    def __init__(self, name: str, sources: Sequence[Path]) -> None:
+        self.name = name
+        self.sources = list(sources)
+        self._lock = threading.Lock()
+        self._outcome: tuple[bool, str] | None = None
+
+    def ready(self) -> bool:
+        """Whether the operators can be called; loads, and if need be builds, on the first call.
+
+        `FX_SPARSITY_KERNELS=0` in the environment turns them off at any time.
+        """
+        return self.state()[0]
+
+    def state(self) -> tuple[bool, str]:
+        """Whether the operators can be called, and why (not), in one line."""
+        if os.environ.get("FX_SPARSITY_KERNELS") == "0":
+            return False, "plain torch, because FX_SPARSITY_KERNELS=0"
+        if self._outcome is None:
+            with self._lock:
+                if self._outcome is None:
+                    self._outcome = self._load()
+        return self._outcome
+
+    def build(self) -> Path:
+        """The compiled library, built if it is not there yet.
+
+        Raises:
+            BuildError: it cannot be built; nothing is logged.
+        """
+        name = self._file_name()
+        for folder in cache.folders():
+            if cache.usable(folder) and (folder / name).is_file():
+                return folder / name
+        command = compiler.find()
+        refused = []
+        for folder in cache.folders():
+            if not cache.writable(folder):
+                refused.append(str(folder))
+                continue
+            because = f" ({', '.join(refused)} cannot be written)" if refused else ""
+            # A warning, so that whoever waits can see why.
+            logger.warning(
+                "%s: compiling C++ kernels with %s into %s%s; once, some seconds",
+                self.name,
+                command[0],
+                folder,
+                because,
+            )
+            compiler.compile_library(command, self.sources, folder / name)
+            return folder / name
+        raise BuildError(f"none of {', '.join(refused)} can be written")
+
+    def _file_name(self) -> str:
+        headers = [h for folder in {s.parent for s in self.sources} for h in folder.glob("*.h")]
+        return cache.file_name(self.name, [*self.sources, *headers], compiler.flags())
+
+    def _load(self) -> tuple[bool, str]:
+        try:
+            path = self.build()
+            torch.ops.load_library(path)
+        except (BuildError, OSError) as error:
+            cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
+            reason = f"plain torch, because {cause}".splitlines()[0]
+            logger.warning("%s: %s", self.name, reason)
+            return False, reason
+        reason = f"C++ kernels from {path}"
+        logger.info("%s: %s", self.name, reason)
+        return True, reason

@@ -1,0 +1,196 @@
+// The mask operators: contiguous CPU tensors of fp32, fp16 or bf16 in; a mask written in place.
+//
+// `signed` ranks elements by value, else by magnitude. In a mask of a floating dtype 1 is kept.
+// Sizes and counts are the caller's to check.
+#include <numeric>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "blocks.h"
+#include "select.h"
+#include "within.h"
+
+namespace fx::ops {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Calls `work(const T*)` with the elements of `x`.
+template <class Work>
+void with_elements(const Tensor& x, const Work& work) {
+  STD_TORCH_CHECK(x.is_contiguous() && x.is_cpu(), "expected a contiguous CPU tensor");
+  const void* data = x.const_data_ptr();
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return work(static_cast<const float*>(data));
+    case ScalarType::Half: return work(static_cast<const Half*>(data));
+    case ScalarType::BFloat16: return work(static_cast<const BFloat*>(data));
+    default: STD_TORCH_CHECK(false, "expected float32, float16 or bfloat16");
+  }
+}
+
+// Calls `work(source)` with the keys of the elements of `x`.
+template <class Work>
+void with_keys(const Tensor& x, bool is_signed, const Work& work) {
+  with_elements(x, [&]<class T>(const T* data) {
+    is_signed ? work(Elements<T, true>{data}) : work(Elements<T, false>{data});
+  });
+}
+
+// Calls `work(Out* mask, Out one)`.
+template <class Work>
+void with_mask(const Tensor& mask, const Work& work) {
+  STD_TORCH_CHECK(mask.is_contiguous() && mask.is_cpu(), "expected a contiguous CPU mask");
+  void* data = mask.mutable_data_ptr();
+  switch (mask.scalar_type()) {
+    case ScalarType::Bool: return work(static_cast<uint8_t*>(data), uint8_t(1));
+    case ScalarType::Half: return work(static_cast<uint16_t*>(data), uint16_t(0x3c00));
+    case ScalarType::BFloat16: return work(static_cast<uint16_t*>(data), uint16_t(0x3f80));
+    case ScalarType::Float: return work(static_cast<uint32_t*>(data), uint32_t(0x3f800000));
+    default: STD_TORCH_CHECK(false, "expected a bool, float32, float16 or bfloat16 mask");
+  }
+}
+
+// Calls `work(source, Out* mask, Out one)`. The mask is boolean or, for magnitudes, as wide as the
+// weight: each further combination would take longer to compile and is hardly met.
+template <class Work>
+void with_keys_and_mask(const Tensor& x, bool is_signed, const Tensor& mask, const Work& work) {
+  with_keys(x, is_signed, [&]<class T, bool Signed>(Elements<T, Signed> source) {
+    with_mask(mask, [&]<class Out>(Out* out, Out one) {
+      if constexpr (sizeof(Out) == 1 || (!Signed && sizeof(Out) == sizeof(T))) {
+        work(source, out, one);
+      } else {
+        STD_TORCH_CHECK(false, "expected a boolean mask, or one as wide as the weight");
+      }
+    });
+  });
+}
+
+const uint32_t* keys_of(const Tensor& keys) {
+  return static_cast<const uint32_t*>(keys.const_data_ptr());
+}
+
+template <class Source, class Out>
+void write_masks(Source source, int64_t n, Cut cut, Out one, Out* mask) {
+  torch::stable::parallel_for(0, n, kGrain, [&](int64_t begin, int64_t end) {
+    write_mask(source, begin, end, cut, one, mask);
+  });
+}
+
+template <class T>
+constexpr uint32_t infinity_bits() {
+  return std::is_same_v<T, Half> ? 0x7c00 : std::is_same_v<T, BFloat> ? 0x7f80 : 0x7f800000;
+}
+
+bool has_nan(Tensor x) {
+  std::atomic<bool> found{false};
+  with_elements(x, [&]<class T>(const T* data) {
+    using Bits = std::conditional_t<sizeof(T) == 2, uint16_t, uint32_t>;
+    constexpr Bits infinity = infinity_bits<T>(), magnitude = Bits(-1) >> 1;
+    const Bits* bits = reinterpret_cast<const Bits*>(data);
+    torch::stable::parallel_for(0, chunks_of(x.numel()), 1, [&](int64_t begin, int64_t end) {
+      const int64_t stop = std::min(x.numel(), end * kChunk);
+      Bits nan = 0;
+      for (int64_t i = begin * kChunk; i < stop; i++) nan |= Bits((bits[i] & magnitude) > infinity);
+      if (nan) found.store(true, std::memory_order_relaxed);
+    });
+  });
+  return found;
+}
+
+// Drops exactly the `k` smallest elements.
+void drop_elements(Tensor x, bool is_signed, int64_t k, Tensor mask) {
+  const int64_t n = x.numel();
+  with_keys_and_mask(x, is_signed, mask, [&](auto source, auto* out, auto one) {
+    write_masks(source, n, cut_smallest(source, n, k), one, out);
+  });
+}
+
+// Drops every element below `key` and the first `ties` of those at it; returns how many of the
+// ties were used up.
+int64_t drop_below(Tensor x, bool is_signed, int64_t key, int64_t ties, Tensor mask) {
+  const int64_t n = x.numel();
+  int64_t equal = 0;
+  with_keys_and_mask(x, is_signed, mask, [&](auto source, auto* out, auto one) {
+    const std::vector<int64_t> counts = equal_per_chunk(source, n, uint32_t(key));
+    equal = std::accumulate(counts.begin(), counts.end(), int64_t(0));
+    write_masks(source, n, cut_at(source, counts, uint32_t(key), ties), one, out);
+  });
+  return std::min(ties, equal);
+}
+
+// Adds to `counts` how often each upper half of a key occurs, or each lower half under `prefix`.
+void count_keys(Tensor x, bool is_signed, int64_t prefix, Tensor counts) {
+  with_keys(x, is_signed, [&](auto source) {
+    count_digits(source, x.numel(), prefix, static_cast<int64_t*>(counts.mutable_data_ptr()));
+  });
+}
+
+// Writes the keys of the block means; returns whether one of the means is NaN.
+bool block_keys(
+    Tensor x, int64_t norm, int64_t batch, int64_t height, int64_t width, int64_t block_height,
+    int64_t block_width, bool dense, Tensor keys) {
+  const Geometry g = Geometry{batch, height, width, block_height, block_width, dense}.flattened();
+  uint32_t* out = static_cast<uint32_t*>(keys.mutable_data_ptr());
+  bool nan = false;
+  with_elements(x, [&](const auto* data) {
+    switch (Norm(norm)) {
+      case Norm::value: nan = fx::block_keys<Norm::value>(data, g, out); break;
+      case Norm::magnitude: nan = fx::block_keys<Norm::magnitude>(data, g, out); break;
+      case Norm::square: nan = fx::block_keys<Norm::square>(data, g, out); break;
+    }
+  });
+  return nan;
+}
+
+// Drops the `k` blocks of the smallest keys. Edges that belong to no block are not written.
+void drop_blocks(
+    Tensor keys, int64_t k, int64_t batch, int64_t height, int64_t width, int64_t block_height,
+    int64_t block_width, bool dense, Tensor mask) {
+  const Geometry g = Geometry{batch, height, width, block_height, block_width, dense}.flattened();
+  with_mask(mask, [&](auto* out, auto one) { fx::drop_blocks(keys_of(keys), g, k, one, out); });
+}
+
+// Drops the `zeros` smallest elements of the `k` blocks of the smallest keys, or of every block
+// where `keys` is empty. `count_missing` counts a ragged block's missing elements among its zeros.
+// Edges that belong to no block are not written.
+void drop_within(
+    Tensor x, bool is_signed, int64_t zeros, bool count_missing, Tensor keys, int64_t k,
+    int64_t batch, int64_t height, int64_t width, int64_t block_height, int64_t block_width,
+    bool dense, Tensor mask) {
+  const Geometry g = Geometry{batch, height, width, block_height, block_width, dense}.flattened();
+  Chosen chosen{nullptr, {0, 0}};
+  if (keys.numel()) chosen = {keys_of(keys), cut_smallest(Keys{keys_of(keys)}, g.blocks(), k)};
+  with_keys_and_mask(x, is_signed, mask, [&](auto source, auto* out, auto one) {
+    fx::drop_within(source, g, zeros, count_missing, chosen, one, out);
+  });
+}
+
+}  // namespace
+}  // namespace fx::ops
+
+#define FX_GEOMETRY \
+  "int batch, int height, int width, int block_height, int block_width, bool dense"
+
+STABLE_TORCH_LIBRARY(fx_sparsity_masks, m) {
+  m.def("has_nan(Tensor x) -> bool");
+  m.def("drop_elements(Tensor x, bool signed, int k, Tensor(a!) mask) -> ()");
+  m.def("drop_below(Tensor x, bool signed, int key, int ties, Tensor(a!) mask) -> int");
+  m.def("count_keys(Tensor x, bool signed, int prefix, Tensor(a!) counts) -> ()");
+  m.def("block_keys(Tensor x, int norm, " FX_GEOMETRY ", Tensor(a!) keys) -> bool");
+  m.def("drop_blocks(Tensor keys, int k, " FX_GEOMETRY ", Tensor(a!) mask) -> ()");
+  m.def(
+      "drop_within(Tensor x, bool signed, int zeros, bool count_missing, Tensor keys, int k, "
+      FX_GEOMETRY ", Tensor(a!) mask) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fx_sparsity_masks, CPU, m) {
+  m.impl("has_nan", TORCH_BOX(&fx::ops::has_nan));
+  m.impl("drop_elements", TORCH_BOX(&fx::ops::drop_elements));
+  m.impl("drop_below", TORCH_BOX(&fx::ops::drop_below));
+  m.impl("count_keys", TORCH_BOX(&fx::ops::count_keys));
+  m.impl("block_keys", TORCH_BOX(&fx::ops::block_keys));
+  m.impl("drop_blocks", TORCH_BOX(&fx::ops::drop_blocks));
+  m.impl("drop_within", TORCH_BOX(&fx::ops::drop_within));
+}

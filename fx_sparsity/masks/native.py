@@ -1,0 +1,112 @@
+"""The C++ mask operators: which weights they cover, and how they are called."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fx_sparsity._native import Library
+from fx_sparsity.masks.blocks import zeros_of_whole
+from fx_sparsity.masks.rank import Rank, ScoreError
+from fx_sparsity.patterns import Tiling
+
+LIBRARY = Library("masks", [Path(__file__).parent / "kernels" / "ops.cpp"])
+
+_WEIGHTS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class Geometry(NamedTuple):
+    """A tiling as the operators take it: [batch, height, width], blocks in the last two."""
+
+    batch: int
+    height: int
+    width: int
+    block_height: int
+    block_width: int
+    dense: bool
+
+
+def geometry(shape: Sequence[int], tiling: Tiling) -> Geometry | None:
+    """The tiling with neighbouring dimensions merged; None if more than three remain.
+
+    Two dimensions merge where blocks cut neither, or span the whole of the second.
+    """
+    dims: list[tuple[int, int]] = []
+    for size, extent in zip(shape, tiling.extents, strict=True):
+        if dims and (extent == size or extent == dims[-1][1] == 1):
+            outer = dims.pop()
+            size, extent = outer[0] * size, outer[1] * extent
+        dims.append((size, extent))
+    dims = [(1, 1)] * (3 - len(dims)) + dims
+    if len(dims) > 3 or dims[0][1] != 1:
+        return None
+    (batch, _), (height, block_height), (width, block_width) = dims
+    dense = tiling.remainder == "dense"
+    return Geometry(batch, height, width, block_height, block_width, dense)
+
+
+def covers(x: Tensor) -> bool:
+    """Whether the operators can read `x`, made contiguous; subclasses may not even have data."""
+    plain = type(x) in (Tensor, nn.Parameter) and x.layout == torch.strided
+    return plain and x.device.type == "cpu" and x.dtype in _WEIGHTS and LIBRARY.ready()
+
+
+def has_nan(x: Tensor) -> bool:
+    """Whether `x`, which `covers` accepts, holds a NaN."""
+    return torch.ops.fx_sparsity_masks.has_nan(x.detach().contiguous())
+
+
+def write_mask(x: Tensor, tiling: Tiling, level: float, rank: Rank, out: Tensor) -> bool:
+    """Write the mask of `x`, which `covers` accepts and which holds no NaN, into `out`.
+
+    Args:
+        x: weights or scores, not empty.
+        tiling: fits the shape of `x`.
+        level: share of blocks to drop.
+        rank: how elements rank.
+        out: of the shape of `x`, any dtype and layout.
+
+    Returns:
+        False where the operators do not cover the tiling; then nothing was written.
+
+    Raises:
+        ScoreError: a block's mean is NaN; nothing was written.
+    """
+    shape = geometry(x.shape, tiling)
+    if shape is None:
+        return False
+    own_dtype = out.dtype == x.dtype and rank is not Rank.VALUE
+    direct = (own_dtype or out.dtype == torch.bool) and out.is_contiguous()
+    mask = out if direct and out.device == x.device else torch.empty(x.shape, dtype=torch.bool)
+    _write(x.detach().contiguous(), shape, tiling, level, rank, mask)
+    if mask is not out:
+        out.copy_(mask)
+    return True
+
+
+def _write(
+    x: Tensor, shape: Geometry, tiling: Tiling, level: float, rank: Rank, mask: Tensor
+) -> None:
+    ops = torch.ops.fx_sparsity_masks
+    signed = rank is Rank.VALUE
+    if tiling.block_size == 1 and tiling.zeros == "all":
+        ops.drop_elements(x, signed, round(level * x.numel()), mask)
+        return
+    grid = tiling.grid(x.shape)
+    blocks = torch.Size(grid).numel()
+    chosen = tiling.chosen(level, blocks)
+    keys = torch.empty(0, dtype=torch.int32)
+    if tiling.zeros == "all" or chosen < blocks:
+        keys = torch.empty(blocks, dtype=torch.int32)
+        if ops.block_keys(x, rank, *shape, keys):
+            raise ScoreError("a block's mean score is NaN: it holds both inf and -inf")
+    if any(n * e < size for n, e, size in zip(grid, tiling.extents, x.shape, strict=True)):
+        mask.fill_(1)  # edges that belong to no block
+    if tiling.zeros == "all":
+        ops.drop_blocks(keys, chosen, *shape, mask)
+    else:
+        zeros = zeros_of_whole(tiling, level)
+        count_missing = tiling.zeros == "level"
+        ops.drop_within(x, signed, zeros, count_missing, keys, chosen, *shape, mask)

@@ -1,0 +1,15 @@
+"""A program that uses a library, for tests to run in a process and environment of its own."""
+
+from pathlib import Path
+
+import torch
+
+from fx_sparsity._native import Library
+
+library = Library("tiny", [Path(__file__).parent / "tiny.cpp"])
+
+if __name__ == "__main__":
+    x = torch.ones(2)
+    ready = library.ready()
+    print(torch.ops.fx_sparsity_tiny.count(x) if ready else 40 + x.numel())
+    print(library.state()[1])

@@ -88,20 +88,33 @@ def follow(node: fx.Node, origins: Origins, constant: bool) -> Iterator[tuple[fx
     elif constant and name in COMBINATIONS:
         for value in node.all_input_nodes:
             for origin in origins.get(value, ()):
-                yield value, _combined(node, name, origin)
+                yield value, _combined(node, name, origin, origins)
     elif constant and is_elementwise(node):
         received = [(v, o) for v in node.all_input_nodes for o in origins.get(v, ())]
         shapes = [origin.view.shape for _, origin in received if isinstance(origin.view, Tensor)]
-        result = shape_of(node) or torch.broadcast_shapes(*shapes)
+        result = shape_of(node) or _broadcast(shapes)
         for value, origin in received:
             if isinstance(origin.view, Tensor) and origin.view.shape == result:
                 yield value, origin  # what is broadcast, scales or shifts the others
 
 
 def shape_of(node: fx.Node) -> tuple[int, ...] | None:
-    """Shape of a node's tensor, as far as its graph notes it; hints for dynamic sizes."""
+    """Shape of a node's tensor, with hints for dynamic sizes; None where its graph notes none."""
     value = node.meta.get("val", node.meta.get("example_value"))
-    return tuple(_known(size) for size in value.shape) if isinstance(value, Tensor) else None
+    if not isinstance(value, Tensor):
+        return None
+    try:
+        return tuple(_known(size) for size in value.shape)
+    except ValueError:
+        return None
+
+
+def _broadcast(shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...] | None:
+    """The common shape; None where a trace without shapes left one of them unknown."""
+    try:
+        return torch.broadcast_shapes(*shapes)
+    except RuntimeError:
+        return None
 
 
 def _pass_on(node: fx.Node, name: str, origin: Origin) -> Origin | None:
@@ -178,10 +191,11 @@ def _looked_up(node: fx.Node, origin: Origin) -> Origin | None:
     if name == "gather" or not isinstance(view, Tensor) or view.ndim < 3:
         return None
     if name == "index_select":
-        dim, index = args["dim"], args["index"]
+        dim, index = args["dim"] % view.ndim, args["index"]
     else:
-        places = [i for i, index in enumerate(args["indices"]) if index is not None]
-        if len(places) != 1 or ... in args["indices"]:
+        places = [i for i, index in enumerate(args["indices"]) if isinstance(index, fx.Node)]
+        rest = [index for index in args["indices"] if not isinstance(index, fx.Node)]
+        if len(places) != 1 or any(index not in (None, slice(None)) for index in rest):
             return None
         dim, index = places[0], args["indices"][places[0]]
     copy = origin.copied(view.shape)
@@ -192,7 +206,7 @@ def _looked_up(node: fx.Node, origin: Origin) -> Origin | None:
     return replace(copy, view=copy.view.as_strided(shape, strides))
 
 
-def _combined(node: fx.Node, name: str, origin: Origin) -> Origin:
+def _combined(node: fx.Node, name: str, origin: Origin, origins: Origins) -> Origin:
     """Placed beside other tensors: the same axes, one of them longer or new."""
     if origin.through or not isinstance(origin.view, Tensor):
         return origin
@@ -202,7 +216,10 @@ def _combined(node: fx.Node, name: str, origin: Origin) -> Origin:
         copy = origin.copied(origin.view.shape)
         return replace(copy, view=copy.view.unsqueeze(dim))
     shape = list(origin.view.shape)
-    shape[dim] = (shape_of(node) or shape)[dim]
+    parts = [origins[value][0].view for value in node.all_input_nodes if origins.get(value)]
+    noted = shape_of(node)
+    total = sum(part.shape[dim] for part in parts if isinstance(part, Tensor))
+    shape[dim] = noted[dim] if noted else total
     return origin.copied(shape)
 
 

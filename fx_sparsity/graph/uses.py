@@ -27,6 +27,7 @@ from fx_sparsity.graph.provenance import (
     follow,
     origin_of,
     roles_of_parameter,
+    shape_of,
     slice_of_parameter,
 )
 from fx_sparsity.graph.weight_map import Reason, Use
@@ -134,7 +135,8 @@ def _uses(
     results: dict[fx.Node, list[list[Origin]]] = {}
     for node in graph.nodes:
         if node.target is operator.getitem and node.args[0] in results:
-            origins[node] = results[node.args[0]][node.args[1]]
+            passed_out = results[node.args[0]]
+            origins[node] = passed_out[i] if (i := node.args[1]) < len(passed_out) else []
         received = [value for value in node.all_input_nodes if value in origins]
         constant = dependent.isdisjoint(node.all_input_nodes)
         if not constant:
@@ -186,11 +188,23 @@ def _inside(
         placeholders = body.graph.find_nodes(op="placeholder")
         operands = flat[len(flat) - len(placeholders) :]
         pairs = list(zip(placeholders, operands, strict=False))
-        seeds = {p: origins[o] for p, o in pairs if isinstance(o, fx.Node) and o in origins}
+        seeds = {
+            p: [entered for origin in origins[o] if (entered := _enter(p, origin)) is not None]
+            for p, o in pairs
+            if isinstance(o, fx.Node) and o in origins
+        }
         passed = yield from _uses(body.graph, seeds, {p for p, o in pairs if o in dependent})
         pieces = zip_longest(results, passed, fillvalue=())
         results = [[*before, *here] for before, here in pieces]
     return results
+
+
+def _enter(placeholder: fx.Node, origin: Origin) -> Origin | None:
+    """What a subgraph receives of a tensor: all of it, or slice after slice, as in a map."""
+    shape = shape_of(placeholder)
+    if origin.through or shape is None or shape == origin.view.shape:
+        return origin
+    return replace(origin, view=origin.view[0]) if shape == origin.view.shape[1:] else None
 
 
 def _bodies(owner: fx.GraphModule | None, arguments: list[Any]) -> Iterator[fx.GraphModule]:

@@ -290,3 +290,35 @@ def test_writing_into_a_buffer_is_an_output():
     model = Writer()
     assert list(find_weights(model, (torch.randn(2, 4),))) == ["inner.weight"]
     assert list(find_weights(torch.export.export(model, (torch.randn(2, 4),)))) == ["inner.weight"]
+
+
+def test_slices_of_a_map_are_a_batch():
+    class Mapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stack = nn.Parameter(torch.randn(3, 4, 2))
+
+        def forward(self, x):
+            return torch._higher_order_ops.map(lambda weight, x: x @ weight, self.stack, x)
+
+    weights = find_weights(Mapped(), (torch.randn(5, 4),))
+    assert weights["stack"].roles == ("batch", "in", "out")
+
+
+def test_traces_without_shapes():
+    class Joined(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.left, self.right = (nn.Parameter(torch.randn(n, 6)) for n in (4, 2))
+            self.gain = nn.Parameter(torch.randn(6, 1))
+            self.banks = nn.Parameter(torch.randn(5, 6, 6))
+
+        def forward(self, x, chosen):
+            x = F.linear(x, torch.cat([self.left, self.right]) * self.gain)
+            return torch.bmm(x.unsqueeze(1), self.banks[chosen, :, :])
+
+    model, inputs = Joined(), (torch.randn(3, 6), torch.tensor([4, 0, 2]))
+    assert roles(find_weights(model, inputs))["banks"][1] == ("batch", "in", "out")
+    assert set(find_weights(model, inputs)) == {"left", "right", "banks"}
+    traced = find_weights(fx.symbolic_trace(model))
+    assert roles(traced) == roles(find_weights(model, inputs))

@@ -235,6 +235,11 @@ def test_an_exported_program_is_masked_in_a_copy(name):
     assert torch.equal(torch.export.load(file).module()(*inputs), sparse)
     with torch.no_grad():
         assert torch.equal(masked.run_decompositions().module()(*inputs), sparse)
+    assert torch.equal(copy.deepcopy(masked).module()(*inputs), sparse)
+    swept = masked.module()
+    swept.graph.eliminate_dead_code()
+    swept.recompile()
+    assert torch.equal(swept(*inputs), sparse)
     again = fxs.prepare(masked, fxs.WeightNormSparsifier(), mapping=HALF)
     assert again is masked
     plain, record = fxs.squash(masked, sparsifier)

@@ -11,6 +11,7 @@ from fx_sparsity.graph import (
     find_weights,
     prepare,
     squash,
+    unprepare,
 )
 from fx_sparsity.patterns import (
     NM,
@@ -98,5 +99,6 @@ __all__ = [
     "save",
     "squash",
     "take_over_pruned",
+    "unprepare",
     "verify",
 ]

@@ -4,7 +4,7 @@ from fx_sparsity.graph.capture import CaptureError, InputError
 from fx_sparsity.graph.discovery import find_weights
 from fx_sparsity.graph.mapping import Assignment, MappingError, SparsityMapping
 from fx_sparsity.graph.passes import AnnotateWeights, InsertMasks, RemoveMasks
-from fx_sparsity.graph.prepare import prepare, squash
+from fx_sparsity.graph.prepare import prepare, squash, unprepare
 from fx_sparsity.graph.weight_map import Reason, Unclaimed, Use, WeightMap, WeightSite
 
 __all__ = [
@@ -24,4 +24,5 @@ __all__ = [
     "find_weights",
     "prepare",
     "squash",
+    "unprepare",
 ]

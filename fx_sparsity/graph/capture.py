@@ -4,12 +4,15 @@ A frontend differs from the others by one function, `source(node) -> (fqn, tenso
 """
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
+
+from fx_sparsity.graph.compiled import input_position, input_target, source_target
+from fx_sparsity.graph.operators import MODULES
 
 ExampleInputs = tuple[Any, ...] | Mapping[str, Any] | Tensor
 Source = Callable[[fx.Node], tuple[str, Tensor] | None]
@@ -62,18 +65,46 @@ def export_model(
     try:
         return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
     except Exception as export_error:
-        try:
-            with torch.no_grad():
-                model(*args, **kwargs)
-        except Exception as error:
-            raise InputError(
-                f"example_inputs: {type(model).__name__} rejects them: "
-                f"{type(error).__name__}: {error}"
-            ) from error
+        run_undisturbed(model, lambda: model(*args, **kwargs))
         raise CaptureError(
             f"{type(model).__name__} runs on example_inputs, but torch.export cannot capture it: "
             f"{type(export_error).__name__}: {export_error}"
         ) from export_error
+
+
+def run_undisturbed(model: nn.Module, call: Callable[[], Any]) -> None:
+    """Run a model on data without a trace of it: buffers and random state are put back.
+
+    Raises:
+        InputError: the model raises, with its own words.
+    """
+    before = {name: (buffer, buffer.clone()) for name, buffer in model.named_buffers()}
+    try:
+        with torch.no_grad(), torch.random.fork_rng():
+            call()
+    except Exception as error:
+        raise InputError(
+            f"example_inputs: {type(model).__name__} rejects them: {type(error).__name__}: {error}"
+        ) from error
+    finally:
+        for buffer, value in before.values():
+            buffer.copy_(value)
+
+
+def trace_model(model: nn.Module) -> fx.GraphModule:
+    """Trace a model symbolically, with every module opened up but those that the table knows.
+
+    Raises:
+        Exception: whatever the model's code raises when it is run on proxies.
+    """
+
+    class Tracer(fx.Tracer):
+        def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+            holds = any(parameter.ndim >= 2 for parameter in m.parameters())
+            known = isinstance(m, tuple(MODULES))
+            return known or (not holds and super().is_leaf_module(m, module_qualified_name))
+
+    return fx.GraphModule(model, Tracer().trace(model))
 
 
 def exported_source(program: ExportedProgram) -> Source:
@@ -90,6 +121,22 @@ def exported_source(program: ExportedProgram) -> Source:
     return source
 
 
+def exported_tensors(program: ExportedProgram) -> dict[str, Tensor]:
+    """Parameters, then buffers and constants, by FQN; a tied tensor is one object.
+
+    A program that was saved and loaded holds ties as several tensors over one storage, in an order
+    of its own.
+    """
+    signature, held = program.graph_signature, {**program.state_dict, **program.constants}
+    tensors = {name: held[name] for name in signature.parameters} | held
+    first: dict[Any, Tensor] = {}
+    for name, tensor in tensors.items():
+        if isinstance(tensor, Tensor) and tensor.device.type != "meta" and tensor.numel():
+            place = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+            tensors[name] = first.setdefault(place, tensor)
+    return {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
+
+
 def module_source(gm: fx.GraphModule) -> Source:
     """Parameters and buffers are `get_attr` nodes."""
 
@@ -100,3 +147,44 @@ def module_source(gm: fx.GraphModule) -> Source:
         return (str(node.target), tensor) if isinstance(tensor, Tensor) else None
 
     return source
+
+
+def compiled_source(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], model: nn.Module | None = None
+) -> Source:
+    """Parameters and buffers are placeholders that `torch.compile` lifted them to.
+
+    Args:
+        gm: the graph that a backend receives from Dynamo, or from AOTAutograd below it.
+        example_inputs: what the backend received with the Dynamo graph.
+        model: tells the names, by tensor identity. Without it they are read off Dynamo's notes,
+            as far as these lead to a module; other parameters go by the name of their node.
+    """
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    position = {node: input_position(node, i) for i, node in enumerate(placeholders)}
+    named = {} if model is None else {id(t): fqn for fqn, t in reversed(named_tensors(model))}
+    attribute = module_source(gm)
+
+    def source(node: fx.Node) -> tuple[str, Tensor] | None:
+        if (place := position.get(node)) is None:
+            return attribute(node)
+        tensor = example_inputs[place] if place < len(example_inputs) else None
+        if model is not None:
+            if (fqn := input_target(node) or named.get(id(tensor))) is None:
+                return None
+            tensor = operator.attrgetter(fqn)(model)
+        else:
+            tensor = node.meta.get("val") if tensor is None else tensor
+            unnamed = node.name if isinstance(tensor, nn.Parameter) else None
+            fqn = input_target(node) or source_target(node) or unnamed
+        return (fqn, tensor) if fqn is not None and isinstance(tensor, Tensor) else None
+
+    return source
+
+
+def named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """Parameters, then buffers, under each of their names."""
+    return [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]

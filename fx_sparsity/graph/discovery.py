@@ -1,228 +1,271 @@
 """`find_weights`: every weight of a model, read off its graph."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from fx_sparsity.graph.capture import (
+    CaptureError,
     ExampleInputs,
-    InputError,
     Source,
+    call_arguments,
+    compiled_source,
     export_model,
     exported_source,
+    exported_tensors,
     module_source,
+    named_tensors,
+    run_undisturbed,
+    trace_model,
 )
-from fx_sparsity.graph.operators import (
-    ADDITIONS,
-    MODULES,
-    NORMALIZATIONS,
-    OPERATORS,
-    bind,
-    operator_name,
-)
-from fx_sparsity.graph.provenance import (
-    Origin,
-    follow,
-    origin_of,
-    roles_of_parameter,
-    slice_of_parameter,
-)
+from fx_sparsity.graph.compiled import capture_graphs, is_compiled
+from fx_sparsity.graph.operators import OPERATORS
+from fx_sparsity.graph.uses import canonical_fqn, module_uses, uses_of_module, weight_uses
 from fx_sparsity.graph.weight_map import Reason, Unclaimed, Use, WeightMap, WeightSite
 
 Model = nn.Module | fx.GraphModule | ExportedProgram
 
 
 def find_weights(
-    model: Model,
+    subject: Model,
     example_inputs: ExampleInputs | None = None,
     *,
     dynamic_shapes: Any = None,
+    model: nn.Module | None = None,
 ) -> WeightMap:
     """Find every weight that a linear, embedding, convolution or matmul-like operator consumes.
 
+    A module is captured with `torch.export`. Where that fails, its graphs come from Dynamo; what
+    they do not show, from a symbolic trace; and what is then still open, from the classes of its
+    modules. `WeightMap.frontend` tells which were needed. Without example inputs the classes
+    alone are looked at.
+
     Args:
-        model: a module (captured with `torch.export`), an `fx.GraphModule` or an
-            `ExportedProgram` (read as they are). Not changed.
-        example_inputs: a tuple of positional, or a dict of keyword arguments; needed for a module.
+        subject: a module; or, read as they are: an `fx.GraphModule`, an `ExportedProgram`, or the
+            graph that a `torch.compile` backend receives. Not changed.
+        example_inputs: a tuple of positional, or a dict of keyword arguments. For the graph of a
+            backend: the list that the backend received with it.
         dynamic_shapes: as `torch.export.export` takes it; only for a module.
+        model: whose parameters are placeholders of a backend's graph. Without it their names are
+            those that Dynamo noted.
 
     Returns:
         The sites in graph order, and every parameter of two or more dimensions that is none.
 
     Raises:
-        InputError: a module without `example_inputs`, or one that rejects them.
-        CaptureError: the module runs but cannot be exported.
+        InputError: the module rejects `example_inputs`.
     """
-    if isinstance(model, ExportedProgram):
-        return _read(model.graph, exported_source(model), model, "ExportedProgram")
-    if isinstance(model, fx.GraphModule):
-        return _read(model.graph, module_source(model), model, "GraphModule")
-    if example_inputs is None:
-        raise InputError(
-            f"example_inputs: {type(model).__name__} is a plain module and has to be captured; "
-            "give a tuple of positional or a dict of keyword arguments"
-        )
-    program = export_model(model, example_inputs, dynamic_shapes)
-    return _read(program.graph, exported_source(program), model, "torch.export")
+    if isinstance(subject, ExportedProgram):
+        search = _Search(exported_tensors(subject), set(subject.graph_signature.parameters), None)
+        search.read((subject.graph_module, exported_source(subject)))
+        return search.result("ExportedProgram")
+    if isinstance(subject, fx.GraphModule):
+        if is_compiled(subject):
+            return _read_compiled(subject, example_inputs, model)
+        search = _Search.of(subject)
+        search.read((subject, module_source(subject)))
+        return search.result("GraphModule")
+    return _read_module(subject, example_inputs, dynamic_shapes)
 
 
-def weight_uses(graph: fx.Graph, source: Source) -> Iterator[tuple[fx.Node, str, Origin, Any]]:
-    """Every use of a tensor that `source` knows.
+@dataclass
+class _Search:
+    """What is known so far about the tensors of a model.
 
-    Yields:
-        (consuming node, argument name, origin, axes); name and axes are None where the operator
-        has no row in the table.
+    Attributes:
+        tensors: by FQN.
+        parameters: which of them are parameters.
+        model: tells the classes of owners; None where there are no modules.
+        uses: canonical FQN -> (kind, use, whether it is the same for all inputs).
+        reasons: canonical FQN -> why consumers did not count as uses.
     """
-    live = _live_nodes(graph)
-    origins: dict[fx.Node, Origin] = {}
-    for node in graph.nodes:
-        if node not in live:
-            continue
-        if (found := source(node)) is not None:
-            origins[node] = origin_of(*found)
-            continue
-        if (origin := follow(node, origins)) is not None:
-            origins[node] = origin
-            continue
-        if node.op not in ("call_function", "call_method"):
-            continue
-        claimed: set[fx.Node] = set()
-        row = OPERATORS.get(operator_name(node))
-        for arg, value, axes in row.find(bind(node)) if row else ():
-            if isinstance(value, fx.Node) and value in origins and value not in claimed:
-                claimed.add(value)
-                yield node, arg, origins[value], axes
-        for value in node.all_input_nodes:
-            if value in origins and value not in claimed:
-                yield node, "", origins[value], None
 
+    tensors: Mapping[str, Tensor]
+    parameters: set[str]
+    model: nn.Module | None
+    uses: dict[str, list[tuple[str, Use, bool]]] = field(default_factory=dict)
+    reasons: dict[str, set[tuple[Reason, str]]] = field(default_factory=dict)
 
-def _read(graph: fx.Graph, source: Source, model: Any, frontend: str) -> WeightMap:
-    tensors, aliases, parameters = _named_tensors(model)
-    uses: dict[str, list[tuple[str, Use]]] = {}
-    rejected: dict[str, set[str]] = {}
-    for node, arg, origin, axes in weight_uses(graph, source):
-        fqn = aliases.get(origin.fqn, origin.fqn)
-        if origin.parameter.ndim < 2 or not (fqn in parameters or origin.dequantized):
-            continue
-        name = operator_name(node)
-        roles = None if axes is None else roles_of_parameter(origin, axes)
-        if roles is None:
-            rejected.setdefault(fqn, set()).add(name)
-            continue
-        use = Use(name, node.name, arg, roles, slice_of_parameter(origin))
-        uses.setdefault(fqn, []).append((OPERATORS[name].kind, use))
-    for fqn, kind, use in _module_uses(graph, model):
-        uses.setdefault(aliases.get(fqn, fqn), []).append((kind, use))
+    def __post_init__(self) -> None:
+        first: dict[int, str] = {}
+        self.canonical = {fqn: first.setdefault(id(t), fqn) for fqn, t in self.tensors.items()}
+        self.aliases: dict[str, list[str]] = {}
+        for fqn, name in self.canonical.items():
+            if name != fqn:
+                self.aliases.setdefault(name, []).append(fqn)
 
-    modules = dict(model.named_modules()) if isinstance(model, nn.Module) else {}
-    sites = []
-    for fqn, found in uses.items():
-        owner = fqn.rpartition(".")[0]
-        holder = type(modules[owner]) if owner in modules else None
-        tensor = tensors[fqn]
-        sites.append(
-            WeightSite(
-                fqn=canonical_fqn(fqn),
-                aliases=tuple(
-                    canonical_fqn(a) for a, c in aliases.items() if c == fqn and a != fqn
-                ),
-                owner=canonical_fqn(fqn).rpartition(".")[0],
-                owner_type=f"{holder.__module__}.{holder.__qualname__}" if holder else "",
-                kind=found[0][0],
-                roles=found[0][1].roles,
-                shape=tuple(tensor.shape),
-                dtype=str(tensor.dtype).removeprefix("torch."),
-                uses=tuple(use for _, use in found),
-            )
-        )
-    hidden = _inside_leaves(graph, model)
-    canonical = {fqn for fqn in parameters if aliases[fqn] == fqn}
-    unclaimed = tuple(
-        _explain(canonical_fqn(fqn), tensors[fqn], rejected.get(fqn, set()), hidden.get(fqn))
-        for fqn in tensors
-        if fqn in canonical and fqn not in uses and tensors[fqn].ndim >= 2
-    )
-    vectors = sum(tensors[fqn].ndim < 2 for fqn in canonical)
-    return WeightMap(tuple(sites), unclaimed, vectors, frontend)
+    @classmethod
+    def of(cls, model: nn.Module) -> "_Search":
+        parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        return cls(dict(named_tensors(model)), parameters, model)
 
+    def read(self, *graphs: tuple[fx.GraphModule, Source]) -> None:
+        """Take in the uses that graphs show between them, of whatever is not settled yet."""
+        wanted = self.open()
+        for gm, source in graphs:
+            self._read(gm, source, wanted)
 
-def _named_tensors(model: Any) -> tuple[dict[str, Tensor], dict[str, str], set[str]]:
-    """Tensors by FQN, FQN -> canonical FQN of the same tensor, and which are parameters."""
-    if isinstance(model, ExportedProgram):
-        tensors = {**model.state_dict, **model.constants}
-        parameters = set(model.graph_signature.parameters)
-    else:
-        named = dict(model.named_parameters(remove_duplicate=False))
-        tensors = {**named, **dict(model.named_buffers(remove_duplicate=False))}
-        parameters = set(named)
-    first: dict[int, str] = {}
-    aliases = {fqn: first.setdefault(id(tensor), fqn) for fqn, tensor in tensors.items()}
-    return tensors, aliases, parameters
-
-
-def _module_uses(graph: fx.Graph, model: Any) -> Iterator[tuple[str, str, Use]]:
-    """Weights of modules that the graph calls as a whole."""
-    live = _live_nodes(graph)
-    for node in graph.nodes:
-        if node.op != "call_module" or node not in live:
-            continue
-        module = model.get_submodule(node.target)
-        for base, (kind, weights) in MODULES.items():
-            if not isinstance(module, base):
+    def _read(self, gm: fx.GraphModule, source: Source, wanted: set[str]) -> None:
+        for found in weight_uses(gm.graph, source):
+            fqn = self.canonical.get(found.origin.fqn, found.origin.fqn)
+            if not (fqn in wanted or (found.origin.dequantized and self.tensors[fqn].ndim >= 2)):
                 continue
-            for attribute, axes in weights.items():
-                fqn = f"{node.target}.{attribute}"
-                masked = f"{node.target}.parametrizations.{attribute}.original"
-                tensor = getattr(module, attribute)
-                held = fqn if attribute in module._parameters else masked
-                roles = roles_of_parameter(origin_of(fqn, tensor), axes)
-                assert roles is not None  # the tensor itself, not a view
-                yield held, kind, Use(kind, node.name, attribute, roles)
-            break
+            if (use := found.use()) is not None:
+                kind = OPERATORS[use.op].kind
+                self.uses.setdefault(fqn, []).append((kind, use, found.constant))
+            else:
+                self.reasons.setdefault(fqn, set()).add(found.reason())
+        self.take(module_uses(gm.graph, gm), wanted)
+        for fqn, name in _inside_leaves(gm).items():
+            if self.canonical.get(fqn) in wanted - self.uses.keys():
+                reason = (Reason.FRONTEND, f"inside {name}")
+                self.reasons.setdefault(self.canonical[fqn], set()).add(reason)
+
+    def take(self, uses: Iterable[tuple[str, str, Use]], wanted: set[str]) -> None:
+        """Take in uses by name."""
+        for name, kind, use in uses:
+            if (fqn := self.canonical[name]) in wanted:
+                self.uses.setdefault(fqn, []).append((kind, use, False))
+
+    def open(self) -> set[str]:
+        """Parameters of two or more dimensions that are neither a weight nor explained."""
+        return {
+            fqn
+            for fqn in self.parameters
+            if self.canonical[fqn] == fqn
+            and self.tensors[fqn].ndim >= 2
+            and fqn not in self.uses
+            and not self._explained(fqn)
+        }
+
+    def _explained(self, fqn: str) -> bool:
+        reasons = self.reasons.get(fqn, set())
+        return bool(reasons) and all(reason.explained for reason, _ in reasons)
+
+    def result(self, frontend: str, incomplete: str = "") -> WeightMap:
+        """The map.
+
+        Args:
+            frontend: where it was read from.
+            incomplete: why the graphs may not show every parameter, if that is so.
+        """
+        unseen = (Reason.FRONTEND, incomplete) if incomplete else (Reason.UNREACHABLE, "")
+        modules = {} if self.model is None else dict(self.model.named_modules())
+        unclaimed = [
+            self._unclaimed(fqn, unseen)
+            for fqn, tensor in self.tensors.items()
+            if fqn in self.parameters
+            and self.canonical[fqn] == fqn
+            and fqn not in self.uses
+            and tensor.ndim >= 2
+        ]
+        vectors = sum(
+            self.tensors[fqn].ndim < 2 and self.canonical[fqn] == fqn for fqn in self.parameters
+        )
+        sites = tuple(self._site(fqn, modules) for fqn in self.uses)
+        return WeightMap(sites, tuple(unclaimed), vectors, frontend)
+
+    def _site(self, fqn: str, modules: Mapping[str, nn.Module]) -> WeightSite:
+        # A spectral norm multiplies its weight by a vector on the way to the layer that counts.
+        found = [f for f in self.uses[fqn] if not f[2]] or self.uses[fqn]
+        tensor, name = self.tensors[fqn], canonical_fqn(fqn)
+        holder = type(modules[o]) if (o := fqn.rpartition(".")[0]) in modules else None
+        return WeightSite(
+            fqn=name,
+            aliases=tuple(canonical_fqn(alias) for alias in self.aliases.get(fqn, ())),
+            owner=name.rpartition(".")[0],
+            owner_type=f"{holder.__module__}.{holder.__qualname__}" if holder else "",
+            kind=found[0][0],
+            roles=found[0][1].roles,
+            shape=tuple(tensor.shape),
+            dtype=str(tensor.dtype).removeprefix("torch."),
+            uses=tuple(use for _, use, _ in found),
+        )
+
+    def _unclaimed(self, fqn: str, unseen: tuple[Reason, str]) -> Unclaimed:
+        tensor, name = self.tensors[fqn], canonical_fqn(fqn)
+        shape = tuple(tensor.shape)
+        if not tensor.is_floating_point():
+            return Unclaimed(name, shape, Reason.NOT_FLOATING, str(tensor.dtype))
+        reasons = self.reasons.get(fqn) or {unseen}
+        # The reason that leaves most open counts: being scaled here does not settle a use there.
+        for reason in (Reason.FRONTEND, Reason.OPERATOR, Reason.SCALE, Reason.ADDED):
+            if details := sorted(detail for found, detail in reasons if found is reason):
+                return Unclaimed(name, shape, reason, ", ".join(filter(None, details)))
+        return Unclaimed(name, shape, Reason.UNREACHABLE)
 
 
-def _live_nodes(graph: fx.Graph) -> set[fx.Node]:
-    """Nodes that an output depends on."""
-    live: set[fx.Node] = set()
-    pending = [node for node in graph.nodes if node.op == "output"]
-    while pending:
-        node = pending.pop()
-        if node not in live:
-            live.add(node)
-            pending += node.all_input_nodes
-    return live
+def _read_module(
+    model: nn.Module, example_inputs: ExampleInputs | None, dynamic_shapes: Any
+) -> WeightMap:
+    search = _Search.of(model)
+    if example_inputs is None:
+        _read_classes(search, model)
+        return search.result("module classes, without example inputs", "no example inputs")
+    try:
+        program = export_model(model, example_inputs, dynamic_shapes)
+    except CaptureError as error:
+        return _read_without_export(search, model, example_inputs, error)
+    search.read((program.graph_module, exported_source(program)))
+    return search.result("torch.export")
 
 
-def canonical_fqn(fqn: str) -> str:
-    """The name that a tensor has without its parametrization."""
-    head, marker, tail = fqn.rpartition("parametrizations.")
-    return head + tail.removesuffix(".original") if marker and tail.endswith(".original") else fqn
+def _read_without_export(
+    search: _Search, model: nn.Module, example_inputs: ExampleInputs, error: CaptureError
+) -> WeightMap:
+    """Piece the map together from what the other frontends show."""
+    args, kwargs = call_arguments(example_inputs)
+    frontends = []
+    captured: list[Any] = []
+    run_undisturbed(model, lambda: captured.extend(capture_graphs(model, args, kwargs)))
+    graphs, stop = captured
+    search.read(*((gm, compiled_source(gm, inputs, model)) for gm, inputs in graphs))
+    if graphs or stop:
+        count = f"{len(graphs)} graph{'' if len(graphs) == 1 else 's'}"
+        frontends.append(f"Dynamo ({count}{f', then {type(stop).__name__}' if stop else ''})")
+    if search.open():
+        try:
+            traced = trace_model(model)
+        except Exception as trace_error:  # whatever the model's own code raises on proxies
+            frontends.append(f"no FX trace ({type(trace_error).__name__})")
+        else:
+            search.read((traced, module_source(traced)))
+            frontends.append("FX trace")
+    if search.open():
+        _read_classes(search, model)
+        frontends.append("module classes")
+    cause = type(error.__cause__).__name__
+    return search.result(", ".join(frontends), f"torch.export: {cause}")
 
 
-def _inside_leaves(graph: fx.Graph, model: Any) -> dict[str, str]:
+def _read_classes(search: _Search, model: nn.Module) -> None:
+    wanted = search.open()
+    for path, module in model.named_modules():
+        search.take(uses_of_module(path, module), wanted)
+
+
+def _read_compiled(
+    gm: fx.GraphModule, example_inputs: ExampleInputs | None, model: nn.Module | None
+) -> WeightMap:
+    inputs, _ = call_arguments(() if example_inputs is None else example_inputs)
+    source = compiled_source(gm, inputs, model)
+    if model is not None:
+        search = _Search.of(model)
+    else:
+        found = dict(filter(None, map(source, gm.graph.nodes)))
+        search = _Search(found, {n for n, t in found.items() if isinstance(t, nn.Parameter)}, None)
+    search.read((gm, source))
+    return search.result("torch.compile", "no input of this graph")
+
+
+def _inside_leaves(gm: fx.GraphModule) -> dict[str, str]:
     """FQN -> class of the called module, for parameters of modules that the graph does not open."""
     return {
-        f"{node.target}.{name}": type(model.get_submodule(node.target)).__name__
-        for node in graph.nodes
-        if node.op == "call_module"
-        for name, _ in model.get_submodule(node.target).named_parameters()
+        name: type(module).__name__
+        for node in gm.graph.find_nodes(op="call_module")
+        for module in [gm.get_submodule(str(node.target))]
+        for name, _ in module.named_parameters(prefix=str(node.target))
     }
-
-
-def _explain(fqn: str, tensor: Tensor, consumers: set[str], leaf: str | None) -> Unclaimed:
-    shape = tuple(tensor.shape)
-    detail = ", ".join(sorted(consumers))
-    if leaf is not None:
-        return Unclaimed(fqn, shape, Reason.FRONTEND, f"inside {leaf}")
-    if not tensor.is_floating_point():
-        return Unclaimed(fqn, shape, Reason.NOT_FLOATING, str(tensor.dtype))
-    if not consumers:
-        return Unclaimed(fqn, shape, Reason.UNREACHABLE)
-    if consumers <= ADDITIONS:
-        return Unclaimed(fqn, shape, Reason.ADDED)
-    if consumers <= NORMALIZATIONS:
-        return Unclaimed(fqn, shape, Reason.SCALE)
-    return Unclaimed(fqn, shape, Reason.OPERATOR, detail)

@@ -1,9 +1,10 @@
 """Which weight gets which sparsity: the shape of quantization's `QConfigMapping`, on weights."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
+from typing import Any
 
 from torch import nn
 
@@ -13,6 +14,8 @@ from fx_sparsity.tables import format_table
 
 Wish = SparsityConfig | str | None
 """A configuration, a string that `SparsityConfig.parse` reads, or None to leave a weight dense."""
+Rule = Callable[[WeightSite], Wish]
+"""Says of a weight what its configuration is."""
 
 
 class MappingError(ValueError):
@@ -49,25 +52,41 @@ class Assignment(Mapping[str, SparsityConfig]):
 class SparsityMapping:
     """Which weights get which configuration; the most specific entry wins, None excludes.
 
-    From the least to the most specific: `set_global`, `set_object_type`, `set_module_name_regex`
-    (the first that matches), `set_module_name`. Every setter takes a `SparsityConfig`, a string
-    such as `"2:4"` or `"unstructured 50%"`, or None, and returns the mapping.
+    From the least to the most specific: `set_global` or `set_rule`, `set_object_type`,
+    `set_module_name_regex` (the first that matches), `set_module_name`. Every setter takes a
+    `SparsityConfig`, a string such as `"2:4"` or `"unstructured 50%"`, or None, and returns the
+    mapping.
     """
 
     def __init__(self) -> None:
-        self._global: SparsityConfig | None = None
-        self._types: dict[type[nn.Module] | str, SparsityConfig | None] = {}
+        self._rest: SparsityConfig | Rule | None = None
+        self._types: dict[str, SparsityConfig | None] = {}
         self._regexes: dict[str, SparsityConfig | None] = {}
         self._names: dict[str, SparsityConfig | None] = {}
 
     def set_global(self, config: Wish) -> "SparsityMapping":
-        """For every weight that nothing else speaks of."""
-        self._global = _parse(config)
+        """For every weight that nothing else speaks of; takes the place of a rule."""
+        self._rest = _parse(config)
+        return self
+
+    def set_rule(self, rule: "Rule") -> "SparsityMapping":
+        """For every weight that nothing else speaks of, by a function; replaces `set_global`.
+
+        Args:
+            rule: called with each `WeightSite`; what it returns is that weight's configuration.
+
+        Raises:
+            TypeError: `rule` cannot be called.
+        """
+        if not callable(rule):
+            raise TypeError(f"rule: expected a function of a site, found {type(rule).__name__}")
+        self._rest = rule
         return self
 
     def set_object_type(self, kind: type[nn.Module] | str, config: Wish) -> "SparsityMapping":
         """For weights owned by modules of a class, or of a kind in the `WeightMap` ("linear")."""
-        self._types[kind] = _parse(config)
+        name = kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}"
+        self._types[name] = _parse(config)
         return self
 
     def set_module_name_regex(self, regex: str, config: Wish) -> "SparsityMapping":
@@ -80,6 +99,44 @@ class SparsityMapping:
         """For one weight, by its FQN or that of the module that owns it."""
         self._names[name] = _parse(config)
         return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """The mapping as a dict of strings, which JSON and YAML can hold; see `from_dict`.
+
+        Raises:
+            MappingError: the mapping has a rule, which no string can stand for.
+        """
+        if callable(self._rest):
+            raise MappingError("a mapping with a rule cannot be written down; name the weights")
+        return {
+            "global": _text(self._rest),
+            "object_type": {kind: _text(config) for kind, config in self._types.items()},
+            "module_name_regex": {regex: _text(c) for regex, c in self._regexes.items()},
+            "module_name": {name: _text(config) for name, config in self._names.items()},
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "SparsityMapping":
+        """Read what `to_dict` wrote; every key may be left out.
+
+        Raises:
+            MappingError: an unknown key.
+            PatternError: a configuration that cannot be read.
+        """
+        setters = {
+            "object_type": cls.set_object_type,
+            "module_name_regex": cls.set_module_name_regex,
+            "module_name": cls.set_module_name,
+        }
+        if unknown := set(data) - {"global", *setters}:
+            raise MappingError(
+                f"unknown key {min(unknown)!r}; expected {', '.join(('global', *setters))}"
+            )
+        mapping = cls().set_global(data.get("global"))
+        for key, setter in setters.items():
+            for name, config in data.get(key, {}).items():
+                setter(mapping, name, config)
+        return mapping
 
     def resolve(self, weights: WeightMap) -> Assignment:
         """Apply the mapping to the weights of a model.
@@ -115,11 +172,12 @@ class SparsityMapping:
         for regex, config in self._regexes.items():
             if any(re.match(regex, fqn) for fqn in (site.fqn, *site.aliases)):
                 return config, f"excluded by regex {regex!r}"
-        for kind, config in self._types.items():
-            name = kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}"
+        for name, config in self._types.items():
             if name in (site.kind, site.owner_type):
                 return config, f"excluded by type {name!r}"
-        return self._global, "no entry of the mapping speaks of it"
+        if callable(self._rest):
+            return _parse(self._rest(site)), "excluded by the rule"
+        return self._rest, "no entry of the mapping speaks of it"
 
     def _check_names(self, weights: WeightMap) -> None:
         fqns = [fqn for site in weights.sites for fqn in (site.fqn, *site.aliases)]
@@ -133,6 +191,10 @@ class SparsityMapping:
             near = get_close_matches(name, sorted(known), n=3)
             hint = f"; the nearest are {', '.join(map(repr, near))}" if near else ""
             raise MappingError(f"the model has no weight or owning module {name!r}{hint}")
+
+
+def _text(config: SparsityConfig | None) -> str | None:
+    return None if config is None else str(config)
 
 
 def _parse(config: Wish) -> SparsityConfig | None:

@@ -10,6 +10,7 @@ import inspect
 import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,8 +18,11 @@ from torch import fx, nn
 
 from fx_sparsity.patterns import Role
 
-Axes = Mapping[int, Role]
-"""Axis of the argument, negative from the end -> its role. Axes not named are `batch`."""
+Axes = Mapping[int | None, Role]
+"""Axis of the argument, negative from the end -> its role.
+
+None stands for the axes that are not named; without it they are `batch`.
+"""
 Arguments = Mapping[str, Any]
 Finder = Callable[[Arguments], Iterable[tuple[str, Any, Axes]]]
 
@@ -26,6 +30,7 @@ ROW_OUTPUT: Axes = {0: "out", 1: "in"}
 RIGHT_FACTOR: Axes = {-2: "in", -1: "out"}
 LEFT_FACTOR: Axes = {-2: "out", -1: "in"}
 TABLE: Axes = {0: "row", 1: "dim"}
+BILINEAR: Axes = {0: "out", 1: "in", 2: "in"}
 CONV: Axes = {0: "out", 1: "in", 2: "kernel", 3: "kernel", 4: "kernel"}
 CONV_TRANSPOSED: Axes = {0: "in", 1: "out", 2: "kernel", 3: "kernel", 4: "kernel"}
 
@@ -59,27 +64,50 @@ def _recurrent(args: Arguments) -> Iterable[tuple[str, Any, Axes]]:
 
 def _einsum(args: Arguments) -> Iterable[tuple[str, Any, Axes]]:
     """A letter that the result lacks is reduced; one that only this operand has is an output."""
-    equation, operands = args["equation"].replace(" ", ""), args["tensors"]
-    inputs, arrow, result = equation.partition("->")
+    inputs, arrow, result = args["equation"].replace(" ", "").partition("->")
     terms = inputs.split(",")
-    if not arrow or "." in equation or len(terms) != len(operands):
-        return
-    for i, (term, operand) in enumerate(zip(terms, operands, strict=True)):
+    if not arrow:  # the result has the letters that occur once
+        result = "".join(c for c in inputs if inputs.count(c) == 1)
+    for i, (term, operand) in enumerate(zip(terms, args["tensors"], strict=False)):
         others = "".join(terms[:i] + terms[i + 1 :])
-        axes: dict[int, Role] = {
+        leading, ellipsis, trailing = term.partition("...")
+        places = list(enumerate(leading)) + [
+            (place - len(trailing) if ellipsis else place + len(leading), c)
+            for place, c in enumerate(trailing)
+        ]
+        axes: dict[int | None, Role] = {
             axis: "in" if c not in result else "batch" if c in others else "out"
-            for axis, c in enumerate(term)
+            for axis, c in places
         }
         yield f"tensors[{i}]", operand, axes
 
 
+def _index(args: Arguments) -> Iterable[tuple[str, Any, Axes]]:
+    """Axes with an index tensor are looked up; the others make up what is found."""
+    indices = list(args["indices"])
+    end = len(indices) - indices.index(...) if ... in indices else 0
+    axes: dict[int | None, Role] = {None: "dim"}
+    for place, index in enumerate(indices):
+        if isinstance(index, fx.Node):
+            axes[place if place < len(indices) - end else place - len(indices)] = "row"
+    yield "self", args["self"], axes
+
+
+def _gather(args: Arguments) -> Iterable[tuple[str, Any, Axes]]:
+    yield "self", args["self"], {None: "dim", args["dim"]: "row"}
+
+
 OPERATORS: dict[str, Operator] = {
-    "linear": Operator("linear", _at(weight=ROW_OUTPUT)),
+    "linear": Operator("linear", _at(weight=ROW_OUTPUT, input=LEFT_FACTOR)),
     "addmm": Operator("linear", _at(mat2=RIGHT_FACTOR, mat1=LEFT_FACTOR)),
     "mm": Operator("matmul", _at(mat2=RIGHT_FACTOR, self=LEFT_FACTOR)),
     "matmul": Operator("matmul", _at(other=RIGHT_FACTOR, self=LEFT_FACTOR)),
+    "mv": Operator("matmul", _at(self=LEFT_FACTOR)),
     "bmm": Operator("matmul", _at(mat2=RIGHT_FACTOR, self=LEFT_FACTOR)),
     "baddbmm": Operator("matmul", _at(batch2=RIGHT_FACTOR, batch1=LEFT_FACTOR)),
+    "bilinear": Operator("bilinear", _at(weight=BILINEAR)),
+    "_trilinear": Operator("bilinear", _at(i2=BILINEAR)),
+    "grouped_mm": Operator("experts", _at(mat_b=RIGHT_FACTOR)),
     "_grouped_mm": Operator("experts", _at(mat2=RIGHT_FACTOR)),
     "grouped_mm_fallback": Operator("experts", _at(weight=RIGHT_FACTOR)),
     "einsum": Operator("einsum", _einsum),
@@ -87,6 +115,10 @@ OPERATORS: dict[str, Operator] = {
     "embedding_bag": Operator("embedding_bag", _at(weight=TABLE)),
     "_embedding_bag": Operator("embedding_bag", _at(weight=TABLE)),
     "_embedding_bag_forward_only": Operator("embedding_bag", _at(weight=TABLE)),
+    "index": Operator("lookup", _index),
+    "getitem": Operator("lookup", _index),
+    "index_select": Operator("lookup", _gather),
+    "gather": Operator("lookup", _gather),
     "conv1d": Operator("conv", _at(weight=CONV)),
     "conv2d": Operator("conv", _at(weight=CONV)),
     "conv3d": Operator("conv", _at(weight=CONV)),
@@ -96,30 +128,83 @@ OPERATORS: dict[str, Operator] = {
     "convolution": Operator("conv", _convolution),
     "lstm": Operator("recurrent", _recurrent),
     "gru": Operator("recurrent", _recurrent),
+    "rnn_tanh": Operator("recurrent", _recurrent),
+    "rnn_relu": Operator("recurrent", _recurrent),
+    "lstm_cell": Operator("recurrent", _at(w_ih=ROW_OUTPUT, w_hh=ROW_OUTPUT)),
+    "gru_cell": Operator("recurrent", _at(w_ih=ROW_OUTPUT, w_hh=ROW_OUTPUT)),
+    "rnn_tanh_cell": Operator("recurrent", _at(w_ih=ROW_OUTPUT, w_hh=ROW_OUTPUT)),
+    "rnn_relu_cell": Operator("recurrent", _at(w_ih=ROW_OUTPUT, w_hh=ROW_OUTPUT)),
+    "multi_head_attention_forward": Operator(
+        "attention",
+        _at(
+            in_proj_weight=ROW_OUTPUT,
+            q_proj_weight=ROW_OUTPUT,
+            k_proj_weight=ROW_OUTPUT,
+            v_proj_weight=ROW_OUTPUT,
+            out_proj_weight=ROW_OUTPUT,
+        ),
+    ),
+    "_native_multi_head_attention": Operator(
+        "attention", _at(qkv_weight=ROW_OUTPUT, proj_weight=ROW_OUTPUT)
+    ),
+    "_transformer_encoder_layer_fwd": Operator(
+        "attention",
+        _at(
+            qkv_weight=ROW_OUTPUT,
+            proj_weight=ROW_OUTPUT,
+            ffn_weight_1=ROW_OUTPUT,
+            ffn_weight_2=ROW_OUTPUT,
+        ),
+    ),
 }
 
-MODULES: dict[type[nn.Module], tuple[str, Mapping[str, Axes]]] = {
-    nn.Linear: ("linear", {"weight": ROW_OUTPUT}),
-    nn.Embedding: ("embedding", {"weight": TABLE}),
-    nn.EmbeddingBag: ("embedding_bag", {"weight": TABLE}),
-    nn.modules.conv._ConvTransposeNd: ("conv_transpose", {"weight": CONV_TRANSPOSED}),
-    nn.modules.conv._ConvNd: ("conv", {"weight": CONV}),
+MODULES: dict[type[nn.Module], tuple[str, Axes]] = {
+    nn.Linear: ("linear", ROW_OUTPUT),
+    nn.Bilinear: ("bilinear", BILINEAR),
+    nn.Embedding: ("embedding", TABLE),
+    nn.EmbeddingBag: ("embedding_bag", TABLE),
+    nn.modules.conv._ConvTransposeNd: ("conv_transpose", CONV_TRANSPOSED),
+    nn.modules.conv._ConvNd: ("conv", CONV),
+    nn.RNNBase: ("recurrent", ROW_OUTPUT),
+    nn.RNNCellBase: ("recurrent", ROW_OUTPUT),
+    nn.MultiheadAttention: ("attention", ROW_OUTPUT),
 }
-"""Weights of modules that a traced graph calls as a whole; the first class that fits counts."""
+"""Kind and axes of the weights of modules that a graph calls as a whole; the first class that fits
+counts. Each of them calls its weights `weight`, `weight_...` or `..._weight`.
+"""
 
-ADDITIONS = frozenset({"add", "add_", "sub", "sub_", "cat"})
-"""Consumers that only add a parameter to something."""
-NORMALIZATIONS = frozenset({"layer_norm", "native_layer_norm", "rms_norm", "group_norm", "mul"})
-"""Consumers that scale by a parameter."""
+ADDITIONS = frozenset({"add", "add_", "sub", "sub_", "rsub", "cat", "stack", "where"})
+"""Consumers that only add a parameter to something, or put it beside something."""
+NORMALIZATIONS = frozenset(
+    {"layer_norm", "native_layer_norm", "rms_norm", "group_norm", "native_group_norm"}
+)
+"""Consumers that scale by a parameter, and that torch does not tag as elementwise."""
+UNTAGGED = frozenset(
+    {"where", "rsub", "masked_fill", "masked_fill_", "_weight_norm", "_weight_norm_interface"}
+)
+"""Elementwise operators with overloads that torch does not tag as such; a weight norm is one to
+its second argument.
+"""
+COMBINATIONS = frozenset({"cat", "stack"})
+"""Operators that put tensors beside one another; the axes stay what they were."""
 SAME_VALUES = frozenset(
     {
         *("alias", "clone", "contiguous", "detach", "lift_fresh_copy", "requires_grad_"),
         *("to", "_to_copy", "float", "half", "bfloat16", "double", "type_as"),
         *("dequantize_per_tensor", "dequantize_per_channel", "dequantize_affine"),
-        *("where", "dropout"),
+        *("quantize_per_tensor", "quantize_per_channel", "quantize_affine"),
+        *("fake_quantize_per_tensor_affine", "fake_quantize_per_channel_affine"),
+        *("_weight_norm", "_weight_norm_interface", "dropout"),
     }
 )
-"""Operators whose result stands for the same weight, element by element."""
+"""Operators whose result stands for their first argument, element by element.
+
+Elementwise arithmetic is not listed: torch tags it (see `is_elementwise`).
+"""
+
+
+_PYTHON_NAMES = {"truediv": "div", "iadd": "add_", "isub": "sub_", "imul": "mul_"}
+_TRANSPOSES = ("T", "mT", "H", "mH")
 
 
 def operator_name(node: fx.Node) -> str:
@@ -129,9 +214,10 @@ def operator_name(node: fx.Node) -> str:
         return target._schema.name.rpartition("::")[2]
     if node.op == "call_method":
         return str(target)
-    if target is getattr and node.args[1] in ("T", "mT"):
+    if target is getattr and node.args[1] in _TRANSPOSES:
         return str(node.args[1])
-    return getattr(target, "__name__", str(target))
+    name = getattr(target, "__name__", str(target))
+    return _PYTHON_NAMES.get(name, name)
 
 
 def bind(node: fx.Node) -> dict[str, Any]:
@@ -140,10 +226,14 @@ def bind(node: fx.Node) -> dict[str, Any]:
     ATen operators, tensor methods and built-in functions take the names of the ATen schema;
     functions written in Python take their own.
     """
+    if node.target is operator.getitem:
+        return {"self": node.args[0], "indices": _indices(node)}
     names = _signature(node)
     if names is None:
         return {}
     if node.target is torch.einsum:  # einsum(equation, *operands), or a list of them
+        if not isinstance(node.args[0], str):
+            return {}
         operands = node.args[1:]
         flat = operands[0] if isinstance(operands[0], list | tuple) else operands
         return {"equation": node.args[0], "tensors": flat}
@@ -153,31 +243,71 @@ def bind(node: fx.Node) -> dict[str, Any]:
     return {**dict(zip(names, node.args, strict=False)), **named}
 
 
-def _signature(node: fx.Node) -> list[str] | None:
-    """Names of the arguments that a node's operator takes; None where they cannot be known."""
-    if isinstance(node.target, torch._ops.OpOverload):
-        return [argument.name for argument in node.target._schema.arguments]
-    if inspect.isfunction(node.target):
-        return list(inspect.signature(node.target).parameters)
-    packet = getattr(torch.ops.aten, operator_name(node), None)
-    if not isinstance(packet, torch._ops.OpOverloadPacket):
-        return None
-    schemas = [getattr(packet, name)._schema for name in packet.overloads()]
-    given = len(node.args) + len(node.kwargs)
-    fitting = [schema for schema in schemas if len(schema.arguments) >= given]
-    return [argument.name for argument in fitting[0].arguments] if fitting else None
+def is_lookup(node: fx.Node) -> bool:
+    """Whether a node indexes by tensors, rather than by what is known before running."""
+    name = operator_name(node)
+    if name in ("index", "getitem"):
+        return any(isinstance(index, fx.Node) for index in bind(node)["indices"])
+    return name in ("index_select", "gather")
 
 
 def is_view(node: fx.Node) -> bool:
     """Whether a node's result is a view of its first argument, by the schema's alias annotation."""
-    if node.target is operator.getitem or operator_name(node) in ("T", "mT"):
-        return True
-    if isinstance(node.target, torch._ops.OpOverload):
-        return _returns_view(node.target._schema)
-    packet = getattr(torch.ops.aten, operator_name(node), None)
-    if not isinstance(packet, torch._ops.OpOverloadPacket):
+    if node.target is operator.getitem:
+        return not is_lookup(node)
+    name = operator_name(node)
+    return name in (*_TRANSPOSES, "_unsafe_view") or any(map(_returns_view, _schemas(node)))
+
+
+def is_elementwise(node: fx.Node) -> bool:
+    """Whether a node computes each element of its result from the same element of its arguments."""
+    return operator_name(node) in UNTAGGED or any(
+        torch.Tag.pointwise in overload.tags for overload in _overloads(node)
+    )
+
+
+def writes(node: fx.Node) -> bool:
+    """Whether a node changes one of its arguments in place."""
+    if node.op not in ("call_function", "call_method"):
         return False
-    return any(_returns_view(getattr(packet, name)._schema) for name in packet.overloads())
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.is_mutable
+    name = operator_name(node)
+    return name == "setitem" or (name.endswith("_") and not name.endswith("__"))
+
+
+def _indices(node: fx.Node) -> tuple[Any, ...]:
+    index = node.args[1]
+    return tuple(index) if isinstance(index, tuple | list) else (index,)
+
+
+def _signature(node: fx.Node) -> list[str] | None:
+    """Names of the arguments that a node's operator takes; None where they cannot be known."""
+    if inspect.isfunction(node.target):
+        return list(inspect.signature(node.target).parameters)
+    given = len(node.args) + len(node.kwargs)
+    fitting = [schema for schema in _schemas(node) if len(schema.arguments) >= given]
+    return [argument.name for argument in fitting[0].arguments] if fitting else None
+
+
+def _schemas(node: fx.Node) -> list[Any]:
+    return [overload._schema for overload in _overloads(node)]
+
+
+def _overloads(node: fx.Node) -> list[torch._ops.OpOverload]:
+    """A node's ATen operator; every overload of that name for torch functions and methods."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return [node.target]
+    if isinstance(node.target, torch._ops.OpOverloadPacket):
+        return _overloads_of(node.target)
+    return _overloads_of(getattr(torch.ops.aten, operator_name(node), None))
+
+
+@cache
+def _overloads_of(packet: Any) -> list[torch._ops.OpOverload]:
+    if not isinstance(packet, torch._ops.OpOverloadPacket):
+        return []
+    return [getattr(packet, overload) for overload in packet.overloads()]
 
 
 def _returns_view(schema: Any) -> bool:

@@ -10,8 +10,9 @@ from torch import Tensor, fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from fx_sparsity.graph.capture import module_source
-from fx_sparsity.graph.discovery import canonical_fqn, weight_uses
 from fx_sparsity.graph.operators import OPERATORS, bind, operator_name
+from fx_sparsity.graph.provenance import Origin
+from fx_sparsity.graph.uses import canonical_fqn, weight_uses
 from fx_sparsity.graph.weight_map import WeightMap
 from fx_sparsity.sparsifier import Mask
 from fx_sparsity.sparsifier.mask import GRAPH_MASKS
@@ -66,6 +67,22 @@ class SeenWeight:
         return all(step == (self.shape, self.shape, stride, 0) for step in self.steps)
 
 
+def _steps(origin: Origin | None) -> list[Step]:
+    """The views that lead to an origin, first the one of the weight itself."""
+    steps: list[Step] = []
+    while origin is not None:
+        view = origin.view
+        step = Step(
+            tuple(origin.parameter.shape),
+            tuple(view.shape),
+            tuple(view.stride()),
+            int(view.storage_offset()),
+        )
+        steps.insert(0, step)
+        origin = origin.before
+    return steps
+
+
 class AnnotateWeights(PassBase):
     """Write into each consuming node which weights it receives; changes nothing else.
 
@@ -82,17 +99,12 @@ class AnnotateWeights(PassBase):
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """See `PassBase.call`."""
-        for node, arg, origin, axes in weight_uses(graph_module.graph, module_source(graph_module)):
-            if axes is not None and origin.parameter.ndim >= 2:
+        for found in weight_uses(graph_module.graph, module_source(graph_module)):
+            origin, use = found.origin, found.use()
+            if use is not None and len(use.roles) >= 2:
                 fqn = canonical_fqn(origin.fqn)
-                step = Step(
-                    tuple(origin.parameter.shape),
-                    tuple(origin.view.shape),
-                    tuple(origin.view.stride()),
-                    int(origin.view.storage_offset()),
-                )
-                seen = SeenWeight(self.canonical.get(fqn, fqn), (step,))
-                node.meta.setdefault(WEIGHT_META, {})[arg] = seen
+                seen = SeenWeight(self.canonical.get(fqn, fqn), tuple(_steps(origin)))
+                found.node.meta.setdefault(WEIGHT_META, {})[found.arg] = seen
         return PassResult(graph_module, False)
 
 
@@ -189,7 +201,12 @@ class RemoveMasks(PassBase):
 
 def is_mask(node: fx.Node) -> bool:
     """Whether a node reads a mask that `InsertMasks` put there."""
-    return node.op == "get_attr" and str(node.target).startswith(f"{GRAPH_MASKS}.")
+    return node.op == "get_attr" and is_mask_name(str(node.target))
+
+
+def is_mask_name(fqn: str | None) -> bool:
+    """Whether a buffer belongs to a mask, going by its FQN."""
+    return fqn is not None and fqn.startswith(f"{GRAPH_MASKS}.")
 
 
 def mask_path(fqn: str) -> str:

@@ -9,55 +9,56 @@ from torch.export import ExportedProgram
 
 from fx_sparsity.graph.capture import ExampleInputs
 from fx_sparsity.graph.discovery import find_weights
+from fx_sparsity.graph.exported import insert_masks, remove_masks
 from fx_sparsity.graph.mapping import SparsityMapping
-from fx_sparsity.graph.passes import InsertMasks, RemoveMasks
+from fx_sparsity.graph.passes import InsertMasks, RemoveMasks, mask_path
 from fx_sparsity.graph.weight_map import WeightMap
 from fx_sparsity.patterns import SparsityConfig
 from fx_sparsity.sparsifier import BaseSparsifier, Mask, MaskError, SparsityRecord
 from fx_sparsity.sparsifier.target import check_maskable, graph_mask, mask_on
 
 _log = logging.getLogger(__name__)
-_Module = TypeVar("_Module", bound=nn.Module)
+_Model = TypeVar("_Model", bound=nn.Module | ExportedProgram)
 
 
 def prepare(
-    model: _Module,
+    model: _Model,
     sparsifier: BaseSparsifier,
     example_inputs: ExampleInputs | None = None,
     mapping: SparsityMapping | None = None,
     *,
     dynamic_shapes: Any = None,
-) -> _Module:
+) -> _Model:
     """Find the weights of a model and put a mask, all ones, on those that the mapping names.
 
     A weight that is masked already keeps its mask, and `sparsifier` takes it over.
 
-    Call `sparsifier.step()` afterwards, as often as wanted; `squash` ends it. What stays dense is
-    logged with its reason, and `mapping.resolve(find_weights(...))` shows it beforehand.
+    Call `sparsifier.step()` afterwards, as often as wanted; `squash` ends it, `unprepare` undoes
+    it. What stays dense is logged with its reason, and `mapping.resolve(find_weights(...))` shows
+    it beforehand.
 
     Args:
-        model: a module or `fx.GraphModule`; masked in place. Weights of modules get
+        model: a module or `fx.GraphModule`, masked in place: weights of modules get
             parametrizations; a GraphModule's own weights get a mask buffer and a selecting node.
+            Or an `ExportedProgram`, which is not changed, nor the model that it came from.
         sparsifier: computes the masks; a fresh one, or one that is bound to this model.
-        example_inputs: a tuple of positional, or a dict of keyword arguments. Not needed for a
-            GraphModule.
+        example_inputs: a tuple of positional, or a dict of keyword arguments. Only a module needs
+            them, and without them only the weights of modules of known classes are found.
         mapping: which weight gets which pattern and level. None gives every weight the
             sparsifier's own defaults.
         dynamic_shapes: as `torch.export.export` takes it.
 
     Returns:
-        `model`.
+        `model`; of an ExportedProgram, a masked copy. The sparsifier is bound to that copy's
+        `module()`.
 
     Raises:
-        InputError, CaptureError: the model rejects the inputs, or cannot be captured.
+        InputError: the model rejects the inputs.
         MappingError: an unknown name, or a weight that cannot take its pattern.
         MaskError: a weight that cannot be masked.
-        TypeError: `model` is an ExportedProgram.
 
         Whatever is raised, nothing was changed.
     """
-    if isinstance(model, ExportedProgram):
-        raise TypeError("model: expected a module, found an ExportedProgram; pass program.module()")
     weights = find_weights(model, example_inputs, dynamic_shapes=dynamic_shapes)
     entries: dict[str, dict[str, Any]] = {fqn: {} for fqn in weights}
     if mapping is not None:
@@ -68,6 +69,65 @@ def prepare(
     for unclaimed in weights.unclaimed:
         level = logging.INFO if unclaimed.reason.explained else logging.WARNING
         _log.log(level, "%s stays dense: %s %s", unclaimed.fqn, unclaimed.reason, unclaimed.detail)
+    if isinstance(model, ExportedProgram):
+        return _prepare_program(model, sparsifier, weights, entries)  # type: ignore[return-value]
+    new = _prepare_module(model, sparsifier, weights, entries)
+    if isinstance(model, fx.GraphModule):
+        InsertMasks(new)(model)
+    return model
+
+
+def squash(model: _Model, sparsifier: BaseSparsifier) -> tuple[_Model, SparsityRecord]:
+    """Bake every mask into its weight, and take the masks off.
+
+    Args:
+        model: what `prepare` returned; changed in place. Of an ExportedProgram the weights are
+            written in place, too, and the graph without masks is a new one.
+        sparsifier: the one that prepared it.
+
+    Returns:
+        The plain model, and the record of its masks that `verify` reads later.
+
+    Raises:
+        MaskError: the sparsifier holds no mask on this model; nothing was changed.
+    """
+    _check_bound(model, sparsifier)
+    record = SparsityRecord.of(sparsifier)
+    sparsifier.squash_mask()
+    return _without_masks(model), record
+
+
+def unprepare(model: _Model, sparsifier: BaseSparsifier) -> _Model:
+    """Undo `prepare`: the weights as they are beneath the masks, bit for bit, and no masks.
+
+    Args:
+        model: what `prepare` returned; changed in place, or copied, as `squash` does.
+        sparsifier: the one that prepared it. It is fresh again afterwards.
+
+    Returns:
+        The plain model.
+
+    Raises:
+        MaskError: the sparsifier holds no mask on this model, or has squashed it; nothing was
+            changed.
+    """
+    _check_bound(model, sparsifier)
+    sparsifier.remove_masks()
+    return _without_masks(model)
+
+
+def group_entry(config: SparsityConfig) -> dict[str, Any]:
+    """A configuration in the words of a sparsifier's group."""
+    return {"pattern": str(config.pattern), "sparsity_level": config.level}
+
+
+def _prepare_module(
+    model: nn.Module,
+    sparsifier: BaseSparsifier,
+    weights: WeightMap,
+    entries: dict[str, dict[str, Any]],
+) -> dict[str, Mask]:
+    """Bind the sparsifier to a model. Returns the masks that its graph has to apply yet."""
     in_graph = _graph_weights(model, weights, list(entries))
     new: dict[str, Mask] = {}
     config = []
@@ -84,42 +144,49 @@ def prepare(
             entry["mask"] = _ones(fqn, owner, attribute)
         config.append({"tensor_fqn": fqn, "roles": site.roles, **entry})
     sparsifier.prepare(model, config)
+    return new
+
+
+def _prepare_program(
+    program: ExportedProgram,
+    sparsifier: BaseSparsifier,
+    weights: WeightMap,
+    entries: dict[str, dict[str, Any]],
+) -> ExportedProgram:
+    """Mask a copy of a program, and bind the sparsifier to the module that shares its tensors."""
+    held = {**program.state_dict, **program.constants}
+    masks: dict[str, Mask] = {}
+    for fqn in entries:
+        if f"{mask_path(fqn)}.mask" not in held:
+            mask = Mask(torch.ones_like(held[fqn], dtype=torch.bool))
+            masks |= dict.fromkeys((fqn, *weights[fqn].aliases), mask)
+    masked = insert_masks(program, masks) if masks else program
+    _prepare_module(masked.module(), sparsifier, weights, entries)
+    return masked
+
+
+def _without_masks(model: _Model) -> _Model:
+    if isinstance(model, ExportedProgram):
+        return remove_masks(model)  # type: ignore[return-value]
     if isinstance(model, fx.GraphModule):
-        InsertMasks(new)(model)
+        RemoveMasks()(model)
     return model
 
 
-def squash(model: _Module, sparsifier: BaseSparsifier) -> tuple[_Module, SparsityRecord]:
-    """Bake every mask into its weight, in place, and take the masks off.
-
-    Args:
-        model: what `prepare` returned.
-        sparsifier: the one that prepared it.
-
-    Returns:
-        The plain model, and the record of its masks that `verify` reads later.
-
-    Raises:
-        MaskError: the sparsifier holds no mask on this model; nothing was changed.
-    """
-    held = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+def _check_bound(model: nn.Module | ExportedProgram, sparsifier: BaseSparsifier) -> None:
+    """Raise `MaskError` unless every tensor of the sparsifier is one of the model's."""
+    if isinstance(model, ExportedProgram):
+        tensors = [*model.state_dict.values(), *model.constants.values()]
+    else:
+        tensors = [*model.parameters(), *model.buffers()]
+    held = {id(tensor) for tensor in tensors}
     foreign = [n for n in sparsifier.names if id(sparsifier.get_tensor(n)) not in held]
     if foreign or not sparsifier.names:
         raise MaskError(
             f"the sparsifier has not prepared this {type(model).__name__} "
             f"({', '.join(foreign) or 'it has prepared none'}); "
-            "squash the model that `prepare` returned"
+            "give the model that `prepare` returned"
         )
-    record = SparsityRecord.of(sparsifier)
-    sparsifier.squash_mask()
-    if isinstance(model, fx.GraphModule):
-        RemoveMasks()(model)
-    return model, record
-
-
-def group_entry(config: SparsityConfig) -> dict[str, Any]:
-    """A configuration in the words of a sparsifier's group."""
-    return {"pattern": str(config.pattern), "sparsity_level": config.level}
 
 
 def _ones(fqn: str, owner: nn.Module, attribute: str) -> Tensor:

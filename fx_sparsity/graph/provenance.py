@@ -1,37 +1,61 @@
-"""Follows a parameter through views, and reads its axes' roles off the strides that arrive.
+"""Follows a parameter to its consumers, and reads its axes' roles off the strides that arrive.
 
 The view chain (t, permute, chunk, select, ...) is replayed on a meta tensor of the parameter's
 shape. Where an operator consumes the result, each of its axes has a stride, and a stride points
-back at the dimension of the parameter that it walks along. One code path for packed projections,
-stacked experts and transposed storage; no copy of any data.
+back at the dimension of the parameter that it walks along. Where a chain has to copy, a fresh meta
+tensor takes over and remembers the view that it was copied from. One code path for packed
+projections, stacked experts and transposed storage; no copy of any data.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import operator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from fx_sparsity.graph.operators import SAME_VALUES, Axes, is_view, operator_name
+from fx_sparsity.graph.operators import (
+    COMBINATIONS,
+    SAME_VALUES,
+    Axes,
+    bind,
+    is_elementwise,
+    is_lookup,
+    is_view,
+    operator_name,
+)
 from fx_sparsity.patterns import Role
 
 
 @dataclass(frozen=True)
 class Origin:
-    """What a node holds: a view of a parameter.
+    """What a node holds: a view of a parameter, or of a copy of such a view.
 
     Attributes:
         fqn: canonical name of the parameter.
-        parameter: meta tensor of its shape, contiguous.
+        parameter: contiguous meta tensor; of the parameter's shape, or of the copy's.
         view: the same storage as this node sees it (a sequence for split and chunk).
         dequantized: whether a dequantize operator lies between.
+        before: what was copied; axis i of its view became dimension i of `parameter`. None where
+            `parameter` is the parameter itself.
+        through: an operator on the way that mixes elements, so that no axis can be told any more.
     """
 
     fqn: str
     parameter: Tensor
     view: Any
     dequantized: bool = False
+    before: "Origin | None" = None
+    through: str = ""
+
+    def copied(self, shape: Sequence[int]) -> "Origin":
+        """The origin of a contiguous tensor whose axes are, one by one, those of this view."""
+        fresh = self.view.new_empty(shape)
+        return replace(self, parameter=fresh, view=fresh, before=self)
+
+
+Origins = Mapping[fx.Node, Sequence[Origin]]
 
 
 def origin_of(fqn: str, tensor: Tensor) -> Origin:
@@ -40,50 +64,163 @@ def origin_of(fqn: str, tensor: Tensor) -> Origin:
     return Origin(fqn, meta, meta)
 
 
-def follow(node: fx.Node, origins: dict[fx.Node, Origin]) -> Origin | None:
-    """The origin that `node` passes on, or None where it is a consumer (or no view at all)."""
+def follow(node: fx.Node, origins: Origins, constant: bool) -> Iterator[tuple[fx.Node, Origin]]:
+    """What `node` passes on of the parameters that it receives.
+
+    Args:
+        node: of the graph.
+        origins: of the nodes before it.
+        constant: whether `node` is the same for all inputs of the model. Elementwise operators
+            pass a parameter on only then: `weight * mask` is a weight, `x * scale` is none.
+
+    Yields:
+        (argument that is passed on, its new origin); an argument that is not, is consumed here.
+    """
     if node.op not in ("call_function", "call_method") or not node.args:
+        return
+    name, first = operator_name(node), node.args[0]
+    if name in SAME_VALUES or is_view(node) or is_lookup(node):
+        if not isinstance(first, fx.Node):
+            return
+        for origin in origins.get(first, ()):
+            if (passed := _pass_on(node, name, origin)) is not None:
+                yield first, passed
+    elif constant and name in COMBINATIONS:
+        for value in node.all_input_nodes:
+            for origin in origins.get(value, ()):
+                yield value, _combined(node, name, origin, origins)
+    elif constant and is_elementwise(node):
+        received = [(v, o) for v in node.all_input_nodes for o in origins.get(v, ())]
+        shapes = [origin.view.shape for _, origin in received if isinstance(origin.view, Tensor)]
+        result = shape_of(node) or _broadcast(shapes)
+        for value, origin in received:
+            if isinstance(origin.view, Tensor) and origin.view.shape == result:
+                yield value, origin  # what is broadcast, scales or shifts the others
+
+
+def shape_of(node: fx.Node) -> tuple[int, ...] | None:
+    """Shape of a node's tensor, with hints for dynamic sizes; None where its graph notes none."""
+    value = node.meta.get("val", node.meta.get("example_value"))
+    if not isinstance(value, Tensor):
         return None
-    name = operator_name(node)
-    source = node.args[1] if name == "where" and len(node.args) > 1 else node.args[0]
-    if not isinstance(source, fx.Node) or source not in origins:
+    try:
+        return tuple(_known(size) for size in value.shape)
+    except ValueError:
         return None
-    origin = origins[source]
+
+
+def _broadcast(shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...] | None:
+    """The common shape; None where a trace without shapes left one of them unknown."""
+    try:
+        return torch.broadcast_shapes(*shapes)
+    except RuntimeError:
+        return None
+
+
+def _pass_on(node: fx.Node, name: str, origin: Origin) -> Origin | None:
+    if origin.through:
+        return origin
+    if is_lookup(node):
+        return _looked_up(node, origin)
     if name in SAME_VALUES:
         quantized = origin.dequantized or name.startswith("dequantize")
-        return Origin(origin.fqn, origin.parameter, origin.view, quantized)
-    if not is_view(node):
-        return None
-    view = _replay(node, name, origin.view)
-    return None if view is None else Origin(origin.fqn, origin.parameter, view, origin.dequantized)
+        return replace(origin, dequantized=quantized)
+    if node.target is operator.getitem and _is_pair(node.args[0]):
+        return origin if node.args[1] == 0 else None
+    return _replay(node, name, origin)
 
 
-def _replay(node: fx.Node, name: str, view: Any) -> Any:
-    """Apply a view operator to a meta tensor; None where it depends on data or has to copy."""
+def _is_pair(node: Any) -> bool:
+    """Whether a node returns the weight and something else: here, its norms."""
+    return operator_name(node) == "_weight_norm_interface"
 
-    def value(arg: Any) -> Any:
-        if not isinstance(arg, fx.Node):
-            return arg
-        known = arg.meta.get("val")
-        if not isinstance(known, int | torch.SymInt):
-            raise ValueError(f"argument {arg.name} is not known before running")
-        return int(known)
 
+def _replay(node: fx.Node, name: str, origin: Origin) -> Origin | None:
+    """Apply a view operator; None where its arguments depend on data."""
     try:
-        args = fx.map_arg((node.args[1:], node.kwargs), value)
-        if name in ("T", "mT"):
-            result = getattr(view, name)
-        elif node.op == "call_method":
-            result = getattr(view, name)(*args[0], **args[1])
-        else:
-            result = node.target(view, *args[0], **args[1])  # type: ignore[operator]
-    except (ValueError, RuntimeError, IndexError, TypeError):
+        args, kwargs = fx.map_arg((node.args[1:], node.kwargs), lambda arg: _value(arg, name))
+    except ValueError:
         return None
-    shares = [
-        isinstance(t, Tensor) and t._is_view()
-        for t in (result if isinstance(result, tuple | list) else [result])
-    ]
-    return result if all(shares) or result is view else None
+
+    def apply(view: Any) -> Any:
+        if name in ("T", "mT", "H", "mH"):
+            return getattr(view, name)
+        if node.op == "call_method":
+            return getattr(view, name)(*args, **kwargs)
+        return node.target(view, *args, **kwargs)  # type: ignore[operator]
+
+    copy = origin.copied(origin.view.shape) if isinstance(origin.view, Tensor) else origin
+    for start in (origin, copy):
+        try:
+            result = apply(start.view)
+        except (ValueError, RuntimeError, IndexError, TypeError):
+            continue  # a view of these strides is impossible, or of this shape
+        if _shares(result, start.view):
+            return replace(start, view=result)
+    return None
+
+
+def _shares(result: Any, view: Any) -> bool:
+    parts = result if isinstance(result, tuple | list) else [result]
+    return result is view or all(isinstance(t, Tensor) and t._is_view() for t in parts)
+
+
+def _value(arg: fx.Node, name: str) -> int:
+    """An integer that the graph computes; sizes that it does not note matter only to `expand`."""
+    known = arg.meta.get("val", arg.meta.get("example_value"))
+    if isinstance(known, int | torch.SymInt):
+        return _known(known)
+    if name == "expand":
+        return 1
+    raise ValueError(f"argument {arg.name} is not known before running")
+
+
+def _known(size: int | torch.SymInt) -> int:
+    """A size, by its hint where it is dynamic: asking for its value would specialize the graph."""
+    if isinstance(size, torch.SymInt):
+        if size.node.hint is None:
+            raise ValueError(f"size {size} is not known before running")
+        return int(size.node.hint)
+    return size
+
+
+def _looked_up(node: fx.Node, origin: Origin) -> Origin | None:
+    """Matrices picked from a stack by one index are still matrices; rows picked are results."""
+    name, args = operator_name(node), bind(node)
+    view = origin.view
+    if name == "gather" or not isinstance(view, Tensor) or view.ndim < 3:
+        return None
+    if name == "index_select":
+        dim, index = args["dim"] % view.ndim, args["index"]
+    else:
+        places = [i for i, index in enumerate(args["indices"]) if isinstance(index, fx.Node)]
+        rest = [index for index in args["indices"] if not isinstance(index, fx.Node)]
+        if len(places) != 1 or any(index not in (None, slice(None)) for index in rest):
+            return None
+        dim, index = places[0], args["indices"][places[0]]
+    copy = origin.copied(view.shape)
+    picked = shape_of(index) or (1,)
+    shape = (*view.shape[:dim], *picked, *view.shape[dim + 1 :])
+    strides = copy.view.stride()
+    strides = (*strides[:dim], *[0] * len(picked), *strides[dim + 1 :])
+    return replace(copy, view=copy.view.as_strided(shape, strides))
+
+
+def _combined(node: fx.Node, name: str, origin: Origin, origins: Origins) -> Origin:
+    """Placed beside other tensors: the same axes, one of them longer or new."""
+    if origin.through or not isinstance(origin.view, Tensor):
+        return origin
+    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+    assert isinstance(dim, int)
+    if name == "stack":
+        copy = origin.copied(origin.view.shape)
+        return replace(copy, view=copy.view.unsqueeze(dim))
+    shape = list(origin.view.shape)
+    parts = [origins[value][0].view for value in node.all_input_nodes if origins.get(value)]
+    noted = shape_of(node)
+    total = sum(part.shape[dim] for part in parts if isinstance(part, Tensor))
+    shape[dim] = noted[dim] if noted else total
+    return origin.copied(shape)
 
 
 def roles_of_parameter(origin: Origin, axes: Axes) -> tuple[Role, ...] | None:
@@ -97,12 +234,15 @@ def roles_of_parameter(origin: Origin, axes: Axes) -> tuple[Role, ...] | None:
         One role a dimension, or None where a dimension is both reduced and kept.
     """
     view, parameter = origin.view, origin.parameter
+    rest = axes.get(None, "batch")
     by_axis: dict[int, Role] = {
-        axis % view.ndim: role for axis, role in axes.items() if -view.ndim <= axis < view.ndim
+        axis % view.ndim: role
+        for axis, role in axes.items()
+        if axis is not None and -view.ndim <= axis < view.ndim
     }
     roles: list[Role] = []
     for dim, size in enumerate(parameter.shape):
-        found = {by_axis.get(axis, "batch") for axis in _axes_along(origin, dim)}
+        found = {by_axis.get(axis, rest) for axis in _axes_along(origin, dim)}
         if len(found) > 1:
             found.discard("batch")
         if len(found) > 1:
@@ -110,9 +250,11 @@ def roles_of_parameter(origin: Origin, axes: Axes) -> tuple[Role, ...] | None:
         if found:
             roles.append(found.pop())
         elif size == 1 and view.shape == parameter.shape:
-            roles.append(by_axis.get(dim, "batch"))
+            roles.append(by_axis.get(dim, rest))
         else:
             roles.append("batch")
+    if origin.before is not None:
+        return roles_of_parameter(origin.before, dict(enumerate(roles)))
     return tuple(roles)
 
 
@@ -133,7 +275,12 @@ def _axes_along(origin: Origin, dim: int) -> list[int]:
 
 
 def slice_of_parameter(origin: Origin) -> tuple[int, int, int] | None:
-    """(dimension, start, stop) of the part of the parameter that the view covers; None for all."""
+    """(dimension, start, stop) of the part of the parameter that the view covers; None for all.
+
+    What is cut off after a copy is not told: the part is then a larger one, never a smaller.
+    """
+    while origin.before is not None:
+        origin = origin.before
     view, parameter = origin.view, origin.parameter
     if view.numel() >= parameter.numel():
         return None

@@ -58,7 +58,7 @@ class WeightSite:
 class Reason(StrEnum):
     """Why a parameter of two or more dimensions is not a weight. The list is closed."""
 
-    SCALE = "scale of a normalization"
+    SCALE = "only scales, element by element"
     ADDED = "only added"
     NOT_FLOATING = "not floating"
     UNREACHABLE = "does not reach the outputs for these inputs"

@@ -203,6 +203,21 @@ class BaseSparsifier(SparsifierCore):
         for module, params in kept:
             module.sparse_params = params  # type: ignore[assignment]
 
+    def remove_masks(self) -> None:
+        """Take every mask off without applying it, and let go of the model: `prepare` undone.
+
+        Raises:
+            MaskError: zeros are baked in already, and cannot be undone; nothing was changed.
+        """
+        baked = [name for name, target in self._targets.items() if target.squashed]
+        if baked:
+            raise MaskError(f"{baked[0]}: its mask is squashed, the original no longer exists")
+        for name in self.names:
+            self._forget(name)
+        if self.model is not None:
+            unguard(self.model)
+        self.groups, self.model = [], None
+
     def convert(
         self,
         module: nn.Module,

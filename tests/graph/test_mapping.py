@@ -1,9 +1,11 @@
+import json
+
 import pytest
 import torch
 from expecttest import assert_expected_inline
 from torch import nn
 
-from fx_sparsity import MappingError, SparsityConfig, SparsityMapping, find_weights
+from fx_sparsity import MappingError, PatternError, SparsityConfig, SparsityMapping, find_weights
 from tests.models import make
 
 
@@ -76,3 +78,66 @@ def test_every_weight_that_cannot_take_its_pattern_is_named():
 def test_only_configurations_are_taken():
     with pytest.raises(TypeError, match="found float"):
         SparsityMapping().set_global(0.5)
+
+
+def full_mapping():
+    return (
+        SparsityMapping()
+        .set_global("unstructured 50%")
+        .set_object_type(nn.Linear, "2:4 dense")
+        .set_object_type("conv", "block:2x4:3 25%")
+        .set_module_name_regex(r"tables\.", "rows 12.5%")
+        .set_module_name("tables.1", None)
+    )
+
+
+def test_a_mapping_survives_being_written_down(weights):
+    data = full_mapping().to_dict()
+    assert json.loads(json.dumps(data)) == data
+    read = SparsityMapping.from_dict(json.loads(json.dumps(data)))
+    assert read.to_dict() == data
+    assert read.resolve(weights) == full_mapping().resolve(weights)
+    assert_expected_inline(
+        json.dumps(data, indent=1),
+        """\
+{
+ "global": "unstructured 50%",
+ "object_type": {
+  "torch.nn.modules.linear.Linear": "2:4 dense",
+  "conv": "block:2x4:3 25%"
+ },
+ "module_name_regex": {
+  "tables\\\\.": "rows 12.5%"
+ },
+ "module_name": {
+  "tables.1": null
+ }
+}""",
+    )
+
+
+def test_parts_of_a_dict_may_be_left_out_but_not_misspelt(weights):
+    assert len(SparsityMapping.from_dict({}).resolve(weights)) == 0
+    assert len(SparsityMapping.from_dict({"global": "2:4"}).resolve(weights)) == len(weights)
+    with pytest.raises(MappingError, match="unknown key 'module_names'; expected global"):
+        SparsityMapping.from_dict({"module_names": {}})
+    with pytest.raises(PatternError, match="'3:2:1'"):
+        SparsityMapping.from_dict({"module_name": {"top.0": "3:2:1"}})
+
+
+def test_a_rule_decides_for_the_rest(weights):
+    def rule(site):
+        return "2:4" if site.kind == "linear" and site.shape[0] > 8 else None
+
+    mapping = SparsityMapping().set_rule(rule).set_module_name("top.0", "rows 50%")
+    assignment = mapping.resolve(weights)
+    assert {fqn: str(config) for fqn, config in assignment.items()} == {
+        "bottom.0.weight": "2:4",
+        "top.0.weight": "rows 50%",
+    }
+    assert set(assignment.dense.values()) == {"excluded by the rule"}
+    with pytest.raises(MappingError, match="cannot be written down"):
+        mapping.to_dict()
+    assert len(mapping.set_global("2:4").resolve(weights)) == len(weights)
+    with pytest.raises(TypeError, match="found str"):
+        SparsityMapping().set_rule("2:4")

@@ -1,4 +1,5 @@
 import copy
+import io
 import logging
 
 import pytest
@@ -216,11 +217,74 @@ def test_squash_wants_the_model_that_was_prepared():
         fxs.squash(make("sequential")[0], sparsifier)
 
 
-def test_an_exported_program_is_refused_with_advice():
-    model, inputs = make("sequential")
+@pytest.mark.parametrize("name", MODELS)
+def test_an_exported_program_is_masked_in_a_copy(name):
+    model, inputs = make(name)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
     program = torch.export.export(model, inputs, strict=False)
-    with pytest.raises(TypeError, match=r"pass program.module\(\)"):
-        fxs.prepare(program, fxs.WeightNormSparsifier())
+    graph, expected = str(program.graph), program.module()(*inputs)
+    sparsifier = fxs.WeightNormSparsifier()
+    masked = fxs.prepare(program, sparsifier, mapping=HALF)
+    assert torch.equal(masked.module()(*inputs), expected)
+    sparsifier.step()
+    sparse = masked.module()(*inputs)
+    assert not torch.equal(sparse, expected)
+    file = io.BytesIO()
+    torch.export.save(masked, file)
+    file.seek(0)
+    assert torch.equal(torch.export.load(file).module()(*inputs), sparse)
+    with torch.no_grad():
+        assert torch.equal(masked.run_decompositions().module()(*inputs), sparse)
+    assert torch.equal(copy.deepcopy(masked).module()(*inputs), sparse)
+    swept = masked.module()
+    swept.graph.eliminate_dead_code()
+    swept.recompile()
+    assert torch.equal(swept(*inputs), sparse)
+    again = fxs.prepare(masked, fxs.WeightNormSparsifier(), mapping=HALF)
+    assert again is masked
+    plain, record = fxs.squash(masked, sparsifier)
+    assert torch.equal(plain.module()(*inputs), sparse)
+    assert str(plain.graph) == graph
+    assert set(record) == set(fxs.find_weights(model, inputs))
+    assert plain.state_dict.keys() == program.state_dict.keys()
+    # Neither the program nor the model that it came from has changed.
+    assert str(program.graph) == graph
+    assert torch.equal(program.module()(*inputs), expected)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", [as_module, as_exported, as_traced])
+@pytest.mark.parametrize("name", MODELS)
+def test_unprepare_gives_the_original_back(name, kind):
+    model, inputs = make(name)
+    subject = kind(model, inputs)
+    before = snapshot(subject)
+    code = lines(subject) if isinstance(subject, fx.GraphModule) else ""
+    sparsifier = fxs.WeightNormSparsifier()
+    fxs.prepare(subject, sparsifier, inputs, HALF)
+    sparsifier.step()
+    assert fxs.unprepare(subject, sparsifier) is subject
+    assert_unchanged(subject, before)
+    assert not code or lines(subject) == code
+    assert sparsifier.names == []
+    assert sparsifier.groups == []
+    fxs.prepare(subject, sparsifier, inputs, HALF)
+    sparsifier.step()
+    fxs.squash(subject, sparsifier)
+    with pytest.raises(fxs.MaskError, match="its mask is squashed"):
+        fxs.unprepare(subject, sparsifier)
+
+
+def test_unprepare_of_a_program():
+    model, inputs = make("tied")
+    program = torch.export.export(model, inputs, strict=False)
+    sparsifier = fxs.WeightNormSparsifier()
+    masked = fxs.prepare(program, sparsifier, mapping=HALF)
+    sparsifier.step()
+    plain = fxs.unprepare(masked, sparsifier)
+    assert str(plain.graph) == str(program.graph)
+    for fqn, tensor in program.state_dict.items():
+        assert torch.equal(plain.state_dict[fqn], tensor)
 
 
 def test_training_with_live_masks_keeps_zeros_and_compiles_once():

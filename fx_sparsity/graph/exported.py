@@ -1,0 +1,121 @@
+"""The one editor of ExportedPrograms: graph, signature and state change together, in a copy."""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
+
+from fx_sparsity.graph.passes import is_mask_name, mask_path
+from fx_sparsity.sparsifier import Mask
+
+
+def insert_masks(program: ExportedProgram, masks: Mapping[str, Mask]) -> ExportedProgram:
+    """Select weights through masks, as `InsertMasks` does in a GraphModule.
+
+    Args:
+        program: not changed, nor is the model that it came from.
+        masks: FQN of a parameter -> its mask, whose buffers become buffers of the new program.
+
+    Returns:
+        A program with copies of these parameters; the other tensors are shared with `program`.
+    """
+    gm = _copied_graph(program)
+    held: dict[int, Tensor] = {}
+    state, constants = dict(program.state_dict), dict(program.constants)
+    specs = list(program.graph_signature.input_specs)
+    placeholders = {node.name: node for node in gm.graph.find_nodes(op="placeholder")}
+    nodes = {spec.target: placeholders[spec.arg.name] for spec in specs if spec.target in masks}
+    state_kinds = (InputKind.PARAMETER, InputKind.BUFFER)
+    place = 1 + max(i for i, spec in enumerate(specs) if spec.kind in state_kinds)
+    first = next(node for node in gm.graph.nodes if node.op != "placeholder")
+    following = [*placeholders.values(), first][place]
+    for fqn, mask in masks.items():
+        weight, path = nodes[fqn], mask_path(fqn)
+        original = state[fqn]
+        state[fqn] = held.setdefault(id(original), _copy(original))
+        state[f"{path}.mask"], constants[f"{path}.zero"] = mask.mask, mask.zero
+        value = weight.meta["val"]
+        added = {
+            "mask": torch.empty_like(value, dtype=mask.mask.dtype),
+            "zero": value.new_zeros(()),
+        }
+        inputs = []
+        for name, fake in added.items():
+            with gm.graph.inserting_before(following):
+                node = gm.graph.placeholder(f"b_{path}.{name}".replace(".", "_"))
+            node.meta["val"] = fake
+            argument, target = TensorArgument(name=node.name), f"{path}.{name}"
+            persistent = name == "mask"
+            specs.insert(place, InputSpec(InputKind.BUFFER, argument, target, persistent))
+            place += 1
+            inputs.append(node)
+        users = list(weight.users)
+        with gm.graph.inserting_before(first):
+            masked = gm.graph.call_function(
+                torch.ops.aten.where.self, (inputs[0], weight, inputs[1])
+            )
+        masked.meta = {**weight.meta, "val": torch.empty_like(value)}
+        for user in users:
+            user.replace_input_with(weight, masked)
+    return _rebuilt(program, gm, specs, state, constants)
+
+
+def remove_masks(program: ExportedProgram) -> ExportedProgram:
+    """Undo `insert_masks`: consumers read the weights themselves again. `program` is unchanged."""
+    gm = _copied_graph(program)
+    specs = program.graph_signature.input_specs
+    masks = {spec.arg.name for spec in specs if is_mask_name(spec.target)}
+    for node in list(gm.graph.nodes):
+        keep = node.args[0] if node.target is torch.ops.aten.where.self else None
+        if isinstance(keep, fx.Node) and keep.name in masks:
+            node.replace_all_uses_with(node.args[1])
+            gm.graph.erase_node(node)
+    for node in gm.graph.find_nodes(op="placeholder"):
+        if node.name in masks:
+            gm.graph.erase_node(node)
+    state = {n: t for n, t in program.state_dict.items() if not is_mask_name(n)}
+    constants = {n: t for n, t in program.constants.items() if not is_mask_name(n)}
+    kept = [spec for spec in specs if not is_mask_name(spec.target)]
+    return _rebuilt(program, gm, kept, state, constants)
+
+
+def _copied_graph(program: ExportedProgram) -> fx.GraphModule:
+    """A copy whose nodes keep their names, which copying changes where they are Python's own."""
+    gm = copy.deepcopy(program.graph_module)
+    for node, copied in zip(program.graph.nodes, gm.graph.nodes, strict=True):
+        copied.name = node.name
+    return gm
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    if isinstance(tensor, torch.nn.Parameter):
+        return torch.nn.Parameter(tensor.detach().clone(), tensor.requires_grad)
+    return tensor.detach().clone()
+
+
+def _rebuilt(
+    program: ExportedProgram,
+    gm: fx.GraphModule,
+    specs: list[InputSpec],
+    state: dict[str, Any],
+    constants: dict[str, Any],
+) -> ExportedProgram:
+    gm.graph.lint()
+    gm.recompile()
+    signature = copy.copy(program.graph_signature)
+    signature.input_specs = specs
+    return ExportedProgram(
+        root=gm,
+        graph=gm.graph,
+        graph_signature=signature,
+        state_dict=state,
+        range_constraints=copy.deepcopy(program.range_constraints),
+        module_call_graph=copy.deepcopy(program.module_call_graph),
+        example_inputs=program.example_inputs,
+        constants=constants,
+        verifiers=program.verifiers,
+    )

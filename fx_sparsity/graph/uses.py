@@ -1,0 +1,216 @@
+"""Which nodes of a graph consume which parameters, and as what."""
+
+import operator
+from collections.abc import Generator, Iterator, Mapping
+from dataclasses import replace
+from itertools import zip_longest
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from fx_sparsity.graph.capture import Source
+from fx_sparsity.graph.operators import (
+    ADDITIONS,
+    MODULES,
+    NORMALIZATIONS,
+    OPERATORS,
+    Axes,
+    bind,
+    is_elementwise,
+    operator_name,
+    writes,
+)
+from fx_sparsity.graph.provenance import (
+    Origin,
+    follow,
+    origin_of,
+    roles_of_parameter,
+    shape_of,
+    slice_of_parameter,
+)
+from fx_sparsity.graph.weight_map import Reason, Use
+
+
+class Consumption(NamedTuple):
+    """One node that consumes a tensor.
+
+    Attributes:
+        node: the consumer.
+        arg: name of its argument; empty where the operator has no row for it.
+        origin: what arrives there.
+        axes: roles of the argument's axes; None where the operator has no row for it.
+        constant: whether the node is the same for all inputs of the model.
+    """
+
+    node: fx.Node
+    arg: str
+    origin: Origin
+    axes: Axes | None
+    constant: bool
+
+    def use(self) -> Use | None:
+        """The roles that the parameter has here; None where it has none."""
+        if self.axes is None or self.origin.through or not isinstance(self.origin.view, Tensor):
+            return None
+        roles = roles_of_parameter(self.origin, self.axes)
+        if roles is None:
+            return None
+        name = operator_name(self.node)
+        return Use(name, self.node.name, self.arg, roles, slice_of_parameter(self.origin))
+
+    def reason(self) -> tuple[Reason, str]:
+        """Why the parameter is no weight here, and the operator concerned."""
+        name = operator_name(self.node)
+        if self.axes is None and name in ADDITIONS:
+            return Reason.ADDED, self.origin.through or ""
+        if self.axes is None and (name in NORMALIZATIONS or is_elementwise(self.node)):
+            return Reason.SCALE, name
+        return Reason.OPERATOR, self.origin.through or name
+
+
+def weight_uses(graph: fx.Graph, source: Source) -> Iterator[Consumption]:
+    """Every consumption of a tensor that `source` knows, in graph order."""
+    seeds: dict[fx.Node, list[Origin]] = {}
+    inputs: set[fx.Node] = set()
+    for node in graph.nodes:
+        if (found := source(node)) is not None:
+            seeds[node] = [origin_of(*found)]
+        elif node.op == "placeholder":
+            inputs.add(node)
+    yield from _uses(graph, seeds, inputs)  # what the graph returns of them matters to no one
+
+
+def module_uses(graph: fx.Graph, model: Any) -> Iterator[tuple[str, str, Use]]:
+    """(FQN, kind, use) of every weight of the modules that a graph calls as a whole."""
+    live = live_nodes(graph)
+    for node in graph.nodes:
+        if node.op == "call_module" and node in live:
+            yield from uses_of_module(node.target, model.get_submodule(node.target), node.name)
+
+
+def uses_of_module(path: str, module: nn.Module, node: str = "") -> Iterator[tuple[str, str, Use]]:
+    """(FQN, kind, use) of the weights of one module, by its class; nothing for unknown classes."""
+    row = next((row for base, row in MODULES.items() if isinstance(module, base)), None)
+    for name, parameter in module.named_parameters(prefix=path) if row else ():
+        attribute = canonical_fqn(name).rpartition(".")[2]
+        if parameter.ndim >= 2 and (attribute.startswith("weight") or "_weight" in attribute):
+            kind, axes = row  # type: ignore[misc]
+            roles = roles_of_parameter(origin_of(name, parameter), axes)
+            assert roles is not None  # the tensor itself, not a view
+            arg = canonical_fqn(name).removeprefix(f"{path}.")
+            yield name, kind, Use(kind, node, arg, roles)
+
+
+def canonical_fqn(fqn: str) -> str:
+    """The name that a tensor has without its parametrization."""
+    head, marker, tail = fqn.rpartition("parametrizations.")
+    return head + tail.removesuffix(".original") if marker and tail.endswith(".original") else fqn
+
+
+def live_nodes(graph: fx.Graph) -> set[fx.Node]:
+    """Nodes that an output depends on; writing into a tensor counts as reaching one."""
+    live: set[fx.Node] = set()
+    pending = [node for node in graph.nodes if node.op == "output" or writes(node)]
+    while pending:
+        node = pending.pop()
+        if node not in live:
+            live.add(node)
+            pending += node.all_input_nodes
+    return live
+
+
+def _uses(
+    graph: fx.Graph, seeds: Mapping[fx.Node, list[Origin]], inputs: set[fx.Node]
+) -> Generator[Consumption, None, list[list[Origin]]]:
+    """Walk a graph, given what its first nodes hold and which of them depend on the inputs.
+
+    Returns:
+        What the graph passes on in each of its results.
+    """
+    live = live_nodes(graph)
+    origins: dict[fx.Node, list[Origin]] = {**seeds}
+    dependent = set(inputs)
+    results: dict[fx.Node, list[list[Origin]]] = {}
+    for node in graph.nodes:
+        if node.target is operator.getitem and node.args[0] in results:
+            passed_out = results[node.args[0]]
+            origins[node] = passed_out[i] if (i := node.args[1]) < len(passed_out) else []
+        received = [value for value in node.all_input_nodes if value in origins]
+        constant = dependent.isdisjoint(node.all_input_nodes)
+        if not constant:
+            dependent.add(node)
+        if node.op not in ("call_function", "call_method") or not received or node not in live:
+            continue
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            results[node] = yield from _inside(node, origins, dependent)
+            continue
+        passed = list(follow(node, origins, constant))
+        origins.setdefault(node, []).extend(origin for _, origin in passed)
+        settled = {value for value, _ in passed}
+        row, arguments = OPERATORS.get(operator_name(node)), bind(node)
+        for arg, value, axes in row.find(arguments) if row and arguments else ():
+            if isinstance(value, fx.Node) and value in origins and value not in settled:
+                settled.add(value)
+                for origin in origins[value]:
+                    yield Consumption(node, arg, origin, axes, constant)
+        for value in received:
+            if value in settled:
+                continue
+            for origin in origins[value]:
+                if constant and not is_elementwise(node):
+                    # Nothing is decided yet: what matters is who consumes the result.
+                    mixed = replace(
+                        origin, view=None, through=origin.through or operator_name(node)
+                    )
+                    origins[node].append(mixed)
+                else:
+                    yield Consumption(node, "", origin, None, constant)
+    (returned,) = graph.output_node().args
+    values = returned if isinstance(returned, list | tuple) else [returned]
+    return [list(origins.get(v, ())) if isinstance(v, fx.Node) else [] for v in values]
+
+
+def _inside(
+    node: fx.Node, origins: Mapping[fx.Node, list[Origin]], dependent: set[fx.Node]
+) -> Generator[Consumption, None, list[list[Origin]]]:
+    """Uses within the subgraphs of a higher-order operator, such as `torch.cond`.
+
+    The operator's arguments end with the operands, which the subgraphs take as placeholders.
+
+    Returns:
+        What any of the subgraphs passes on in each of its results.
+    """
+    flat = pytree.tree_leaves((node.args, node.kwargs))
+    results: list[list[Origin]] = []
+    for body in _bodies(node.graph.owning_module, flat):
+        placeholders = body.graph.find_nodes(op="placeholder")
+        operands = flat[len(flat) - len(placeholders) :]
+        pairs = list(zip(placeholders, operands, strict=False))
+        seeds = {
+            p: [entered for origin in origins[o] if (entered := _enter(p, origin)) is not None]
+            for p, o in pairs
+            if isinstance(o, fx.Node) and o in origins
+        }
+        passed = yield from _uses(body.graph, seeds, {p for p, o in pairs if o in dependent})
+        pieces = zip_longest(results, passed, fillvalue=())
+        results = [[*before, *here] for before, here in pieces]
+    return results
+
+
+def _enter(placeholder: fx.Node, origin: Origin) -> Origin | None:
+    """What a subgraph receives of a tensor: all of it, or slice after slice, as in a map."""
+    shape = shape_of(placeholder)
+    if origin.through or shape is None or shape == origin.view.shape:
+        return origin
+    return replace(origin, view=origin.view[0]) if shape == origin.view.shape[1:] else None
+
+
+def _bodies(owner: fx.GraphModule | None, arguments: list[Any]) -> Iterator[fx.GraphModule]:
+    """The subgraphs among the arguments of a higher-order operator."""
+    for argument in arguments:
+        if isinstance(argument, fx.Node) and argument.op == "get_attr":
+            body = getattr(owner, str(argument.target), None)
+            if isinstance(body, fx.GraphModule):
+                yield body

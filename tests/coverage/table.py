@@ -1,0 +1,72 @@
+"""The coverage table: what `find_weights` claims, explains and misses, model by model."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fx_sparsity import find_weights
+from fx_sparsity.tables import format_table
+from tests.coverage.architectures import NAMES, make
+from tests.coverage.proof import Proof, Wrong
+
+PATH = Path(__file__).parent / "architectures.txt"
+HEADER = ("model", "family", "matrices", "claimed", "explained", "unexplained", "wrong", "share")
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """One row.
+
+    Attributes:
+        name: of the architecture.
+        claimed: weights found, among the parameters of two or more dimensions.
+        explained: left out for a reason that settles the matter.
+        unexplained: FQNs left out for another reason.
+        wrong: claims that execution refutes, in words.
+        share: of all elements of all parameters, those in claimed weights.
+    """
+
+    name: str
+    claimed: int
+    explained: int
+    unexplained: tuple[str, ...]
+    wrong: tuple[str, ...]
+    share: float
+
+    def cells(self):
+        total = self.claimed + self.explained + len(self.unexplained)
+        counts = (total, self.claimed, self.explained, len(self.unexplained), len(self.wrong))
+        # Rounded down: a share that is shown as 99% is at least that.
+        return (self.name, NAMES[self.name], *counts, f"{math.floor(self.share * 1000) / 10:.1f}%")
+
+
+def measure(name):
+    """Map one architecture and prove every claim."""
+    model, args, kwargs = make(name)
+    program = torch.export.export(model, args, kwargs, strict=False)
+    weights = find_weights(program)
+    proof = Proof(program.module(), args, kwargs)
+    wrong = []
+    for site in weights.sites:
+        try:
+            proof.check(site)
+        except Wrong as error:
+            wrong.append(str(error))
+    elements = sum(parameter.numel() for parameter in model.parameters())
+    return Coverage(
+        name,
+        claimed=len(weights),
+        explained=sum(u.reason.explained for u in weights.unclaimed),
+        unexplained=tuple(
+            f"{u.fqn}: {u.reason} {u.detail}" for u in weights.unclaimed if not u.reason.explained
+        ),
+        wrong=tuple(wrong),
+        share=sum(math.prod(site.shape) for site in weights.sites) / elements,
+    )
+
+
+def render(rows):
+    """The table as text."""
+    return format_table(HEADER, [row.cells() for row in rows]) + "\n"

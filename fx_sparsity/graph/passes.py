@@ -3,13 +3,15 @@
 import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from fx_sparsity.graph.capture import module_source
 from fx_sparsity.graph.operators import OPERATORS, bind, operator_name
+from fx_sparsity.graph.provenance import Origin
 from fx_sparsity.graph.uses import canonical_fqn, weight_uses
 from fx_sparsity.graph.weight_map import WeightMap
 from fx_sparsity.sparsifier import Mask
@@ -19,15 +21,61 @@ WEIGHT_META = "fx_sparsity_weights"
 """Key in `node.meta`: argument name -> `SeenWeight` that it receives."""
 
 
-@dataclass(frozen=True)
-class SeenWeight:
-    """What a consumer sees of a weight: its name, its shape, and an `as_strided` view of it."""
+class Step(NamedTuple):
+    """An `as_strided` of a contiguous tensor of `shape`."""
 
-    fqn: str
     shape: tuple[int, ...]
     size: tuple[int, ...]
     stride: tuple[int, ...]
     offset: int
+
+
+@dataclass(frozen=True)
+class SeenWeight:
+    """What a consumer sees of a weight.
+
+    Attributes:
+        fqn: canonical name of the weight.
+        steps: from the weight itself to what is seen; where more than one, each starts from a
+            contiguous copy of what the one before gives.
+    """
+
+    fqn: str
+    steps: tuple[Step, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight itself."""
+        return self.steps[0].shape
+
+    @property
+    def size(self) -> tuple[int, ...]:
+        """Of what is seen."""
+        return self.steps[-1].size
+
+    def of(self, whole: Tensor) -> Tensor:
+        """What is seen of a tensor of the weight's shape."""
+        for step in self.steps:
+            whole = whole.contiguous().view(step.shape)
+            whole = whole.as_strided(step.size, step.stride, step.offset)
+        return whole
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the weight is seen just as it is."""
+        stride = torch.empty(self.shape, device="meta").stride()
+        return all(step == (self.shape, self.shape, stride, 0) for step in self.steps)
+
+
+def _steps(origin: Origin) -> tuple[Step, ...]:
+    before = () if origin.before is None else _steps(origin.before)
+    step = Step(
+        tuple(origin.parameter.shape),
+        tuple(origin.view.shape),
+        tuple(origin.view.stride()),
+        int(origin.view.storage_offset()),
+    )
+    return (*before, step)
 
 
 class AnnotateWeights(PassBase):
@@ -42,22 +90,17 @@ class AnnotateWeights(PassBase):
 
     def __init__(self, weights: WeightMap) -> None:
         super().__init__()
-        self.canonical = {alias: site.fqn for site in weights.sites for alias in site.aliases}
+        self.canonical = {
+            name: site.fqn for site in weights.sites for name in (site.fqn, *site.aliases)
+        }
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """See `PassBase.call`."""
         for found in weight_uses(graph_module.graph, module_source(graph_module)):
-            origin, use = found.origin, found.use()
-            # Of a copy no view of the weight itself can be told.
-            if use is not None and len(use.roles) >= 2 and origin.before is None:
-                fqn = canonical_fqn(origin.fqn)
-                found.node.meta.setdefault(WEIGHT_META, {})[found.arg] = SeenWeight(
-                    self.canonical.get(fqn, fqn),
-                    tuple(origin.parameter.shape),
-                    tuple(origin.view.shape),
-                    tuple(origin.view.stride()),
-                    int(origin.view.storage_offset()),
-                )
+            fqn = self.canonical.get(canonical_fqn(found.origin.fqn))
+            if fqn is not None and found.origin.exact and found.use() is not None:
+                noted = found.node.meta.setdefault(WEIGHT_META, {})
+                noted.setdefault(found.arg, SeenWeight(fqn, _steps(found.origin)))
         return PassResult(graph_module, False)
 
 

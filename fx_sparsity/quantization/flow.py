@@ -159,8 +159,8 @@ def _assemble(fqn: str, copies: Sequence[StoredWeight]) -> Tensor:
     values = torch.zeros(view.shape)
     covered = torch.zeros(view.shape, dtype=torch.bool)
     for part in copies:
-        part.seen(values).copy_(part.dequantize())
-        part.seen(covered).fill_(True)
+        part.put(values, part.dequantize())
+        part.put(covered, torch.ones_like(part.data, dtype=torch.bool))
     if not bool(covered.all()):
         raise ValueError(
             f"{fqn}: the quantized model stores only {int(covered.sum())} of its "

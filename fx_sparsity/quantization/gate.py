@@ -252,7 +252,7 @@ def _holds(copies: Sequence[StoredWeight], mask: MaskRecord) -> list[bool | None
     whole = ~mask.keep  # what no part covers is not in question here
     for part in copies:
         if part.view is not None and not part.obstacle:
-            part.view.of(whole).copy_(part.zeros())
+            part.put(whole, part.zeros())
     parts = tiling_holds(whole, tiling, level)
     return [
         None

@@ -28,7 +28,7 @@ from fx_sparsity.graph.operators import OPERATORS, SAME_VALUES, bind, is_view, o
 from fx_sparsity.graph.passes import SeenWeight, weight_arguments
 from fx_sparsity.quantization.backend import Backend, Calibrate, Quantized, run_example
 from fx_sparsity.quantization.observers import EMBEDDING_SPEC, IntegerZeroPoint
-from fx_sparsity.quantization.stored import StoredWeight, View, float_weight
+from fx_sparsity.quantization.stored import StoredWeight, float_weight
 
 
 class EmbeddingObserver(IntegerZeroPoint, PerChannelMinMaxObserver):
@@ -179,11 +179,8 @@ def _read_value(model: fx.GraphModule, weight: SeenWeight, node: fx.Node) -> Sto
         node = node.all_input_nodes[0]
     where = str(node.target)
     tensor: Tensor = operator.attrgetter(where)(model)
-    view: View | None = View(weight.shape, weight.size, weight.stride, weight.offset)
-    if dequantize is None or viewed_since:
-        view = None  # stored as the weight itself is; the views come after
-    if view is not None and view.of(torch.empty(weight.shape, device="meta")).is_contiguous():
-        view = None if weight.size == weight.shape else view
+    # Where views come after the codes, these are stored as the weight itself is.
+    view = None if dequantize is None or viewed_since or weight.is_whole else weight
     expected = weight.shape if view is None else weight.size
     if tuple(tensor.shape) != expected:
         obstacle = obstacle or f"stored in shape {tuple(tensor.shape)}, expected {expected}"

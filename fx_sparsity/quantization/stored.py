@@ -6,28 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fx_sparsity.graph.passes import SeenWeight
+
 
 class ZeroNotRepresentableError(ValueError):
     """No integer code of a quantized weight dequantizes to exactly zero."""
-
-
-@dataclass(frozen=True)
-class View:
-    """Which elements of a weight a consumer sees, and in which order: an `as_strided` of it.
-
-    Attributes:
-        shape: of the weight itself, contiguous.
-        size, stride, offset: of the view.
-    """
-
-    shape: tuple[int, ...]
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-    offset: int = 0
-
-    def of(self, whole: Tensor) -> Tensor:
-        """The view of a tensor of `shape`; writing to it writes to a contiguous `whole`."""
-        return whole.contiguous().as_strided(self.size, self.stride, self.offset)
 
 
 @dataclass(frozen=True)
@@ -59,12 +42,20 @@ class StoredWeight:
     scale: Tensor | None = None
     zero_point: Tensor | None = None
     code_range: tuple[int, int] | None = None
-    view: View | None = None
+    view: SeenWeight | None = None
     obstacle: str = ""
 
     def seen(self, whole: Tensor) -> Tensor:
         """The part of a tensor in the weight's own shape that this copy stores, in its order."""
         return whole if self.view is None else self.view.of(whole)
+
+    def put(self, whole: Tensor, values: Tensor) -> None:
+        """Write `values`, in the order of this copy, where they belong in a contiguous `whole`."""
+        if self.view is None:
+            whole.copy_(values)
+        else:
+            places = self.view.of(torch.arange(whole.numel()).view(whole.shape))
+            whole.view(-1)[places.reshape(-1)] = values.reshape(-1)
 
     @property
     def quantized(self) -> bool:

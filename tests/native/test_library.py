@@ -130,7 +130,8 @@ def test_no_compiler(tmp_path):
 
 
 def test_failing_compiler(tmp_path):
-    text = 'for last; do :; done\necho half > "$last"\necho "tiny.cpp:1: error: no" >&2\nexit 3'
+    text = 'while [ "$1" != -o ]; do shift; done\necho half > "$2"\necho "tiny.cpp:1: error: no" >&2'
+    text += "\nexit 3"
     failing = script(tmp_path / "failing", text)
     reason, logged = finish(start(environment(tmp_path, CXX=failing)))
     assert reason == (

@@ -67,20 +67,15 @@ class SeenWeight:
         return all(step == (self.shape, self.shape, stride, 0) for step in self.steps)
 
 
-def _steps(origin: Origin | None) -> list[Step]:
-    """The views that lead to an origin, first the one of the weight itself."""
-    steps: list[Step] = []
-    while origin is not None:
-        view = origin.view
-        step = Step(
-            tuple(origin.parameter.shape),
-            tuple(view.shape),
-            tuple(view.stride()),
-            int(view.storage_offset()),
-        )
-        steps.insert(0, step)
-        origin = origin.before
-    return steps
+def _steps(origin: Origin) -> tuple[Step, ...]:
+    before = () if origin.before is None else _steps(origin.before)
+    step = Step(
+        tuple(origin.parameter.shape),
+        tuple(origin.view.shape),
+        tuple(origin.view.stride()),
+        int(origin.view.storage_offset()),
+    )
+    return (*before, step)
 
 
 class AnnotateWeights(PassBase):
@@ -95,16 +90,17 @@ class AnnotateWeights(PassBase):
 
     def __init__(self, weights: WeightMap) -> None:
         super().__init__()
-        self.canonical = {alias: site.fqn for site in weights.sites for alias in site.aliases}
+        self.canonical = {
+            name: site.fqn for site in weights.sites for name in (site.fqn, *site.aliases)
+        }
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """See `PassBase.call`."""
         for found in weight_uses(graph_module.graph, module_source(graph_module)):
-            origin, use = found.origin, found.use()
-            if use is not None and len(use.roles) >= 2:
-                fqn = canonical_fqn(origin.fqn)
-                seen = SeenWeight(self.canonical.get(fqn, fqn), tuple(_steps(origin)))
-                found.node.meta.setdefault(WEIGHT_META, {})[found.arg] = seen
+            fqn = self.canonical.get(canonical_fqn(found.origin.fqn))
+            if fqn is not None and found.origin.exact and found.use() is not None:
+                noted = found.node.meta.setdefault(WEIGHT_META, {})
+                noted.setdefault(found.arg, SeenWeight(fqn, _steps(found.origin)))
         return PassResult(graph_module, False)
 
 

@@ -39,6 +39,8 @@ class Origin:
         dequantized: whether a dequantize operator lies between.
         before: what was copied; axis i of its view became dimension i of `parameter`. None where
             `parameter` is the parameter itself.
+        exact: whether what arrives is this view and nothing else: neither picked from it by an
+            index, nor placed beside other tensors.
         through: an operator on the way that mixes elements, so that no axis can be told any more.
     """
 
@@ -47,6 +49,7 @@ class Origin:
     view: Any
     dequantized: bool = False
     before: "Origin | None" = None
+    exact: bool = True
     through: str = ""
 
     def copied(self, shape: Sequence[int]) -> "Origin":
@@ -203,7 +206,7 @@ def _looked_up(node: fx.Node, origin: Origin) -> Origin | None:
     shape = (*view.shape[:dim], *picked, *view.shape[dim + 1 :])
     strides = copy.view.stride()
     strides = (*strides[:dim], *[0] * len(picked), *strides[dim + 1 :])
-    return replace(copy, view=copy.view.as_strided(shape, strides))
+    return replace(copy, view=copy.view.as_strided(shape, strides), exact=False)
 
 
 def _combined(node: fx.Node, name: str, origin: Origin, origins: Origins) -> Origin:
@@ -214,13 +217,13 @@ def _combined(node: fx.Node, name: str, origin: Origin, origins: Origins) -> Ori
     assert isinstance(dim, int)
     if name == "stack":
         copy = origin.copied(origin.view.shape)
-        return replace(copy, view=copy.view.unsqueeze(dim))
+        return replace(copy, view=copy.view.unsqueeze(dim), exact=False)
     shape = list(origin.view.shape)
     parts = [origins[value][0].view for value in node.all_input_nodes if origins.get(value)]
     noted = shape_of(node)
     total = sum(part.shape[dim] for part in parts if isinstance(part, Tensor))
     shape[dim] = noted[dim] if noted else total
-    return origin.copied(shape)
+    return replace(origin.copied(shape), exact=False)
 
 
 def roles_of_parameter(origin: Origin, axes: Axes) -> tuple[Role, ...] | None:

@@ -7,7 +7,8 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from fx_sparsity import InputError, WeightNormSparsifier, find_weights, prepare
-from fx_sparsity.graph import Reason, Unclaimed
+from fx_sparsity.graph import AnnotateWeights, Reason, Unclaimed
+from fx_sparsity.graph.passes import WEIGHT_META
 from tests.coverage.proof import Proof
 from tests.models import MODELS, make, make_bert
 
@@ -322,3 +323,20 @@ def test_traces_without_shapes():
     assert set(find_weights(model, inputs)) == {"left", "right", "banks"}
     traced = find_weights(fx.symbolic_trace(model))
     assert roles(traced) == roles(find_weights(model, inputs))
+
+
+def test_annotations_tell_how_a_weight_arrives():
+    model, inputs = reparametrized()
+    gm = torch.export.export(model, inputs, strict=False).module()
+    AnnotateWeights(find_weights(model, inputs))(gm)
+    seen = {
+        weight.fqn: weight
+        for node in gm.graph.nodes
+        for weight in node.meta.get(WEIGHT_META, {}).values()
+    }
+    copied = model.copied.permute(2, 0, 1).reshape(6, 6)
+    assert torch.equal(seen["copied"].of(model.copied), copied)
+    assert torch.equal(seen["quantized"].of(model.quantized), model.quantized.T)
+    assert seen["base"].is_whole
+    # What arrives of these is more than the weight, or less.
+    assert not {"left", "right", "stacked.0", "banks"} & set(seen)

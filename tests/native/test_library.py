@@ -130,7 +130,9 @@ def test_no_compiler(tmp_path):
 
 
 def test_failing_compiler(tmp_path):
-    text = 'while [ "$1" != -o ]; do shift; done\necho half > "$2"\necho "tiny.cpp:1: error: no" >&2'
+    text = (
+        'while [ "$1" != -o ]; do shift; done\necho half > "$2"\necho "tiny.cpp:1: error: no" >&2'
+    )
     text += "\nexit 3"
     failing = script(tmp_path / "failing", text)
     reason, logged = finish(start(environment(tmp_path, CXX=failing)))

@@ -194,3 +194,35 @@ def test_what_the_eager_backend_cannot_run_is_refused():
     fxs.prepare(model, fxs.WeightNormSparsifier(), inputs)
     with pytest.raises(BackendError, match="0 is still masked; squash before quantizing"):
         get_backend("eager").quantize(model, inputs, weights)
+
+
+class Copied(nn.Module):
+    """The weight passes through a reshape that has to copy."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(2, 8, 8))
+
+    def forward(self, x):
+        return F.linear(x, self.weight.permute(1, 0, 2).reshape(16, 8))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_masks_follow_through_copies(order):
+    model = Copied()
+    mapping = fxs.SparsityMapping().set_global("unstructured 50%")
+    quantized, verification = sparsify_and_quantize(
+        model.eval(),
+        fxs.WeightNormSparsifier(),
+        (torch.randn(2, 8),),
+        order=order,
+        backend="pt2e",
+        mapping=mapping,
+    )
+    (row,) = verification.raise_if_lost()
+    assert row.wanted == 64
+    (stored,) = read_weights(quantized)
+    dense = model.weight.detach().permute(1, 0, 2).reshape(16, 8)
+    kept = ~stored.zeros()
+    assert (stored.dequantize() - dense)[kept].abs().max() < 0.05
+    assert dense[~kept].abs().max() <= dense[kept].abs().min() + 0.05

@@ -68,6 +68,7 @@ class SeenWeight:
 
 
 def _steps(origin: Origin) -> tuple[Step, ...]:
+    """The views that lead to an origin, first the one of the weight itself."""
     before = () if origin.before is None else _steps(origin.before)
     step = Step(
         tuple(origin.parameter.shape),

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
+from torch.nn.utils import parametrize
 
 from fx_sparsity.graph.capture import (
     CaptureError,
@@ -172,7 +173,8 @@ class _Search:
         # A spectral norm multiplies its weight by a vector on the way to the layer that counts.
         found = [f for f in self.uses[fqn] if not f[2]] or self.uses[fqn]
         tensor, name = self.tensors[fqn], canonical_fqn(fqn)
-        holder = type(modules[o]) if (o := fqn.rpartition(".")[0]) in modules else None
+        owner = modules.get(canonical_fqn(fqn).rpartition(".")[0])
+        holder = None if owner is None else parametrize.type_before_parametrizations(owner)
         return WeightSite(
             fqn=name,
             aliases=tuple(canonical_fqn(alias) for alias in self.aliases.get(fqn, ())),

@@ -164,11 +164,11 @@ class SparsityMapping:
         return Assignment(configs, dense)
 
     def _lookup(self, site: WeightSite) -> tuple[SparsityConfig | None, str]:
-        names = {site.fqn, site.owner, *site.aliases}
-        names |= {alias.rpartition(".")[0] for alias in site.aliases}
-        for name, config in self._names.items():
-            if name in names:
-                return config, f"excluded by name {name!r}"
+        fqns = {site.fqn, *site.aliases}
+        for names in (fqns, {fqn.rpartition(".")[0] for fqn in fqns}):
+            for name, config in self._names.items():
+                if name in names:
+                    return config, f"excluded by name {name!r}"
         for regex, config in self._regexes.items():
             if any(re.match(regex, fqn) for fqn in (site.fqn, *site.aliases)):
                 return config, f"excluded by regex {regex!r}"

@@ -243,6 +243,7 @@ def roles_of_parameter(origin: Origin, axes: Axes) -> tuple[Role, ...] | None:
         for axis, role in axes.items()
         if axis is not None and -view.ndim <= axis < view.ndim
     }
+    single = [by_axis.get(axis, rest) for axis, size in enumerate(view.shape) if size == 1]
     roles: list[Role] = []
     for dim, size in enumerate(parameter.shape):
         found = {by_axis.get(axis, rest) for axis in _axes_along(origin, dim)}
@@ -254,6 +255,8 @@ def roles_of_parameter(origin: Origin, axes: Axes) -> tuple[Role, ...] | None:
             roles.append(found.pop())
         elif size == 1 and view.shape == parameter.shape:
             roles.append(by_axis.get(dim, rest))
+        elif size == 1 and len(single) == 1 and list(parameter.shape).count(1) == 1:
+            roles.append(single[0])  # strides say nothing of an axis of one, but there is only one
         else:
             roles.append("batch")
     if origin.before is not None:

@@ -5,7 +5,15 @@ import torch
 from expecttest import assert_expected_inline
 from torch import nn
 
-from fx_sparsity import MappingError, PatternError, SparsityConfig, SparsityMapping, find_weights
+from fx_sparsity import (
+    MappingError,
+    PatternError,
+    SparsityConfig,
+    SparsityMapping,
+    WeightNormSparsifier,
+    find_weights,
+    prepare,
+)
 from tests.models import make
 
 
@@ -141,3 +149,31 @@ def test_a_rule_decides_for_the_rest(weights):
     assert len(mapping.set_global("2:4").resolve(weights)) == len(weights)
     with pytest.raises(TypeError, match="found str"):
         SparsityMapping().set_rule("2:4")
+
+
+def test_a_weights_own_name_beats_its_modules():
+    mapping = (
+        SparsityMapping().set_module_name("top.0", "2:4").set_module_name("top.0.weight", None)
+    )
+    assignment = mapping.resolve(find_weights(*make("recommender")))
+    assert assignment.dense["top.0.weight"] == "excluded by name 'top.0.weight'"
+
+
+def test_types_match_while_masks_are_on():
+    model, inputs = make("sequential")
+    mapping = SparsityMapping().set_object_type(nn.Linear, "2:4")
+    prepare(model, WeightNormSparsifier(), inputs, mapping)
+    assert list(mapping.resolve(find_weights(model, inputs))) == ["0.weight", "2.weight"]
+
+
+def test_a_single_row_keeps_its_role_through_a_transpose():
+    class Single(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(1, 16))
+
+        def forward(self, x):
+            return x @ self.weight.t()
+
+    (site,) = find_weights(Single(), (torch.randn(2, 16),)).sites
+    assert site.roles == ("out", "in")

@@ -1,7 +1,7 @@
 """Where a masked tensor lives: every module and name that holds it, and the one mask over them."""
 
 from collections.abc import Iterator, MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -40,6 +40,7 @@ class Target:
     in_graph: bool = False
     squashed: bool = False
     given: bool = False
+    _followers: dict[tuple[int, str], list[str]] = field(default_factory=dict, repr=False)
 
     @property
     def original(self) -> Tensor:
@@ -69,6 +70,9 @@ class Target:
         done: list[tuple[nn.Module, str]] = []
         try:
             for module, attribute in self.owners:
+                names = list(module._parameters)
+                if attribute in names:
+                    self._followers[id(module), attribute] = names[names.index(attribute) + 1 :]
                 parametrize.register_parametrization(module, attribute, self.mask)
                 done.append((module, attribute))
         except BaseException:
@@ -84,6 +88,7 @@ class Target:
             if mask_on(module, attribute) is not self.mask:
                 continue  # taken off through another sparsifier that shares it
             parametrize.remove_parametrizations(module, attribute, leave_parametrized=False)
+            _put_before(module, attribute, self._followers.pop((id(module), attribute), []))
 
     def check_detachable(self) -> None:
         """Raise if something else parametrizes the tensor: taking the mask off would take it along.
@@ -111,6 +116,18 @@ class Target:
         self.mask.bake(self.original)
         self.detach()
         self.squashed = True
+
+
+def _put_before(module: nn.Module, attribute: str, followers: Sequence[str]) -> None:
+    """Put a parameter back where it stood, before `followers`: torch registers it as the last.
+
+    Optimizers know parameters by their order.
+    """
+    parameters = module._parameters
+    names = [name for name in parameters if name != attribute]
+    place = next((i for i, name in enumerate(names) if name in followers), len(names))
+    for name in names[place:]:
+        parameters[name] = parameters.pop(name)
 
 
 def attach_all(targets: Sequence[Target]) -> None:

@@ -111,6 +111,21 @@ def test_squashing_bakes_zeros_into_the_same_parameter():
     assert torch.equal(parameter, before)
 
 
+def test_parameters_keep_their_order_through_masking():
+    model = nn.ModuleDict(
+        {
+            "linear": nn.Linear(4, 4),
+            "attention": nn.MultiheadAttention(4, 2, kdim=8, vdim=8),
+            "bilinear": nn.Bilinear(4, 4, 4),
+        }
+    )
+    before = [(name, id(p)) for name, p in model.named_parameters()]
+    sparsifier = WeightNormSparsifier()
+    sparsifier.prepare(model)
+    sparsifier.squash_mask()
+    assert [(name, id(p)) for name, p in model.named_parameters()] == before
+
+
 def test_squash_leaves_sparse_params_where_asked():
     model, _ = make("sequential")
     sparsifier = WeightNormSparsifier()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fx_sparsity.patterns import Pattern, Role
-from fx_sparsity.sparsifier.target import Target, TensorState
+from fx_sparsity.sparsifier.target import MaskError, Target, TensorState
 
 
 class SparsifierCore(ABC):
@@ -123,7 +123,8 @@ class SparsifierCore(ABC):
         """Recompute every mask that is not squashed yet.
 
         Raises:
-            ValueError: a tensor cannot be ranked (NaN); it is named, and no mask was changed.
+            ValueError: a tensor cannot be ranked (NaN), or has no data yet (meta device); it is
+                named, and no mask was changed.
             DetachedError: the sparsifier has no model.
         """
         if not self.enable_mask_update:
@@ -137,6 +138,11 @@ class SparsifierCore(ABC):
                 stacklevel=2,
             )
         names = [name for name in self._targets if name not in squashed]
+        if absent := [name for name in names if self.get_tensor(name).is_meta]:
+            raise MaskError(
+                f"{absent[0]} has no data yet, it is on the meta device; "
+                "load the model before step()"
+            )
         with torch.no_grad():
             self.check_updates(names)
             for name in names:

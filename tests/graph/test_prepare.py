@@ -304,3 +304,23 @@ def test_training_with_live_masks_keeps_zeros_and_compiles_once():
     for fqn, mask in record.items():
         assert model.get_parameter(fqn)[~mask.keep].eq(0).all()
     assert isinstance(model[0].weight, nn.Parameter)
+
+
+def test_offloaded_and_meta_models_are_mapped_and_masked_once_materialised():
+    from accelerate import cpu_offload
+    from accelerate.hooks import remove_hook_from_submodules
+
+    model, inputs = make("sequential")
+    expected = list(fxs.find_weights(model, inputs))
+    cpu_offload(model, execution_device="cpu")
+    assert model[0].weight.is_meta
+    assert list(fxs.find_weights(model, inputs)) == expected
+    sparsifier = fxs.WeightNormSparsifier()
+    sparsifier.prepare(copy.deepcopy(model).requires_grad_(False))
+    with pytest.raises(fxs.MaskError, match=r"0.weight has no data yet"):
+        sparsifier.step()
+    remove_hook_from_submodules(model)
+    sparsifier = fxs.WeightNormSparsifier()
+    fxs.prepare(model, sparsifier, inputs, HALF)
+    sparsifier.step()
+    assert sparsifier.get_mask("0.weight").sum() == 64

@@ -133,7 +133,7 @@ def _prepare_module(
     config = []
     for fqn, entry in entries.items():
         site = weights[fqn]
-        owner, attribute = model.get_submodule(site.owner), fqn.rpartition(".")[2]
+        owner, attribute = _owner(model, fqn), fqn.rpartition(".")[2]
         if fqn in in_graph:
             mask = graph_mask(model, fqn)
             if mask is None:
@@ -187,6 +187,17 @@ def _check_bound(model: nn.Module | ExportedProgram, sparsifier: BaseSparsifier)
             f"({', '.join(foreign) or 'it has prepared none'}); "
             "give the model that `prepare` returned"
         )
+
+
+def _owner(model: nn.Module, fqn: str) -> nn.Module:
+    """The module that holds a weight; a backend's graph receives its weights as inputs instead."""
+    try:
+        return model.get_submodule(fqn.rpartition(".")[0])
+    except AttributeError as error:
+        raise MaskError(
+            f"{fqn} is not held by this {type(model).__name__}, which receives it as an input; "
+            "prepare the module that was compiled"
+        ) from error
 
 
 def _ones(fqn: str, owner: nn.Module, attribute: str) -> Tensor:

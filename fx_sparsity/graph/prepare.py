@@ -1,6 +1,7 @@
 """The verbs `prepare` and `squash`: from a wish to masks on a model, and to baked-in zeros."""
 
 import logging
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -60,15 +61,35 @@ def prepare(
         Whatever is raised, nothing was changed.
     """
     weights = find_weights(model, example_inputs, dynamic_shapes=dynamic_shapes)
-    entries: dict[str, dict[str, Any]] = {fqn: {} for fqn in weights}
-    if mapping is not None:
-        assignment = mapping.resolve(weights)
-        entries = {fqn: group_entry(config) for fqn, config in assignment.items()}
-        for fqn, why in assignment.dense.items():
-            _log.info("%s stays dense: %s", fqn, why)
+    assignment = None if mapping is None else mapping.resolve(weights)
+    for fqn, why in assignment.dense.items() if assignment else ():
+        _log.info("%s stays dense: %s", fqn, why)
     for unclaimed in weights.unclaimed:
         level = logging.INFO if unclaimed.reason.explained else logging.WARNING
         _log.log(level, "%s stays dense: %s %s", unclaimed.fqn, unclaimed.reason, unclaimed.detail)
+    return mask_weights(model, sparsifier, weights, assignment)
+
+
+def mask_weights(
+    model: _Model,
+    sparsifier: BaseSparsifier,
+    weights: WeightMap,
+    configs: Mapping[str, SparsityConfig] | None = None,
+) -> _Model:
+    """What `prepare` does once the weights are found and the mapping is resolved.
+
+    Args:
+        model, sparsifier: as `prepare` takes them.
+        weights: by their names in this model.
+        configs: FQN -> configuration of those to mask. None gives every weight the sparsifier's own
+            defaults.
+
+    Raises:
+        MaskError: as `prepare`; nothing was changed.
+    """
+    entries: dict[str, dict[str, Any]] = {fqn: {} for fqn in weights}
+    if configs is not None:
+        entries = {fqn: group_entry(config) for fqn, config in configs.items()}
     if isinstance(model, ExportedProgram):
         return _prepare_program(model, sparsifier, weights, entries)  # type: ignore[return-value]
     new = _prepare_module(model, sparsifier, weights, entries)

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 
 from fx_sparsity.patterns import Role
@@ -142,6 +142,20 @@ class WeightMap(Mapping[str, WeightSite]):
         else:
             text += "\n\nnothing of two or more dimensions was left out"
         return f"{text}\n({self.vectors} one-dimensional parameters; read from {self.frontend})"
+
+    def renamed(self, names: Mapping[str, str]) -> "WeightMap":
+        """The same weights in a model that calls some of them differently.
+
+        Args:
+            names: FQN here -> FQN there; those that are missing keep theirs.
+        """
+        sites = []
+        for site in self.sites:
+            fqn = names.get(site.fqn, site.fqn)
+            aliases = tuple(names.get(alias, alias) for alias in site.aliases)
+            owner = fqn.rpartition(".")[0]
+            sites.append(replace(site, fqn=fqn, aliases=aliases, owner=owner))
+        return replace(self, sites=tuple(sites))
 
     def to_json(self) -> str:
         """The map as a JSON object with `sites`, `unclaimed`, `vectors` and `frontend`."""

@@ -1,20 +1,42 @@
-"""What a quantization backend is: how to quantize a model, and how to read what it stores."""
+"""What a quantization backend is: a prepare and a convert, and how to read what is stored."""
 
+import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from fx_sparsity.graph import WeightMap
 from fx_sparsity.graph.capture import ExampleInputs, call_arguments
+from fx_sparsity.quantization.stored import StoredWeight
+from fx_sparsity.sparsifier.mask import GRAPH_MASKS, Mask
 
 Calibrate = Callable[[nn.Module], Any]
 
 
 class BackendError(ValueError):
     """A backend is unknown, not installed, or cannot do what was asked."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model between a quantizer's prepare and its convert.
+
+    Attributes:
+        model: with observers, or with fake quantization.
+        meant: FQNs, in the float model, of the weights that the configuration asks to quantize.
+        moved: FQN in the float model -> FQN in `model`, for weights that prepare moved.
+        config: the backend's own, for its convert.
+    """
+
+    model: nn.Module
+    meant: frozenset[str]
+    moved: Mapping[str, str] = field(default_factory=dict)
+    config: Any = None
 
 
 class Quantized(NamedTuple):
@@ -34,11 +56,50 @@ class Backend(ABC):
 
     Attributes:
         name: as users give it.
+        observes: whether there is anything to calibrate between prepare and convert.
     """
 
     name: str
+    observes: bool = True
 
     @abstractmethod
+    def prepare(
+        self,
+        model: nn.Module,
+        example_inputs: ExampleInputs,
+        weights: WeightMap,
+        *,
+        config: Any = None,
+        dynamic_shapes: Any = None,
+        qat: bool = False,
+    ) -> Prepared:
+        """The backend's own prepare, on a copy.
+
+        Args:
+            model: in float, without live masks. Not changed.
+            example_inputs: a tuple of positional, or a dict of keyword arguments.
+            weights: what discovery found in the model.
+            config: the backend's own; None is int8 linears and convolutions, and 8-bit embeddings
+                whose zero is a code.
+            dynamic_shapes: as `torch.export.export` takes it.
+            qat: fake quantization to train with, instead of observers to calibrate.
+
+        Raises:
+            BackendError: live masks, or a model or configuration that it cannot take.
+        """
+
+    @abstractmethod
+    def convert(self, prepared: Prepared, example_inputs: ExampleInputs) -> Quantized:
+        """The backend's own convert; `prepared` is used up.
+
+        Raises:
+            BackendError: what comes out does not run on the example inputs.
+        """
+
+    @abstractmethod
+    def read(self, model: nn.Module) -> Iterator[StoredWeight]:
+        """The quantized weights that a model holds in this backend's way; none in other models."""
+
     def quantize(
         self,
         model: nn.Module,
@@ -49,24 +110,29 @@ class Backend(ABC):
         config: Any = None,
         dynamic_shapes: Any = None,
     ) -> Quantized:
-        """Run the backend's own prepare and convert. `model` is not changed.
+        """Prepare, calibrate and convert. `model` is not changed.
 
         Args:
-            model: in float, without live masks.
-            example_inputs: a tuple of positional, or a dict of keyword arguments.
-            weights: what discovery found in the model.
+            model, example_inputs, weights, config, dynamic_shapes: as `prepare` takes them.
             calibrate: runs the observed model on data; the example inputs by default.
-            config: the backend's own; None is int8 linears and 8-bit embeddings whose zero is a
-                code.
-            dynamic_shapes: as `torch.export.export` takes it.
+
+        Raises:
+            BackendError: as `prepare` and `convert`.
         """
+        prepared = self.prepare(
+            model, example_inputs, weights, config=config, dynamic_shapes=dynamic_shapes
+        )
+        run_calibration(prepared.model, example_inputs, calibrate)
+        return self.convert(prepared, example_inputs)
 
 
 BACKENDS: dict[str, tuple[str, str, str]] = {
     "eager": ("fx_sparsity.quantization.eager", "EagerBackend", ""),
-    "pt2e": ("fx_sparsity.quantization.pt2e", "PT2EBackend", "pt2e"),
+    "fx": ("fx_sparsity.quantization.fx", "FXBackend", ""),
+    "pt2e": ("fx_sparsity.quantization.pt2e", "PT2EBackend", "torchao"),
+    "torchao": ("fx_sparsity.quantization.torchao", "TorchAOBackend", "torchao"),
 }
-"""Name -> module, class, and the extra that it needs."""
+"""Name -> module, class, and the package that it needs besides torch; the extra has its name."""
 
 
 def get_backend(name: str) -> Backend:
@@ -87,7 +153,57 @@ def get_backend(name: str) -> Backend:
         ) from error
 
 
+def loaded_backends() -> Iterable[Backend]:
+    """The backends that can have made a model: those whose package has been imported."""
+    for name, (_, _, package) in BACKENDS.items():
+        if not package or package in sys.modules:
+            yield get_backend(name)
+
+
+def run_calibration(
+    model: nn.Module, example_inputs: ExampleInputs, calibrate: Calibrate | None
+) -> None:
+    """Let the user's function run the observed model; on the example inputs where there is none."""
+    with torch.no_grad():
+        if calibrate is None:
+            run_example(model, example_inputs)
+        else:
+            calibrate(model)
+
+
 def run_example(model: nn.Module, example_inputs: ExampleInputs) -> None:
-    """Calibrate on the example inputs."""
+    """Run a model on its example inputs."""
     args, kwargs = call_arguments(example_inputs)
     model(*args, **kwargs)
+
+
+@torch.no_grad()
+def check_runs(model: nn.Module, example_inputs: ExampleInputs) -> None:
+    """Raise if a converted model does not run.
+
+    Raises:
+        BackendError: with what torch says.
+    """
+    try:
+        run_example(model, example_inputs)
+    except Exception as error:
+        raise BackendError(
+            f"the quantized {type(model).__name__} does not run on example_inputs: "
+            f"{type(error).__name__}: {error}; exclude the modules concerned in `config`, "
+            "or use another backend"
+        ) from error
+
+
+def check_unmasked(model: nn.Module) -> None:
+    """Raise if a model has live masks: quantizers leave masked weights in float, without a word.
+
+    Raises:
+        BackendError: naming every masked weight.
+    """
+    masked = [
+        name.removeprefix(f"{GRAPH_MASKS}.").replace("parametrizations.", "").removesuffix(".0")
+        for name, module in model.named_modules()
+        if isinstance(module, Mask)
+    ]
+    if masked:
+        raise BackendError(f"{', '.join(masked)} still masked; squash before quantizing")

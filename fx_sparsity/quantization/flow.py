@@ -1,21 +1,31 @@
 """The flows: a model in, a sparse quantized model and the proof out, in either order."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from fx_sparsity.graph import SparsityMapping, WeightMap, find_weights, prepare, squash
+from fx_sparsity.graph import SparsityMapping, WeightMap, find_weights, squash
 from fx_sparsity.graph.capture import ExampleInputs
-from fx_sparsity.graph.prepare import group_entry
-from fx_sparsity.quantization.backend import Backend, Calibrate, Quantized, get_backend
+from fx_sparsity.graph.prepare import group_entry, mask_weights
+from fx_sparsity.patterns import SparsityConfig
+from fx_sparsity.quantization.backend import (
+    Backend,
+    BackendError,
+    Calibrate,
+    Prepared,
+    Quantized,
+    get_backend,
+    run_calibration,
+)
 from fx_sparsity.quantization.gate import Verification, read_weights, verify
 from fx_sparsity.quantization.stored import StoredWeight
-from fx_sparsity.sparsifier import BaseSparsifier, SparsityRecord
+from fx_sparsity.sparsifier import BaseSparsifier, MaskError, SparsityRecord
 
-Order = Literal["sparsify_first", "quantize_first"]
+Order = Literal["sparsify_first", "quantize_first", "interleaved", "qat"]
+"""When masks come, next to the quantizer's prepare and convert; see `sparsify_and_quantize`."""
 
 
 def sparsify_and_quantize(
@@ -33,20 +43,28 @@ def sparsify_and_quantize(
 ) -> tuple[nn.Module, Verification]:
     """Sparsify and quantize a copy of a model, and verify the result.
 
+    | order | |
+    | --- | --- |
+    | `"sparsify_first"` | masks the float weights and bakes the zeros in, then quantizes |
+    | `"quantize_first"` | quantizes, then masks integer codes; scales and zero points stay |
+    | `"interleaved"` | prepare, masks, calibrates with masked weights, bakes in, convert |
+    | `"qat"` | prepare with fake quantization, live masks, trains, bakes in, convert |
+
     Args:
         model: in float, in eval mode, without live masks. Not changed.
-        sparsifier: a fresh one. Sparsify-first binds it to the sparse float model (`.model`),
-            quantize-first to the dequantized weights that it ranked.
+        sparsifier: a fresh one. It is bound to the sparse float model, to the prepared one, or,
+            quantize-first, to the dequantized weights that it ranked (`.model`).
         example_inputs: a tuple of positional, or a dict of keyword arguments.
-        order: `"sparsify_first"` masks the float weights, bakes the zeros in, then quantizes;
-            `"quantize_first"` quantizes, then masks integer codes, scales and zero points kept.
+        order: see above.
         backend: a name in `BACKENDS`, or a `Backend`.
         mapping: which weight gets which pattern and level; None is the sparsifier's defaults.
-        calibrate: runs the observed model on data; the example inputs by default.
+        calibrate: runs the observed model on data; the example inputs by default. In the order
+            `"qat"` it is needed, and trains the model that it is given; it may call
+            `sparsifier.step()` as it goes.
         config: the backend's own, see its class.
         dynamic_shapes: as `torch.export.export` takes it.
         reference: the model quantized alike without masks, as `Backend.quantize` returns it, where
-            it is at hand; made otherwise.
+            it is at hand; made otherwise. After `"qat"` there is nothing alike to compare with.
 
     Returns:
         The quantized model, and the verification of every masked weight. It does not raise by
@@ -54,39 +72,71 @@ def sparsify_and_quantize(
 
     Raises:
         InputError, CaptureError, MappingError, MaskError: as `prepare`.
-        BackendError: unknown or not installed backend, or one that cannot quantize this model.
+        BackendError: unknown or not installed backend, or one that cannot quantize this model, or
+            not in this order.
         ZeroNotRepresentableError: quantize-first, and a weight has no code that means zero.
-        ValueError: unknown order.
+        ValueError: unknown order, or `"qat"` without anything that trains.
     """
     if order not in get_args(Order):
         raise ValueError(f"order: expected one of {', '.join(get_args(Order))}, found {order!r}")
+    if order == "qat" and calibrate is None:
+        raise ValueError("order 'qat': expected `calibrate`, a function that trains the model")
+    if sparsifier.names:
+        raise MaskError(
+            f"the sparsifier already holds {', '.join(sparsifier.names)}; give a fresh one"
+        )
     chosen = get_backend(backend) if isinstance(backend, str) else backend
+    if order == "interleaved" and not chosen.observes:
+        raise BackendError(
+            f"backend {chosen.name!r} has nothing to calibrate between its prepare and its "
+            "convert; 'sparsify_first' does the same"
+        )
     weights = find_weights(model, example_inputs, dynamic_shapes=dynamic_shapes)
-    if mapping is not None:
-        mapping.resolve(weights)
+    configs = None if mapping is None else mapping.resolve(weights)
+    shapes = {"config": config, "dynamic_shapes": dynamic_shapes}
+
+    def observe(prepared_model: nn.Module) -> None:
+        run_calibration(prepared_model, example_inputs, calibrate)
+
+    if order in ("interleaved", "qat"):
+        prepared = chosen.prepare(model, example_inputs, weights, qat=order == "qat", **shapes)
+        run = calibrate if order == "qat" and calibrate is not None else observe
+        record = _mask_prepared(prepared, sparsifier, weights, configs, run)
+        result, meant = chosen.convert(prepared, example_inputs)
+        if order == "qat":
+            return result, verify(result, record, meant=meant)
 
     def quantized(float_model: nn.Module) -> Quantized:
-        return chosen.quantize(
-            float_model,
-            example_inputs,
-            weights,
-            calibrate=calibrate,
-            config=config,
-            dynamic_shapes=dynamic_shapes,
-        )
+        return chosen.quantize(float_model, example_inputs, weights, calibrate=calibrate, **shapes)
 
     alone = quantized(model) if reference is None else reference
     if order == "sparsify_first":
-        sparse = prepare(
-            copy.deepcopy(model), sparsifier, example_inputs, mapping, dynamic_shapes=dynamic_shapes
-        )
+        sparse = mask_weights(copy.deepcopy(model), sparsifier, weights, configs)
         sparsifier.step()
         sparse, record = squash(sparse, sparsifier)
         result = quantized(sparse).model
-    else:
+    elif order == "quantize_first":
         result = copy.deepcopy(alone.model)
         record = sparsify_codes(result, sparsifier, weights, mapping)
     return result, verify(result, record, reference=alone.model, meant=alone.meant)
+
+
+def _mask_prepared(
+    prepared: Prepared,
+    sparsifier: BaseSparsifier,
+    weights: WeightMap,
+    configs: Mapping[str, SparsityConfig] | None,
+    run: Calibrate,
+) -> SparsityRecord:
+    """Mask a prepared model, run it to calibrate or train it, and bake the masks in."""
+    moved = prepared.moved
+    if configs is not None:
+        configs = {moved.get(fqn, fqn): config for fqn, config in configs.items()}
+    mask_weights(prepared.model, sparsifier, weights.renamed(moved), configs)
+    sparsifier.step()
+    run(prepared.model)
+    _, record = squash(prepared.model, sparsifier)
+    return record.renamed({there: here for here, there in moved.items()})
 
 
 def sparsify_codes(

@@ -5,12 +5,14 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import overload
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.nn.utils import parametrize
 
+from fx_sparsity.graph import find_weights
 from fx_sparsity.graph.passes import WEIGHT_META
-from fx_sparsity.masks import tiling_holds
-from fx_sparsity.quantization.stored import StoredWeight, float_weight
+from fx_sparsity.masks import tightest_pattern, tiling_holds
+from fx_sparsity.quantization.backend import loaded_backends
+from fx_sparsity.quantization.stored import StoredWeight, float_weight, is_float
 from fx_sparsity.sparsifier import Mask, MaskRecord
 from fx_sparsity.tables import format_table
 
@@ -29,12 +31,15 @@ class VerifiedWeight:
         dtype, scheme: of what is stored.
         quantized: whether it is stored as integer codes.
         meant: whether it was meant to be; None where nobody said.
+        elements: that are stored.
+        zeros: how many of them are zero in code space.
         wanted: masked elements.
         zero_in_code: masked elements whose stored value is zero; for codes, exactly the zero point.
         zero_dequantized: masked elements that dequantize to zero.
         extra: kept elements that are zero though quantizing alone leaves them non-zero; None where
             there is nothing to compare with.
-        pattern: that the mask was made with; None for a method without one.
+        pattern: that the mask was made with, None for a method without one; without a record, the
+            tightest that the zeros follow, None where there are none or the axes are not known.
         pattern_holds: whether the stored zeros obey it, for the weight as a whole where this copy
             stores only a part; None without a pattern.
         max_change: largest change of a kept value against quantizing alone; None as for `extra`.
@@ -47,6 +52,8 @@ class VerifiedWeight:
     scheme: str
     quantized: bool
     meant: bool | None
+    elements: int
+    zeros: int
     wanted: int
     zero_in_code: int
     zero_dequantized: int
@@ -55,6 +62,11 @@ class VerifiedWeight:
     pattern_holds: bool | None
     max_change: float | None
     obstacle: str = ""
+
+    @property
+    def sparsity(self) -> float:
+        """Share of the stored elements that are zero in code space."""
+        return self.zeros / self.elements if self.elements else 0.0
 
     @property
     def share(self) -> float:
@@ -129,6 +141,7 @@ class Verification(Sequence[VerifiedWeight]):
         header = (
             "weight",
             "stored as",
+            "sparsity",
             "pattern",
             "masked",
             "zero in code space",
@@ -140,6 +153,7 @@ class Verification(Sequence[VerifiedWeight]):
             (
                 row.fqn,
                 f"{row.dtype}, {row.scheme}" if row.where else "-",
+                f"{row.sparsity:.1%}" if row.where else None,
                 row.pattern,
                 row.wanted,
                 f"{row.zero_in_code} ({row.share:.1%})",
@@ -153,40 +167,49 @@ class Verification(Sequence[VerifiedWeight]):
 
 
 def read_weights(model: nn.Module) -> list[StoredWeight]:
-    """How a model stores its weights now: quantized modules, quantized graphs, float tensors.
+    """How a model stores its weights now: quantized modules, graphs and tensors, and float ones.
 
     Args:
-        model: a module; or a GraphModule on which `AnnotateWeights` ran before it was quantized.
+        model: a module; or a GraphModule, whose weights have their names where `AnnotateWeights`
+            ran before it was quantized.
     """
-    if isinstance(model, fx.GraphModule) and any(WEIGHT_META in n.meta for n in model.graph.nodes):
-        from fx_sparsity.quantization.pt2e import read_graph
+    stored = [weight for backend in loaded_backends() for weight in backend.read(model)]
+    read = {weight.where for weight in stored}
+    annotated = isinstance(model, fx.GraphModule) and any(
+        WEIGHT_META in node.meta for node in model.graph.nodes
+    )
+    called = (
+        {str(node.target) for node in model.graph.find_nodes(op="call_module")}
+        if annotated and isinstance(model, fx.GraphModule)
+        else None
+    )
+    return stored + [weight for weight in _read_float(model, called) if weight.where not in read]
 
-        return list(read_graph(model))
-    stored = list(_read_float(model))
-    if any("quantized" in type(module).__module__ for module in model.modules()):
-        from fx_sparsity.quantization.eager import read_modules
 
-        stored += read_modules(model)
-    return stored
+def _read_float(model: nn.Module, called: set[str] | None) -> Iterator[StoredWeight]:
+    """Floating parameters and buffers under each name; masked ones as the model sees them.
 
-
-def _read_float(model: nn.Module) -> Iterator[StoredWeight]:
-    """Floating parameters and buffers under each name; masked ones as the model sees them."""
+    Args:
+        model: that holds them.
+        called: modules to look into, where a graph tells of everything else what it reads.
+    """
     for prefix, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, Mask | parametrize.ParametrizationList):
+            continue
+        if called is not None and not any(f"{prefix}.".startswith(f"{name}.") for name in called):
             continue
         names = [*module._parameters, *module._buffers]
         names += getattr(module, "parametrizations", {})
         for attribute in names:
             tensor = getattr(module, attribute)
-            if isinstance(tensor, Tensor) and tensor.is_floating_point():
+            if is_float(tensor):
                 fqn = f"{prefix}.{attribute}".removeprefix(".")
                 yield float_weight(fqn, fqn, tensor)
 
 
 def verify(
     model: nn.Module,
-    record: Mapping[str, MaskRecord],
+    record: Mapping[str, MaskRecord] | None = None,
     *,
     reference: nn.Module | None = None,
     meant: Collection[str] | None = None,
@@ -198,12 +221,16 @@ def verify(
 
     Args:
         model: sparsified, and quantized or not. Not changed.
-        record: what `squash` returned, or a flow made.
+        record: what `squash` returned, or a flow made. Without one the rows tell what there is:
+            how many zeros every weight of two or more dimensions has, and the tightest pattern
+            that they follow.
         reference: the same model, quantized alike, without masks. With it, zeros beyond those that
             quantizing alone makes are found, and kept values are compared. Without it, only a float
             weight's further zeros are found.
         meant: FQNs of the weights that were meant to be quantized.
     """
+    if record is None:
+        return Verification(tuple(_found(model, meant)))
     stored = _by_name(read_weights(model), record)
     alone = {} if reference is None else _by_name(read_weights(reference), record)
     rows: list[VerifiedWeight] = []
@@ -215,13 +242,61 @@ def verify(
             counterpart = alone[fqn][i] if fqn in alone and i < len(alone[fqn]) else None
             rows.append(_row(fqn, weight, mask, counterpart, intended, holds[i]))
         if not copies:
-            wanted = int((~mask.keep).sum())
-            rows.append(
-                VerifiedWeight(
-                    fqn, "", "", "", False, intended, wanted, 0, 0, None, mask.pattern, None, None
-                )
-            )
+            rows.append(_missing(fqn, mask, intended))
     return Verification(tuple(rows))
+
+
+def _found(model: nn.Module, meant: Collection[str] | None) -> Iterator[VerifiedWeight]:
+    """What a model holds, where nobody recorded what it should."""
+    sites = find_weights(model)
+    roles = {name: site.roles for site in sites.sites for name in (site.fqn, *site.aliases)}
+    for weight in read_weights(model):
+        if weight.data.ndim < 2:
+            continue
+        zeros = weight.zeros()
+        axes = weight.roles or roles.get(weight.fqn)
+        if axes is not None and len(axes) != zeros.ndim:
+            axes = None
+        config = None if axes is None else tightest_pattern(zeros, axes)
+        yield VerifiedWeight(
+            fqn=weight.fqn,
+            where=weight.where,
+            dtype=weight.dtype,
+            scheme=weight.scheme,
+            quantized=weight.quantized,
+            meant=None if meant is None else weight.fqn in meant,
+            elements=zeros.numel(),
+            zeros=int(zeros.sum()),
+            wanted=0,
+            zero_in_code=0,
+            zero_dequantized=0,
+            extra=None,
+            pattern=None if config is None else str(config),
+            pattern_holds=None if config is None else True,
+            max_change=None,
+            obstacle=weight.obstacle,
+        )
+
+
+def _missing(fqn: str, mask: MaskRecord, meant: bool | None) -> VerifiedWeight:
+    """The row of a weight that the model does not hold."""
+    return VerifiedWeight(
+        fqn=fqn,
+        where="",
+        dtype="",
+        scheme="",
+        quantized=False,
+        meant=meant,
+        elements=0,
+        zeros=0,
+        wanted=int((~mask.keep).sum()),
+        zero_in_code=0,
+        zero_dequantized=0,
+        extra=None,
+        pattern=mask.pattern,
+        pattern_holds=None,
+        max_change=None,
+    )
 
 
 def _by_name(
@@ -276,9 +351,10 @@ def _row(
     keep = weight.seen(mask.keep).to(device)
     extra: int | None = None
     max_change: float | None = None
-    zero_in_code = zero_dequantized = 0
+    zero_total = zero_in_code = zero_dequantized = 0
     if not weight.obstacle:
         zeros, values = weight.zeros(), weight.dequantize()
+        zero_total = int(zeros.sum())
         zero_in_code = int((zeros & ~keep).sum())
         zero_dequantized = int(((values == 0) & ~keep).sum())
         if alone is not None and not alone.obstacle:
@@ -294,6 +370,8 @@ def _row(
         scheme=weight.scheme,
         quantized=weight.quantized,
         meant=meant,
+        elements=weight.data.numel(),
+        zeros=zero_total,
         wanted=int((~keep).sum()),
         zero_in_code=zero_in_code,
         zero_dequantized=zero_dequantized,

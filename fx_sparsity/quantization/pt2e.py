@@ -8,8 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
+from torchao.quantization.pt2e import FakeQuantize
 from torchao.quantization.pt2e.observer import PerChannelMinMaxObserver
-from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+from torchao.quantization.pt2e.quantize_pt2e import (
+    convert_pt2e,
+    prepare_pt2e,
+    prepare_qat_pt2e,
+)
 from torchao.quantization.pt2e.quantizer import (
     ComposableQuantizer,
     QuantizationAnnotation,
@@ -26,7 +31,13 @@ from fx_sparsity.graph import AnnotateWeights, WeightMap
 from fx_sparsity.graph.capture import ExampleInputs, export_model
 from fx_sparsity.graph.operators import OPERATORS, SAME_VALUES, bind, is_view, operator_name
 from fx_sparsity.graph.passes import SeenWeight, weight_arguments
-from fx_sparsity.quantization.backend import Backend, Calibrate, Quantized, run_example
+from fx_sparsity.quantization.backend import (
+    Backend,
+    Prepared,
+    Quantized,
+    check_runs,
+    check_unmasked,
+)
 from fx_sparsity.quantization.observers import EMBEDDING_SPEC, IntegerZeroPoint
 from fx_sparsity.quantization.stored import StoredWeight, float_weight
 
@@ -40,23 +51,32 @@ class EmbeddingQuantizer(Quantizer):
 
     torchao's quantizer of the same name leaves embedding bags out, keeps fractional zero points,
     and gives rows whose scale is below 2**-12 a scale of 1.
+
+    Args:
+        qat: fake quantization to train with, instead of an observer.
     """
+
+    def __init__(self, *, qat: bool = False) -> None:
+        super().__init__()
+        observer = EmbeddingObserver.with_args(eps=torch.finfo(torch.float32).eps)
+        self.spec = QuantizationSpec(
+            dtype=torch.uint8,
+            quant_min=0,
+            quant_max=255,
+            observer_or_fake_quant_ctr=FakeQuantize.with_args(observer=observer)
+            if qat
+            else observer,
+            **EMBEDDING_SPEC,
+        )
 
     def annotate(self, model: fx.GraphModule) -> fx.GraphModule:
         """Annotate the weight argument of every embedding operator."""
-        spec = QuantizationSpec(
-            dtype=torch.uint8,
-            observer_or_fake_quant_ctr=EmbeddingObserver.with_args(
-                eps=torch.finfo(torch.float32).eps
-            ),
-            **EMBEDDING_SPEC,
-        )
         for node in model.graph.nodes:
             row = OPERATORS.get(operator_name(node)) if node.op == "call_function" else None
             if row is not None and row.kind in ("embedding", "embedding_bag"):
                 weight = bind(node)["weight"]
                 node.meta[Q_ANNOTATION_KEY] = QuantizationAnnotation(
-                    input_qspec_map={weight: spec}, _annotated=True
+                    input_qspec_map={weight: self.spec}, _annotated=True
                 )
         return model
 
@@ -64,33 +84,35 @@ class EmbeddingQuantizer(Quantizer):
         """Nothing to check: every embedding operator takes this annotation."""
 
 
-def default_quantizer(*, dynamic: bool = True) -> Quantizer:
+def default_quantizer(*, dynamic: bool = True, qat: bool = False) -> Quantizer:
     """int8 linears and convolutions for Inductor on x86, and 8-bit embeddings whose zero is a code.
 
     Args:
         dynamic: quantize activations as they come; otherwise with ranges from calibration.
+        qat: fake quantization to train with, instead of observers.
     """
     x86 = X86InductorQuantizer()
-    x86.set_global(get_default_x86_inductor_quantization_config(is_dynamic=dynamic))
-    return ComposableQuantizer([EmbeddingQuantizer(), x86])
+    x86.set_global(get_default_x86_inductor_quantization_config(is_dynamic=dynamic, is_qat=qat))
+    return ComposableQuantizer([EmbeddingQuantizer(qat=qat), x86])
 
 
 class PT2EBackend(Backend):
-    """`config` is a pt2e `Quantizer`; None is `default_quantizer()`."""
+    """`config` is a pt2e `Quantizer`; None is `default_quantizer()`, which for training is static."""
 
     name = "pt2e"
 
-    def quantize(
+    def prepare(
         self,
         model: nn.Module,
         example_inputs: ExampleInputs,
         weights: WeightMap,
         *,
-        calibrate: Calibrate | None = None,
         config: Quantizer | None = None,
         dynamic_shapes: Any = None,
-    ) -> Quantized:
-        """See `Backend.quantize`. Gives back a GraphModule, ready for `torch.compile`."""
+        qat: bool = False,
+    ) -> Prepared:
+        """See `Backend.prepare`. Gives a GraphModule."""
+        check_unmasked(model)
         graph_module = export_model(model, example_inputs, dynamic_shapes).module()
         assert isinstance(graph_module, fx.GraphModule)
         # The x86 quantizer fails on operators whose result nobody reads, such as an unused pooler.
@@ -98,14 +120,24 @@ class PT2EBackend(Backend):
         graph_module.recompile()
         name_sources(graph_module)
         AnnotateWeights(weights)(graph_module)
-        prepared = prepare_pt2e(graph_module, config or default_quantizer())
-        meant = frozenset(_annotated_weights(prepared))
-        with torch.no_grad():
-            if calibrate is None:
-                run_example(prepared, example_inputs)
-            else:
-                calibrate(prepared)
-        return Quantized(drop_unread(convert_pt2e(prepared)), meant)
+        if qat:
+            quantizer = config or default_quantizer(dynamic=False, qat=True)
+            prepared = prepare_qat_pt2e(graph_module, quantizer)
+        else:
+            prepared = prepare_pt2e(graph_module, config or default_quantizer())
+        return Prepared(prepared, frozenset(_annotated_weights(prepared)))
+
+    def convert(self, prepared: Prepared, example_inputs: ExampleInputs) -> Quantized:
+        """See `Backend.convert`. Gives a GraphModule, ready for `torch.compile`."""
+        assert isinstance(prepared.model, fx.GraphModule)
+        converted = drop_unread(convert_pt2e(prepared.model))
+        check_runs(converted, example_inputs)
+        return Quantized(converted, prepared.meant)
+
+    def read(self, model: nn.Module) -> Iterator[StoredWeight]:
+        """See `Backend.read`: annotated graphs, by what their consumers read now."""
+        if isinstance(model, fx.GraphModule):
+            yield from read_graph(model)
 
 
 def _annotated_weights(prepared: fx.GraphModule) -> Iterator[str]:

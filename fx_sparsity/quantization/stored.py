@@ -2,11 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fx_sparsity.graph.passes import SeenWeight
+from fx_sparsity.patterns import Role
 
 
 class ZeroNotRepresentableError(ValueError):
@@ -31,6 +33,7 @@ class StoredWeight:
         view: where `data` is a view of the weight, as after transposing or splitting a packed one.
         obstacle: what stands between the stored value and its consumer, so that the one says
             nothing of the other; empty where nothing does.
+        roles: of the axes of `data`, where how it is stored tells them.
     """
 
     fqn: str
@@ -44,6 +47,7 @@ class StoredWeight:
     code_range: tuple[int, int] | None = None
     view: SeenWeight | None = None
     obstacle: str = ""
+    roles: tuple[Role, ...] | None = None
 
     def seen(self, whole: Tensor) -> Tensor:
         """The part of a tensor in the weight's own shape that this copy stores, in its order."""
@@ -119,3 +123,8 @@ def float_weight(fqn: str, where: str, tensor: Tensor) -> StoredWeight:
 
     dtype = str(tensor.dtype).removeprefix("torch.")
     return StoredWeight(fqn, where, dtype, "float", tensor.detach(), write)
+
+
+def is_float(value: object) -> TypeGuard[Tensor]:
+    """Whether a value is a plain floating-point tensor, rather than codes in a tensor's clothes."""
+    return type(value) in (Tensor, nn.Parameter, nn.Buffer) and value.is_floating_point()

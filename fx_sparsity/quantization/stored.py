@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -125,6 +125,6 @@ def float_weight(fqn: str, where: str, tensor: Tensor) -> StoredWeight:
     return StoredWeight(fqn, where, dtype, "float", tensor.detach(), write)
 
 
-def is_float(value: object) -> TypeGuard[Tensor]:
+def is_float(value: Any) -> TypeGuard[Tensor]:
     """Whether a value is a plain floating-point tensor, rather than codes in a tensor's clothes."""
     return type(value) in (Tensor, nn.Parameter, nn.Buffer) and value.is_floating_point()

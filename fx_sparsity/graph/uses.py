@@ -91,7 +91,13 @@ def module_uses(graph: fx.Graph, model: Any) -> Iterator[tuple[str, str, Use]]:
 
 
 def uses_of_module(path: str, module: nn.Module, node: str = "") -> Iterator[tuple[str, str, Use]]:
-    """(FQN, kind, use) of the weights of one module, by its class; nothing for unknown classes."""
+    """(FQN, kind, use) of the weights of one module, by its class; nothing for unknown classes.
+
+    A sequence called as a whole, such as a quantizer's fused modules, calls its members.
+    """
+    if node and isinstance(module, nn.Sequential):
+        for name, member in module.named_children():
+            yield from uses_of_module(f"{path}.{name}", member, node)
     row = next((row for base, row in MODULES.items() if isinstance(module, base)), None)
     for name, parameter in module.named_parameters(prefix=path) if row else ():
         attribute = canonical_fqn(name).rpartition(".")[2]
@@ -141,6 +147,9 @@ def _uses(
         constant = dependent.isdisjoint(node.all_input_nodes)
         if not constant:
             dependent.add(node)
+        if received and _observes(node):
+            origins[node] = list(origins[received[0]])
+            continue
         if node.op not in ("call_function", "call_method") or not received or node not in live:
             continue
         if isinstance(node.target, torch._ops.HigherOrderOperator):
@@ -170,6 +179,17 @@ def _uses(
     (returned,) = graph.output_node().args
     values = returned if isinstance(returned, list | tuple) else [returned]
     return [list(origins.get(v, ())) if isinstance(v, fx.Node) else [] for v in values]
+
+
+def _observes(node: fx.Node) -> bool:
+    """Whether a node calls a quantizer's observer or fake quantization, which pass on what they see.
+
+    torch's and torchao's classes have no base in common but this method.
+    """
+    owner = node.graph.owning_module
+    if node.op != "call_module" or owner is None:
+        return False
+    return hasattr(owner.get_submodule(str(node.target)), "calculate_qparams")
 
 
 def _inside(

@@ -1,6 +1,7 @@
 """Every frontend finds the same weights, with the same roles."""
 
 import io
+import re
 
 import pytest
 import torch
@@ -227,3 +228,36 @@ def test_a_weight_used_in_several_graphs_keeps_every_use():
     weights = find_weights(Shared(), (torch.randn(4, 4),))
     assert [use.op for use in weights["shared"].uses] == ["matmul", "matmul"]
     assert weights.frontend == "Dynamo (3 graphs)"
+
+
+class Fusable(nn.Module):
+    """What a quantizer fuses, and a weight that it observes in the graph."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8)
+        self.bare = nn.Parameter(torch.randn(8, 8))
+        self.head = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
+
+    def forward(self, x):
+        x = nn.functional.relu(self.norm(self.conv(x))).mean((2, 3))
+        return self.head(nn.functional.linear(x, self.bare))
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated.*")
+@pytest.mark.parametrize("qat", [False, True])
+def test_what_prepare_fx_returns(qat):
+    from torch.ao import quantization as tq
+    from torch.ao.quantization import quantize_fx
+
+    model, inputs = Fusable().train(qat), (torch.randn(2, 4, 6, 6),)
+    expected = find_weights(model, inputs)
+    if qat:
+        config, quantizer_prepare = tq.get_default_qat_qconfig_mapping(), quantize_fx.prepare_qat_fx
+    else:
+        config, quantizer_prepare = tq.get_default_qconfig_mapping(), quantize_fx.prepare_fx
+    weights = find_weights(quantizer_prepare(model, config, inputs))
+    assert {re.sub(r"(\.0)+", "", fqn): role for fqn, role in roles(weights).items()} == {
+        re.sub(r"(\.0)+", "", fqn): role for fqn, role in roles(expected).items()
+    }
+    assert not weights.unclaimed

@@ -1,162 +1,184 @@
-"""`torch.ao.quantization` in eager mode: dynamic int8 linears and weight-only 8-bit embeddings.
+"""`torch.ao.quantization` in eager mode: modules are swapped, without a graph.
 
 Deprecated in torch, and still what many have. Its embeddings are the only modules whose weights
-lose their zeros; the observer below is the cure.
+lose their zeros; see `embeddings.py` for the cure.
 """
 
 import copy
-import warnings
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-import torch.ao.nn.quantized as nnq
-from torch import Tensor, nn
+from torch import nn
 from torch.ao import quantization as tq
-from torch.ao.quantization.observer import PerChannelMinMaxObserver
 
 from fx_sparsity.graph import WeightMap
 from fx_sparsity.graph.capture import ExampleInputs
 from fx_sparsity.quantization.backend import (
     Backend,
-    BackendError,
-    Calibrate,
+    Prepared,
     Quantized,
-    run_example,
+    check_runs,
+    check_unmasked,
 )
 from fx_sparsity.quantization.embeddings import (
-    bake_max_norm,
     check_quantizable,
-    match_float_forward,
+    convert_tables,
+    embedding_qconfig,
+    is_float_embedding,
 )
-from fx_sparsity.quantization.observers import EMBEDDING_SPEC, IntegerZeroPoint
+from fx_sparsity.quantization.modules import check_engine, check_float32, quiet, read_modules
 from fx_sparsity.quantization.stored import StoredWeight
-from fx_sparsity.sparsifier import Mask
 
-QConfigs = Mapping[type[nn.Module], tq.QConfig]
+QConfigs = Mapping[type[nn.Module], tq.QConfig | None]
 
-
-class EmbeddingObserver(IntegerZeroPoint, PerChannelMinMaxObserver):  # type: ignore[misc]
-    """Observes embedding rows so that zero is a code."""
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-embedding_qconfig = tq.QConfig(
-    activation=tq.PlaceholderObserver.with_args(dtype=torch.float),
-    weight=EmbeddingObserver.with_args(dtype=torch.quint8, **EMBEDDING_SPEC),
-)
-"""Weight-only 8-bit embeddings; `float_qparams_weight_only_qconfig` with a zero that is a code."""
+def default_qconfigs(*, dynamic: bool = True, qat: bool = False) -> QConfigs:
+    """int8 linears (and, where static, convolutions), and 8-bit embeddings whose zero is a code.
 
-DEFAULT_QCONFIGS: QConfigs = {
-    nn.Linear: tq.per_channel_dynamic_qconfig,
-    nn.Embedding: embedding_qconfig,
-    nn.EmbeddingBag: embedding_qconfig,
-}
+    Args:
+        dynamic: quantize the activations of linears as they come; otherwise with ranges from
+            calibration.
+        qat: fake quantization to train with, instead of observers; always static.
+    """
+    tables = {nn.Embedding: embedding_qconfig, nn.EmbeddingBag: embedding_qconfig}
+    if dynamic and not qat:
+        return {nn.Linear: tq.per_channel_dynamic_qconfig, **tables}
+    static = tq.get_default_qat_qconfig("x86") if qat else tq.get_default_qconfig("x86")
+    return {**dict.fromkeys((nn.Linear, *_CONVOLUTIONS), static), **tables}
+
+
+@dataclass
+class _Plan:
+    """What convert needs to know.
+
+    Attributes:
+        tables: name of an embedding -> its qconfig.
+        dynamic: name of a module -> its qconfig, which has nothing to calibrate.
+        classes: float or prepared class -> quantized class.
+        shared: names of one module, where it has several.
+    """
+
+    tables: dict[str, tq.QConfig] = field(default_factory=dict)
+    dynamic: dict[str, tq.QConfig] = field(default_factory=dict)
+    classes: dict[type[nn.Module], type[nn.Module]] = field(default_factory=dict)
+    shared: list[list[str]] = field(default_factory=list)
 
 
 class EagerBackend(Backend):
-    """`quantize_dynamic`. `config` maps module classes to qconfigs; None is `DEFAULT_QCONFIGS`."""
+    """`prepare`, `prepare_qat` and `convert`.
+
+    `config` maps module classes to qconfigs; None is `default_qconfigs()`. A class stands for
+    itself, as in torch; that of an embedding also for its subclasses, where the nearest one counts.
+    The qconfig None leaves modules of its class in float.
+
+    A module with a static qconfig gets a quantizer before it and a dequantizer behind it
+    (`QuantWrapper`), unless the model has `QuantStub`s of its own. Embeddings are quantized by
+    their weights alone, when converting, also after QAT.
+    """
 
     name = "eager"
 
-    def quantize(
+    def prepare(
         self,
         model: nn.Module,
         example_inputs: ExampleInputs,
         weights: WeightMap,
         *,
-        calibrate: Calibrate | None = None,
         config: QConfigs | None = None,
         dynamic_shapes: Any = None,
-    ) -> Quantized:
-        """See `Backend.quantize`. Nothing here is calibrated or exported.
+        qat: bool = False,
+    ) -> Prepared:
+        """See `Backend.prepare`.
 
         Raises:
-            BackendError: live masks, which torch would leave in float without a word; a bag that
-                takes the maximum; or a result that does not run on the example inputs.
+            BackendError: live masks, weights that are not float32, an embedding whose weight a hook
+                computes, or no quantized engine.
         """
-        del calibrate, dynamic_shapes
-        for name, module in model.named_modules():
-            if isinstance(module, Mask):
-                weight = name.partition(".parametrizations.")[0]
-                raise BackendError(f"{weight} is still masked; squash before quantizing")
-        qconfigs = dict(config or DEFAULT_QCONFIGS)
+        del example_inputs, dynamic_shapes
+        check_unmasked(model)
+        check_engine()
         copied = copy.deepcopy(model)
-        names: dict[nn.Module, list[str]] = {}
+        qconfigs = default_qconfigs(qat=qat) if config is None else config
+        chosen: dict[nn.Module, tuple[tq.QConfig, list[str]]] = {}
         for name, module in copied.named_modules(remove_duplicate=False):
-            if type(module) in qconfigs:
-                names.setdefault(module, []).append(name)
-        for source in names:
-            if isinstance(source, nn.Embedding | nn.EmbeddingBag):
-                check_quantizable(names[source][0], source)
-                bake_max_norm(source)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*torch.ao.quantization is deprecated.*")
-            quantized = tq.quantize_dynamic(copied, qconfigs, inplace=True)
-        for source, aliases in names.items():
-            module = quantized.get_submodule(aliases[0])
-            if isinstance(source, nn.Embedding | nn.EmbeddingBag):
-                match_float_forward(module, source)
-            for alias in aliases[1:]:  # torch converts a shared module once for some of its names
-                quantized.set_submodule(alias, module)
-        try:
-            with torch.no_grad():
-                run_example(quantized, example_inputs)
-        except Exception as error:
-            raise BackendError(
-                f"the quantized {type(model).__name__} does not run on example_inputs: "
-                f"{type(error).__name__}: {error}; exclude the modules concerned in `config`, "
-                "or use backend 'pt2e'"
-            ) from error
-        held = {f"{name}.weight".removeprefix(".") for found in names.values() for name in found}
+            qconfig = _qconfig_of(module, qconfigs)
+            if qconfig is not None:
+                chosen.setdefault(module, (qconfig, []))[1].append(name)
+        held = {f"{n}.weight".removeprefix(".") for _, names in chosen.values() for n in names}
         meant = frozenset(fqn for fqn, site in weights.items() if held & {fqn, *site.aliases})
-        return Quantized(quantized, meant)
+        check_float32(model, held)
+
+        plan = _Plan(classes=dict(tq.get_default_static_quant_module_mappings()))
+        own_stubs = any(isinstance(module, tq.QuantStub) for module in copied.modules())
+        moved = {}
+        for module, (qconfig, names) in chosen.items():
+            if is_float_embedding(module):
+                check_quantizable(names[0], module)
+                plan.tables[names[0]] = qconfig
+            elif _is_dynamic(qconfig):
+                plan.dynamic[names[0]] = qconfig
+                dynamic = tq.get_default_dynamic_quant_module_mappings()
+                plan.classes[type(module)] = dynamic[type(module)]
+            else:
+                module.qconfig = qconfig  # type: ignore[assignment]
+                if not own_stubs:
+                    copied = _replace(copied, names, tq.QuantWrapper(module))
+                    for name in names:
+                        fqn, there = (f"{n}.weight" for n in (name, f"{name}.module"))
+                        moved[fqn.removeprefix(".")] = there.removeprefix(".")
+            if len(names) > 1:
+                plan.shared.append(names)
+        with quiet():
+            if qat:
+                copied = tq.prepare_qat(copied.train(), inplace=True)
+            else:
+                copied = tq.prepare(copied, inplace=True)
+        _unify(copied, plan.shared)
+        return Prepared(copied, meant, moved, plan)
+
+    def convert(self, prepared: Prepared, example_inputs: ExampleInputs) -> Quantized:
+        """See `Backend.convert`."""
+        plan: _Plan = prepared.config
+        model = convert_tables(prepared.model.eval(), plan.tables)
+        for name, qconfig in plan.dynamic.items():
+            model.get_submodule(name).qconfig = qconfig  # type: ignore[assignment]
+        with quiet():
+            model = tq.convert(model, mapping=plan.classes, inplace=True)
+        _unify(model, plan.shared)
+        check_runs(model, example_inputs)
+        return Quantized(model, prepared.meant)
+
+    def read(self, model: nn.Module) -> Iterator[StoredWeight]:
+        """See `Backend.read`."""
+        yield from read_modules(model)
 
 
-def read_modules(model: nn.Module) -> Iterator[StoredWeight]:
-    """Weights of torch's quantized modules, a shared module under each of its names."""
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, nnq.Linear | nnq.Conv2d | nnq.Conv1d | nnq.Conv3d | nnq.Embedding):
-            yield read_quantized(f"{name}.weight".removeprefix("."), module)
+def _qconfig_of(module: nn.Module, qconfigs: QConfigs) -> tq.QConfig | None:
+    """The qconfig for a module; None where it stays in float."""
+    classes = type(module).__mro__ if is_float_embedding(module) else (type(module),)
+    return next((qconfigs[kind] for kind in classes if kind in qconfigs), None)
 
 
-def read_quantized(fqn: str, module: Any) -> StoredWeight:
-    """The weight of one of torch's quantized modules, under the name `fqn`."""
-    weight: Tensor = module.weight()
-    codes = weight.int_repr()
-    if weight.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
-        scheme = "per-tensor affine"
-        scale = torch.tensor(weight.q_scale())
-        zero_point = torch.tensor(weight.q_zero_point())
-    else:
-        axis = weight.q_per_channel_axis()
-        kind = "float" if "float" in str(weight.qscheme()) else "integer"
-        scheme = f"per-channel affine ({kind} zero point), axis {axis}"
-        shape = [-1 if dim == axis else 1 for dim in range(weight.ndim)]
-        # Cloned, because an unpacked embedding's parameters point into the packed weight, which is
-        # gone once that is rebuilt.
-        scales = weight.q_per_channel_scales().clone()
-        zero_points = weight.q_per_channel_zero_points().clone()
-        scale, zero_point = scales.float().view(shape), zero_points.view(shape)
+def _is_dynamic(qconfig: tq.QConfig) -> bool:
+    """Whether activations are quantized as they come, so that nothing is to be calibrated."""
+    return bool(getattr(qconfig.activation(), "is_dynamic", False))
 
-    def write(new: Tensor) -> None:
-        # Packed weights cannot be edited, only rebuilt. Requantizing what the codes stand for, with
-        # their own scales, gives the same codes; anything else would be a defect of torch.
-        values = (new.to(torch.float32) - zero_point) * scale
-        if scheme.startswith("per-tensor"):
-            rebuilt = torch.quantize_per_tensor(
-                values, weight.q_scale(), weight.q_zero_point(), weight.dtype
-            )
-        else:
-            rebuilt = torch.quantize_per_channel(values, scales, zero_points, axis, weight.dtype)
-        if not torch.equal(rebuilt.int_repr(), new):
-            raise RuntimeError(f"{fqn}: requantizing with its own scales changed other codes")
-        if isinstance(module, nnq.Embedding):
-            module.set_weight(rebuilt)
-        else:
-            module.set_weight_bias(rebuilt, module.bias())
 
-    info = torch.iinfo(codes.dtype)
-    dtype = str(weight.dtype).removeprefix("torch.")
-    return StoredWeight(
-        fqn, fqn, dtype, scheme, codes, write, scale, zero_point, (info.min, info.max)
-    )
+def _replace(model: nn.Module, names: list[str], new: nn.Module) -> nn.Module:
+    """Put a module in the places of another; returns the model, which may itself be replaced."""
+    if "" in names:
+        return new
+    for name in names:
+        model.set_submodule(name, new)
+    return model
+
+
+def _unify(model: nn.Module, shared: list[list[str]]) -> None:
+    """torch swaps a shared module once for some of its names; give all of them the same again."""
+    for names in shared:
+        module = model.get_submodule(names[0])
+        for alias in names[1:]:
+            model.set_submodule(alias, module)

@@ -21,7 +21,7 @@ from fx_sparsity.quantization.backend import (
     run_calibration,
 )
 from fx_sparsity.quantization.gate import Verification, read_weights, verify
-from fx_sparsity.quantization.stored import StoredWeight
+from fx_sparsity.quantization.stored import StoredWeight, by_name
 from fx_sparsity.sparsifier import BaseSparsifier, MaskError, SparsityRecord
 
 Order = Literal["sparsify_first", "quantize_first", "interleaved", "qat"]
@@ -166,14 +166,13 @@ def sparsify_codes(
         Whatever is raised, the model was not changed.
     """
     configs = None if mapping is None else mapping.resolve(weights)
-    stored: dict[str, list[StoredWeight]] = {fqn: [] for fqn in (configs or weights)}
-    canonical = {name: fqn for fqn in stored for name in (fqn, *weights[fqn].aliases)}
-    for weight in read_weights(model):
-        if weight.fqn in canonical:
+    names = {fqn: weights[fqn].aliases for fqn in (configs or weights)}
+    stored = by_name(read_weights(model), names)
+    for copies in stored.values():
+        for weight in copies:
             weight.zero_code()
             if weight.obstacle:
                 raise ValueError(f"{weight.fqn} cannot be masked: {weight.obstacle}")
-            stored[canonical[weight.fqn]].append(weight)
     if missing := [fqn for fqn, copies in stored.items() if not copies]:
         raise ValueError(f"the quantized model does not hold {', '.join(missing)}")
 

@@ -12,7 +12,7 @@ from fx_sparsity.graph import find_weights
 from fx_sparsity.graph.passes import WEIGHT_META
 from fx_sparsity.masks import tightest_pattern, tiling_holds
 from fx_sparsity.quantization.backend import loaded_backends
-from fx_sparsity.quantization.stored import StoredWeight, float_weight, is_float
+from fx_sparsity.quantization.stored import StoredWeight, by_name, float_weight, is_float
 from fx_sparsity.sparsifier import Mask, MaskRecord
 from fx_sparsity.tables import format_table
 
@@ -231,8 +231,9 @@ def verify(
     """
     if record is None:
         return Verification(tuple(_found(model, meant)))
-    stored = _by_name(read_weights(model), record)
-    alone = {} if reference is None else _by_name(read_weights(reference), record)
+    names = {fqn: mask.aliases for fqn, mask in record.items()}
+    stored = by_name(read_weights(model), names)
+    alone = {} if reference is None else by_name(read_weights(reference), names)
     rows: list[VerifiedWeight] = []
     for fqn, mask in record.items():
         intended = None if meant is None else fqn in meant
@@ -297,26 +298,6 @@ def _missing(fqn: str, mask: MaskRecord, meant: bool | None) -> VerifiedWeight:
         pattern_holds=None,
         max_change=None,
     )
-
-
-def _by_name(
-    weights: Iterable[StoredWeight], record: Mapping[str, MaskRecord]
-) -> dict[str, list[StoredWeight]]:
-    """Every stored copy of each recorded weight, one tensor once."""
-    canonical = {alias: fqn for fqn, mask in record.items() for alias in (fqn, *mask.aliases)}
-    found: dict[str, list[StoredWeight]] = {fqn: [] for fqn in record}
-    seen: set[tuple[str, int]] = set()
-    for weight in weights:
-        fqn = canonical.get(weight.fqn)
-        if fqn is None:
-            continue
-        if not weight.quantized and weight.data.device.type != "meta":
-            place = (fqn, weight.data.data_ptr())
-            if place in seen:
-                continue
-            seen.add(place)
-        found[fqn].append(weight)
-    return found
 
 
 def _holds(copies: Sequence[StoredWeight], mask: MaskRecord) -> list[bool | None]:

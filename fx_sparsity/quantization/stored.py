@@ -1,6 +1,6 @@
 """How a model, quantized or not, holds one weight: read it, ask what is zero, write codes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
@@ -34,6 +34,7 @@ class StoredWeight:
         obstacle: what stands between the stored value and its consumer, so that the one says
             nothing of the other; empty where nothing does.
         roles: of the axes of `data`, where how it is stored tells them.
+        aliases: what else the weight may have been called in the float model.
     """
 
     fqn: str
@@ -48,6 +49,7 @@ class StoredWeight:
     view: SeenWeight | None = None
     obstacle: str = ""
     roles: tuple[Role, ...] | None = None
+    aliases: tuple[str, ...] = ()
 
     def seen(self, whole: Tensor) -> Tensor:
         """The part of a tensor in the weight's own shape that this copy stores, in its order."""
@@ -128,3 +130,29 @@ def float_weight(fqn: str, where: str, tensor: Tensor) -> StoredWeight:
 def is_float(value: Any) -> TypeGuard[Tensor]:
     """Whether a value is a plain floating-point tensor, rather than codes in a tensor's clothes."""
     return type(value) in (Tensor, nn.Parameter, nn.Buffer) and value.is_floating_point()
+
+
+def by_name(
+    stored: Iterable[StoredWeight], names: Mapping[str, Sequence[str]]
+) -> dict[str, list[StoredWeight]]:
+    """Every stored copy of each weight that is asked for; one float tensor counts once.
+
+    Args:
+        stored: what a model holds.
+        names: canonical FQN in the float model -> its further names there.
+    """
+    canonical = {name: fqn for fqn, aliases in names.items() for name in (fqn, *aliases)}
+    found: dict[str, list[StoredWeight]] = {fqn: [] for fqn in names}
+    seen: set[tuple[str, int]] = set()
+    for weight in stored:
+        called = (weight.fqn, *weight.aliases)
+        fqn = next((canonical[name] for name in called if name in canonical), None)
+        if fqn is None:
+            continue
+        if not weight.quantized and weight.data.device.type != "meta":
+            place = (fqn, weight.data.data_ptr())
+            if place in seen:
+                continue
+            seen.add(place)
+        found[fqn].append(weight)
+    return found

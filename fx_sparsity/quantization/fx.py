@@ -1,0 +1,209 @@
+"""`torch.ao.quantization` in FX graph mode: `prepare_fx` and `convert_fx` on a symbolic trace.
+
+Deprecated in torch, and still what many have. Its prepare fuses modules, which moves weights, and
+shares the modules of its input; both are dealt with here.
+"""
+
+import copy
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.ao import quantization as tq
+from torch.ao.quantization import quantize_fx
+
+from fx_sparsity.graph import AnnotateWeights, WeightMap
+from fx_sparsity.graph.capture import ExampleInputs, call_arguments
+from fx_sparsity.graph.passes import WEIGHT_META, weight_arguments
+from fx_sparsity.quantization.backend import (
+    Backend,
+    BackendError,
+    Prepared,
+    Quantized,
+    check_runs,
+    check_unmasked,
+)
+from fx_sparsity.quantization.embeddings import is_float_embedding
+from fx_sparsity.quantization.modules import (
+    check_engine,
+    check_float32,
+    convert_tables,
+    embedding_qconfig,
+    quiet,
+    read_affine,
+)
+from fx_sparsity.quantization.stored import StoredWeight
+
+
+def default_qconfig_mapping(*, dynamic: bool = False, qat: bool = False) -> tq.QConfigMapping:
+    """int8 linears (and, where static, convolutions), and 8-bit embeddings whose zero is a code.
+
+    Args:
+        dynamic: quantize the activations of linears as they come; otherwise with ranges from
+            calibration.
+        qat: fake quantization to train with, instead of observers.
+    """
+    if dynamic:
+        mapping = tq.QConfigMapping()
+        for kind in (nn.Linear, nn.functional.linear):
+            mapping.set_object_type(kind, tq.per_channel_dynamic_qconfig)
+    elif qat:
+        mapping = tq.get_default_qat_qconfig_mapping("x86")
+    else:
+        mapping = tq.get_default_qconfig_mapping("x86")
+    for kind in (nn.Embedding, nn.EmbeddingBag):
+        mapping.set_object_type(kind, embedding_qconfig)
+    return mapping
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What convert needs to know: FQN of an embedding -> its qconfig."""
+
+    tables: dict[str, tq.QConfig]
+
+
+class FXBackend(Backend):
+    """`config` is a `QConfigMapping`; None is `default_qconfig_mapping()`.
+
+    Embeddings are quantized by their weights alone, when converting, also after QAT.
+    """
+
+    name = "fx"
+
+    def prepare(
+        self,
+        model: nn.Module,
+        example_inputs: ExampleInputs,
+        weights: WeightMap,
+        *,
+        config: tq.QConfigMapping | None = None,
+        dynamic_shapes: Any = None,
+        qat: bool = False,
+    ) -> Prepared:
+        """See `Backend.prepare`. Gives a GraphModule.
+
+        Raises:
+            BackendError: live masks, weights that are not float32, no quantized engine, or a model
+                that cannot be traced.
+        """
+        del dynamic_shapes
+        check_unmasked(model)
+        check_engine()
+        mapping = copy.deepcopy(config) if config else default_qconfig_mapping(qat=qat)
+        copied = copy.deepcopy(model).train(qat)
+        tables = {}
+        for name, module in copied.named_modules():
+            if is_float_embedding(module):
+                qconfig = _qconfig_of(name, module, mapping)
+                if qconfig is not None:
+                    tables[name] = qconfig
+                mapping.set_module_name(name, None)
+        prepare = quantize_fx.prepare_qat_fx if qat else quantize_fx.prepare_fx
+        args, kwargs = call_arguments(example_inputs)
+        try:
+            with quiet():
+                prepared = prepare(copied, mapping, (*args, *kwargs.values()))
+        except Exception as error:  # whatever the model's own code raises on proxies
+            raise BackendError(
+                f"{type(model).__name__} cannot be traced for FX graph mode: "
+                f"{type(error).__name__}: {error}; use backend 'pt2e' or 'eager'"
+            ) from error
+        moved = dict(_moved(prepared, weights))
+        AnnotateWeights(weights.renamed(moved))(prepared)
+        meant = {fqn for fqn in weights if _is_meant(prepared, moved.get(fqn, fqn), qat)}
+        meant |= {w.fqn for n in prepared.graph.nodes for w, v in weight_arguments(n)
+                  if v.op == "call_module"}
+        meant |= {fqn for fqn, site in weights.items()
+                  if any(name.rpartition(".")[0] in tables for name in (fqn, *site.aliases))}
+        check_float32(model, meant)
+        return Prepared(prepared, frozenset(meant), moved, _Plan(tables))
+
+    def convert(self, prepared: Prepared, example_inputs: ExampleInputs) -> Quantized:
+        """See `Backend.convert`. Gives a GraphModule of torch's quantized modules."""
+        model = convert_tables(prepared.model.eval(), prepared.config.tables)
+        with quiet():
+            converted = quantize_fx.convert_fx(model)
+        check_runs(converted, example_inputs)
+        return Quantized(converted, prepared.meant)
+
+    def read(self, model: nn.Module) -> Iterator[StoredWeight]:
+        """See `Backend.read`: functional operators with packed weights.
+
+        Quantized modules are those of eager mode, and read there.
+        """
+        for node in model.graph.nodes if isinstance(model, fx.GraphModule) else ():
+            noted = node.meta.get(WEIGHT_META, {})
+            if "weight" in noted and str(node.target).startswith("quantized."):
+                yield _read_packed(model, noted["weight"].fqn, node)
+
+
+def _qconfig_of(
+    name: str, module: nn.Module, mapping: tq.QConfigMapping
+) -> tq.QConfig | None:
+    """What a mapping says of an embedding; the qconfig for all modules does not fit it."""
+    if name in mapping.module_name_qconfigs:
+        return mapping.module_name_qconfigs[name]
+    for regex, qconfig in mapping.module_name_regex_qconfigs.items():
+        if re.match(regex, name):
+            return qconfig
+    return next(
+        (
+            mapping.object_type_qconfigs[kind]
+            for kind in type(module).__mro__
+            if kind in mapping.object_type_qconfigs
+        ),
+        None,
+    )
+
+
+def _moved(prepared: nn.Module, weights: WeightMap) -> Iterator[tuple[str, str]]:
+    """FQN in the float model -> FQN in the prepared one, where the owner was fused."""
+    for site in weights.sites:
+        for fqn in (site.fqn, *site.aliases):
+            owner, _, attribute = fqn.rpartition(".")
+            try:
+                module = prepared.get_submodule(owner)
+            except AttributeError:  # a functional operator's: its path holds no module now
+                continue
+            if isinstance(module, nn.Sequential) and hasattr(module[0], attribute):
+                yield fqn, f"{owner}.0.{attribute}"
+
+
+def _is_meant(prepared: nn.Module, fqn: str, qat: bool) -> bool:
+    """Whether prepare gave the owner of a weight a qconfig, and torch has a quantized class."""
+    try:
+        module = prepared.get_submodule(fqn.rpartition(".")[0])
+    except AttributeError:
+        return False
+    if qat:
+        classes = set(tq.get_default_qat_module_mappings().values())
+    else:
+        classes = set(tq.get_default_static_quant_module_mappings())
+    return type(module) in classes and getattr(module, "qconfig", None) is not None
+
+
+def _read_packed(model: fx.GraphModule, fqn: str, node: fx.Node) -> StoredWeight:
+    """The weight of a functional operator: a packed attribute that can only be rebuilt."""
+    packed = next(
+        a for a in node.all_input_nodes if a.op == "get_attr" and "packed" in str(a.target)
+    )
+    where = str(packed.target)
+    kind = node.target._schema.name.removeprefix("quantized::")  # type: ignore[union-attr]
+    kind = re.match(r"linear|conv\dd", kind)[0]  # type: ignore[index]
+    ops = torch.ops.quantized
+    weight, bias = getattr(ops, f"{kind}_unpack")(getattr(model, where))
+
+    def rebuild(new: Tensor) -> None:
+        held = getattr(model, where)
+        if kind == "linear":
+            made = ops.linear_prepack(new, bias)
+        else:
+            geometry = (held.stride(), held.padding(), held.dilation(), held.groups())
+            made = getattr(ops, f"{kind}_prepack")(new, bias, *geometry)
+        setattr(model, where, made)
+
+    return read_affine(fqn, where, weight, rebuild)

@@ -24,16 +24,19 @@ from fx_sparsity.quantization.backend import (
     Quantized,
     run_example,
 )
+from fx_sparsity.quantization.codes import CodedWeight
 from fx_sparsity.quantization.embeddings import (
-    bake_max_norm,
     check_quantizable,
-    match_float_forward,
+    float_table,
+    is_float_embedding,
+    quantize_table,
+    replace_embeddings,
 )
 from fx_sparsity.quantization.observers import EMBEDDING_SPEC, IntegerZeroPoint
 from fx_sparsity.quantization.stored import StoredWeight
 from fx_sparsity.sparsifier import Mask
 
-QConfigs = Mapping[type[nn.Module], tq.QConfig]
+QConfigs = Mapping[type[nn.Module], tq.QConfig | None]
 
 
 class EmbeddingObserver(IntegerZeroPoint, PerChannelMinMaxObserver):  # type: ignore[misc]
@@ -54,7 +57,11 @@ DEFAULT_QCONFIGS: QConfigs = {
 
 
 class EagerBackend(Backend):
-    """`quantize_dynamic`. `config` maps module classes to qconfigs; None is `DEFAULT_QCONFIGS`."""
+    """`quantize_dynamic`. `config` maps module classes to qconfigs; None is `DEFAULT_QCONFIGS`.
+
+    A class stands for itself, as in torch; that of an embedding also for its subclasses, where the
+    nearest one counts. The qconfig None leaves modules of its class in float.
+    """
 
     name = "eager"
 
@@ -71,8 +78,8 @@ class EagerBackend(Backend):
         """See `Backend.quantize`. Nothing here is calibrated or exported.
 
         Raises:
-            BackendError: live masks, which torch would leave in float without a word; a bag that
-                takes the maximum; or a result that does not run on the example inputs.
+            BackendError: live masks, which torch would leave in float without a word; an embedding
+                whose weight a hook computes; or a result that does not run on the example inputs.
         """
         del calibrate, dynamic_shapes
         for name, module in model.named_modules():
@@ -82,20 +89,21 @@ class EagerBackend(Backend):
         qconfigs = dict(config or DEFAULT_QCONFIGS)
         copied = copy.deepcopy(model)
         names: dict[nn.Module, list[str]] = {}
+        tables = {}
         for name, module in copied.named_modules(remove_duplicate=False):
-            if type(module) in qconfigs:
-                names.setdefault(module, []).append(name)
-        for source in names:
-            if isinstance(source, nn.Embedding | nn.EmbeddingBag):
-                check_quantizable(names[source][0], source)
-                bake_max_norm(source)
+            qconfig = _qconfig_of(module, qconfigs)
+            if qconfig is None:
+                continue
+            if is_float_embedding(module) and module not in names:
+                check_quantizable(name, module)
+                tables[module] = quantize_table(name, module, float_table(module), qconfig)
+            names.setdefault(module, []).append(name)
+        copied = replace_embeddings(copied, tables)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*torch.ao.quantization is deprecated.*")
             quantized = tq.quantize_dynamic(copied, qconfigs, inplace=True)
-        for source, aliases in names.items():
+        for aliases in names.values():
             module = quantized.get_submodule(aliases[0])
-            if isinstance(source, nn.Embedding | nn.EmbeddingBag):
-                match_float_forward(module, source)
             for alias in aliases[1:]:  # torch converts a shared module once for some of its names
                 quantized.set_submodule(alias, module)
         try:
@@ -112,9 +120,17 @@ class EagerBackend(Backend):
         return Quantized(quantized, meant)
 
 
+def _qconfig_of(module: nn.Module, qconfigs: QConfigs) -> tq.QConfig | None:
+    """The qconfig for a module; None where it stays in float."""
+    classes = type(module).__mro__ if is_float_embedding(module) else (type(module),)
+    return next((qconfigs[kind] for kind in classes if kind in qconfigs), None)
+
+
 def read_modules(model: nn.Module) -> Iterator[StoredWeight]:
-    """Weights of torch's quantized modules, a shared module under each of its names."""
+    """Weights of quantized modules, a shared module under each of its names."""
     for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, CodedWeight):
+            yield module._weight_codes.stored(f"{name}.weight".removeprefix("."))
         if isinstance(module, nnq.Linear | nnq.Conv2d | nnq.Conv1d | nnq.Conv3d | nnq.Embedding):
             yield read_quantized(f"{name}.weight".removeprefix("."), module)
 

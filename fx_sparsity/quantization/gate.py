@@ -10,6 +10,7 @@ from torch.nn.utils import parametrize
 
 from fx_sparsity.graph.passes import WEIGHT_META
 from fx_sparsity.masks import tiling_holds
+from fx_sparsity.quantization.codes import Codes
 from fx_sparsity.quantization.stored import StoredWeight, float_weight
 from fx_sparsity.sparsifier import Mask, MaskRecord
 from fx_sparsity.tables import format_table
@@ -163,7 +164,10 @@ def read_weights(model: nn.Module) -> list[StoredWeight]:
 
         return list(read_graph(model))
     stored = list(_read_float(model))
-    if any("quantized" in type(module).__module__ for module in model.modules()):
+    if any(
+        isinstance(module, Codes) or "quantized" in type(module).__module__
+        for module in model.modules()
+    ):
         from fx_sparsity.quantization.eager import read_modules
 
         stored += read_modules(model)
@@ -173,7 +177,7 @@ def read_weights(model: nn.Module) -> list[StoredWeight]:
 def _read_float(model: nn.Module) -> Iterator[StoredWeight]:
     """Floating parameters and buffers under each name; masked ones as the model sees them."""
     for prefix, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, Mask | parametrize.ParametrizationList):
+        if isinstance(module, Mask | parametrize.ParametrizationList | Codes):
             continue
         names = [*module._parameters, *module._buffers]
         names += getattr(module, "parametrizations", {})

@@ -79,7 +79,8 @@ def mask_weights(
     """What `prepare` does once the weights are found and the mapping is resolved.
 
     Args:
-        model, sparsifier: as `prepare` takes them.
+        model: as `prepare` takes it.
+        sparsifier: as `prepare` takes it.
         weights: by their names in this model.
         configs: FQN -> configuration of those to mask. None gives every weight the sparsifier's own
             defaults.

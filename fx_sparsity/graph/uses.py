@@ -182,7 +182,7 @@ def _uses(
 
 
 def _observes(node: fx.Node) -> bool:
-    """Whether a node calls a quantizer's observer or fake quantization, which pass on what they see.
+    """Whether a node calls a quantizer's observer or fake quantization, which pass on their input.
 
     torch's and torchao's classes have no base in common but this method.
     """

@@ -63,7 +63,7 @@ class _Plan:
 
     tables: dict[str, tq.QConfig] = field(default_factory=dict)
     dynamic: dict[str, tq.QConfig] = field(default_factory=dict)
-    classes: dict[type[nn.Module], type[nn.Module]] = field(default_factory=dict)
+    classes: dict[Any, Any] = field(default_factory=dict)
     shared: list[list[str]] = field(default_factory=list)
 
 
@@ -131,11 +131,11 @@ class EagerBackend(Backend):
                         moved[fqn.removeprefix(".")] = there.removeprefix(".")
             if len(names) > 1:
                 plan.shared.append(names)
-        with quiet():
-            if qat:
-                copied = tq.prepare_qat(copied.train(), inplace=True)
-            else:
-                copied = tq.prepare(copied, inplace=True)
+        if qat:
+            copied.train()
+        if len(chosen) > len(plan.tables) + len(plan.dynamic):
+            with quiet():
+                copied = (tq.prepare_qat if qat else tq.prepare)(copied, inplace=True)
         _unify(copied, plan.shared)
         return Prepared(copied, meant, moved, plan)
 
@@ -177,7 +177,7 @@ def _replace(model: nn.Module, names: list[str], new: nn.Module) -> nn.Module:
 
 
 def _unify(model: nn.Module, shared: list[list[str]]) -> None:
-    """torch swaps a shared module once for some of its names; give all of them the same again."""
+    """Give shared modules one instance again: torch swaps them once for some of their names."""
     for names in shared:
         module = model.get_submodule(names[0])
         for alias in names[1:]:

@@ -1,38 +1,169 @@
-"""Makes torch's quantized embedding modules compute what the float modules did.
+"""Quantized embeddings that compute what the float ones did.
 
-`nnq.EmbeddingBag` sums whatever the mode says and counts padding; both modules forget `max_norm`
-and refuse expanded indices.
+Torch's quantized modules do it for plain tables once helped: `nnq.EmbeddingBag` sums whatever the
+mode says and counts padding; both modules forget `max_norm` and refuse expanded indices. Whatever
+they have no room for, such as a forward of a subclass or the maximum of a bag, keeps its module,
+which then reads its weight from codes.
 """
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypeGuard
 
 import torch
 import torch.ao.nn.quantized as nnq
 from torch import Tensor, nn
+from torch.ao.quantization import QConfig
+from torch.ao.quantization.observer import PerChannelMinMaxObserver, PlaceholderObserver
+from torch.nn.utils import parametrize
 
 from fx_sparsity.quantization.backend import BackendError
+from fx_sparsity.quantization.codes import CodedWeight, Codes, hold_codes
+from fx_sparsity.quantization.observers import EMBEDDING_SPEC, IntegerZeroPoint
+from fx_sparsity.sparsifier import Mask
 
 Embedding = nn.Embedding | nn.EmbeddingBag
 
 
+class EmbeddingObserver(IntegerZeroPoint, PerChannelMinMaxObserver):  # type: ignore[misc]
+    """Observes embedding rows so that zero is a code."""
+
+
+embedding_qconfig = QConfig(
+    activation=PlaceholderObserver.with_args(dtype=torch.float),
+    weight=EmbeddingObserver.with_args(dtype=torch.quint8, **EMBEDDING_SPEC),
+)
+"""Weight-only 8-bit embeddings; `float_qparams_weight_only_qconfig` with a zero that is a code."""
+
+
+def is_float_embedding(module: nn.Module) -> TypeGuard[Embedding]:
+    """Whether a module is an embedding or an embedding bag that is not quantized yet."""
+    return isinstance(module, nn.Embedding | nn.EmbeddingBag) and not isinstance(
+        module, CodedWeight
+    )
+
+
 def check_quantizable(name: str, module: Embedding) -> None:
-    """Raise if the quantized module could not compute the same.
+    """Raise if the weight is not the module's own to replace.
 
     Raises:
-        BackendError: a bag that takes the maximum.
+        BackendError: it is masked, a hook computes it, or it is on the meta device.
     """
-    if isinstance(module, nn.EmbeddingBag) and module.mode == "max":
+    if parametrize.is_parametrized(module, "weight"):
+        entry: Any = module.parametrizations
+        if any(isinstance(step, Mask) for step in entry["weight"]):
+            raise BackendError(f"{name}: its weight is still masked; squash before quantizing")
+    elif "weight" not in module._parameters and "weight" not in module._buffers:
         raise BackendError(
-            f"{name}: expected an EmbeddingBag of mode 'sum' or 'mean', found 'max', which torch's "
-            "quantized module cannot compute; exclude it, or quantize with backend 'pt2e'"
+            f"{name}: expected a weight that the module holds, found one that a hook or a property "
+            "computes; bake it in first, as torch.nn.utils.prune.remove does, or leave it out"
+        )
+    if module.weight.is_meta:
+        raise BackendError(
+            f"{name}: its weight has no data yet, it is on the meta device; load the model first"
         )
 
 
 @torch.no_grad()
-def bake_max_norm(module: Embedding) -> None:
-    """Rescale, in place, the rows that a lookup would rescale: beyond `max_norm`."""
+def float_table(module: Embedding) -> Tensor:
+    """A copy of the weight as lookups see it: rows beyond `max_norm` rescaled."""
+    weight = module.weight.detach().clone()
     if module.max_norm is not None:
-        module.weight.data.renorm_(module.norm_type, 0, module.max_norm)
+        weight.renorm_(module.norm_type, 0, module.max_norm)
+    return weight
+
+
+def quantize_table(
+    name: str, module: Embedding, weight: Tensor, qconfig: QConfig
+) -> nnq.Embedding | Codes:
+    """Quantize `weight`, [rows, dim], the table of `module`, which is not changed.
+
+    Returns:
+        Torch's quantized module where it can stand in for `module`, otherwise codes for it to
+        hold; see `replace_embeddings`.
+
+    Raises:
+        BackendError: torch's module cannot stand in, and the codes are not of 8 bits.
+    """
+    rows, dim = weight.shape
+    table = weight.detach().float().cpu()
+    source: Embedding
+    if isinstance(module, nn.EmbeddingBag):
+        source = nn.EmbeddingBag(
+            rows, dim, include_last_offset=module.include_last_offset, _weight=table
+        )
+    else:
+        source = nn.Embedding(rows, dim, _weight=table)
+    source.qconfig = qconfig  # type: ignore[assignment]
+    kind = nnq.EmbeddingBag if isinstance(module, nn.EmbeddingBag) else nnq.Embedding
+    quantized = kind.from_float(source)
+    if _torch_stands_in(module):
+        match_float_forward(quantized, module)
+        return quantized
+    rebuilt = quantized.weight()
+    if rebuilt.dtype != torch.quint8:
+        raise BackendError(
+            f"{name}: expected a qconfig of torch.quint8 for {type(module).__name__}, "
+            f"found {rebuilt.dtype}"
+        )
+    return Codes(rebuilt, like=weight)
+
+
+def _torch_stands_in(module: Embedding) -> bool:
+    """Whether torch's quantized module does all that `module` does: a float32 lookup on the CPU."""
+    kind = nn.EmbeddingBag if isinstance(module, nn.EmbeddingBag) else nn.Embedding
+    plain = kind(1, 1, _weight=torch.empty(1, 1))
+    additions = {name for name in dir(module) if not name.startswith("_")} - set(dir(plain))
+    held = {*module._parameters, *module._buffers, *module._modules}
+    hooks = (module._forward_pre_hooks, module._forward_hooks)
+    return (
+        getattr(module.forward, "__func__", None) is kind.forward
+        and not additions
+        and held == {"weight"}
+        and not any(hooks)
+        and getattr(module, "mode", None) != "max"
+        and module.weight.dtype == torch.float32
+        and module.weight.device.type == "cpu"
+    )
+
+
+def replace_embeddings(
+    model: nn.Module, quantized: Mapping[Embedding, nnq.Embedding | Codes]
+) -> nn.Module:
+    """Put what `quantize_table` made in the places of embeddings, wherever the model has them.
+
+    Returns:
+        `model`, or what replaces it where it is an embedding itself.
+    """
+    standing_in: dict[nn.Module, nn.Module] = {}
+    for module, made in quantized.items():
+        if isinstance(made, Codes):
+            hold_codes(module, made)
+        else:
+            standing_in[module] = made
+    for parent in list(model.modules()):
+        for attribute, child in list(parent._modules.items()):
+            if child in standing_in:
+                setattr(parent, attribute, standing_in[child])
+    return standing_in.get(model, model)
+
+
+def convert_tables(model: nn.Module, qconfigs: Mapping[str, QConfig]) -> nn.Module:
+    """Quantize embeddings by their weights, in place.
+
+    Args:
+        model: that holds them.
+        qconfigs: name of an embedding -> how to quantize it.
+
+    Returns:
+        `model`, or what replaces it where it is an embedding itself.
+    """
+    tables = {}
+    for name, qconfig in qconfigs.items():
+        module = model.get_submodule(name)
+        assert is_float_embedding(module)
+        module.__dict__.pop("qconfig", None)  # what a quantizer's prepare left on it
+        tables[module] = quantize_table(name, module, float_table(module), qconfig)
+    return replace_embeddings(model, tables)
 
 
 def match_float_forward(quantized: nn.Module, source: Embedding) -> None:

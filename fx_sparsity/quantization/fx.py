@@ -26,15 +26,13 @@ from fx_sparsity.quantization.backend import (
     check_runs,
     check_unmasked,
 )
-from fx_sparsity.quantization.embeddings import is_float_embedding
-from fx_sparsity.quantization.modules import (
-    check_engine,
-    check_float32,
+from fx_sparsity.quantization.embeddings import (
+    check_quantizable,
     convert_tables,
     embedding_qconfig,
-    quiet,
-    read_affine,
+    is_float_embedding,
 )
+from fx_sparsity.quantization.modules import check_engine, check_float32, quiet, read_affine
 from fx_sparsity.quantization.stored import StoredWeight
 
 
@@ -48,8 +46,8 @@ def default_qconfig_mapping(*, dynamic: bool = False, qat: bool = False) -> tq.Q
     """
     if dynamic:
         mapping = tq.QConfigMapping()
-        for kind in (nn.Linear, nn.functional.linear):
-            mapping.set_object_type(kind, tq.per_channel_dynamic_qconfig)
+        for operator in (nn.Linear, nn.functional.linear):
+            mapping.set_object_type(operator, tq.per_channel_dynamic_qconfig)
     elif qat:
         mapping = tq.get_default_qat_qconfig_mapping("x86")
     else:
@@ -100,6 +98,7 @@ class FXBackend(Backend):
             if is_float_embedding(module):
                 qconfig = _qconfig_of(name, module, mapping)
                 if qconfig is not None:
+                    check_quantizable(name, module)
                     tables[name] = qconfig
                 mapping.set_module_name(name, None)
         prepare = quantize_fx.prepare_qat_fx if qat else quantize_fx.prepare_fx
@@ -115,16 +114,24 @@ class FXBackend(Backend):
         moved = dict(_moved(prepared, weights))
         AnnotateWeights(weights.renamed(moved))(prepared)
         meant = {fqn for fqn in weights if _is_meant(prepared, moved.get(fqn, fqn), qat)}
-        meant |= {w.fqn for n in prepared.graph.nodes for w, v in weight_arguments(n)
-                  if v.op == "call_module"}
-        meant |= {fqn for fqn, site in weights.items()
-                  if any(name.rpartition(".")[0] in tables for name in (fqn, *site.aliases))}
+        meant |= {
+            w.fqn
+            for n in prepared.graph.nodes
+            for w, v in weight_arguments(n)
+            if v.op == "call_module"
+        }
+        meant |= {
+            fqn
+            for fqn, site in weights.items()
+            if any(name.rpartition(".")[0] in tables for name in (fqn, *site.aliases))
+        }
         check_float32(model, meant)
         return Prepared(prepared, frozenset(meant), moved, _Plan(tables))
 
     def convert(self, prepared: Prepared, example_inputs: ExampleInputs) -> Quantized:
         """See `Backend.convert`. Gives a GraphModule of torch's quantized modules."""
         model = convert_tables(prepared.model.eval(), prepared.config.tables)
+        assert isinstance(model, fx.GraphModule)
         with quiet():
             converted = quantize_fx.convert_fx(model)
         check_runs(converted, example_inputs)
@@ -135,15 +142,15 @@ class FXBackend(Backend):
 
         Quantized modules are those of eager mode, and read there.
         """
-        for node in model.graph.nodes if isinstance(model, fx.GraphModule) else ():
+        if not isinstance(model, fx.GraphModule):
+            return
+        for node in model.graph.nodes:
             noted = node.meta.get(WEIGHT_META, {})
             if "weight" in noted and str(node.target).startswith("quantized."):
                 yield _read_packed(model, noted["weight"].fqn, node)
 
 
-def _qconfig_of(
-    name: str, module: nn.Module, mapping: tq.QConfigMapping
-) -> tq.QConfig | None:
+def _qconfig_of(name: str, module: nn.Module, mapping: tq.QConfigMapping) -> tq.QConfig | None:
     """What a mapping says of an embedding; the qconfig for all modules does not fit it."""
     if name in mapping.module_name_qconfigs:
         return mapping.module_name_qconfigs[name]

@@ -1,7 +1,7 @@
 """The gate: what is true now, weight by weight, of a model that was sparsified and quantized."""
 
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import overload
 
@@ -12,6 +12,7 @@ from fx_sparsity.graph import find_weights
 from fx_sparsity.graph.passes import WEIGHT_META
 from fx_sparsity.masks import tightest_pattern, tiling_holds
 from fx_sparsity.quantization.backend import loaded_backends
+from fx_sparsity.quantization.codes import Codes
 from fx_sparsity.quantization.stored import StoredWeight, by_name, float_weight, is_float
 from fx_sparsity.sparsifier import Mask, MaskRecord
 from fx_sparsity.tables import format_table
@@ -194,7 +195,7 @@ def _read_float(model: nn.Module, called: set[str] | None) -> Iterator[StoredWei
         called: modules to look into, where a graph tells of everything else what it reads.
     """
     for prefix, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, Mask | parametrize.ParametrizationList):
+        if isinstance(module, Mask | parametrize.ParametrizationList | Codes):
             continue
         if called is not None and not any(f"{prefix}.".startswith(f"{name}.") for name in called):
             continue

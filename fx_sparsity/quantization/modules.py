@@ -3,6 +3,8 @@
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.ao.nn.intrinsic.quantized as nniq
@@ -88,7 +90,9 @@ def read_modules(model: nn.Module) -> Iterator[StoredWeight]:
         path = name.rpartition(".")[0] if name in wrappers else name
         fqn = f"{path}.weight".removeprefix(".")
         if isinstance(module, CodedWeight):
-            yield module._weight_codes.stored(fqn)
+            yield replace(
+                module._weight_codes.stored(fqn), where=f"{name}.weight".removeprefix(".")
+            )
             continue
         roles = next((axes for kind, axes in _KINDS.items() if isinstance(module, kind)), None)
         if roles is not None:
@@ -101,10 +105,8 @@ def read_quantized(fqn: str, module: nn.Module) -> StoredWeight:
     return _read_module(fqn, fqn, module, roles)
 
 
-def _read_module(
-    fqn: str, where: str, module: nn.Module, roles: tuple[Role, ...]
-) -> StoredWeight:
-    packed: nnq.Embedding | nnq.Linear = module  # type: ignore[assignment]
+def _read_module(fqn: str, where: str, module: nn.Module, roles: tuple[Role, ...]) -> StoredWeight:
+    packed: Any = module
 
     def rebuild(new: Tensor) -> None:
         if isinstance(module, nnq.Embedding):
@@ -128,9 +130,12 @@ def read_affine(
     """A weight that torch packs for its kernels, and that cannot be edited, only built anew.
 
     Args:
-        fqn, where, roles, aliases: as `StoredWeight` has them.
+        fqn: name of the weight in the float model.
+        where: what stores it.
         weight: a quantized tensor of torch's own kind, unpacked.
         rebuild: packs another such tensor in its place.
+        roles: of its axes.
+        aliases: what else it may have been called.
     """
     codes = weight.int_repr()
     if weight.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):

@@ -1,20 +1,21 @@
 """Sparse and quantized embeddings in one call, for models whose tables are most of their bytes."""
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
-import torch.ao.nn.quantized as nnq
-from torch import Tensor, nn
+from torch import nn
 
-from fx_sparsity.quantization.backend import BackendError
-from fx_sparsity.quantization.eager import embedding_qconfig, read_quantized
+from fx_sparsity.quantization.codes import Codes
 from fx_sparsity.quantization.embeddings import (
     Embedding,
-    bake_max_norm,
     check_quantizable,
-    match_float_forward,
+    embedding_qconfig,
+    float_table,
+    is_float_embedding,
+    quantize_table,
+    replace_embeddings,
 )
+from fx_sparsity.quantization.modules import read_quantized
 from fx_sparsity.sparsifier import BaseDataSparsifier, module_to_fqn
 
 
@@ -30,8 +31,16 @@ def post_training_sparse_quantize(
     A masked value's code afterwards means exactly zero, in both orders. `padding_idx`, `max_norm`,
     the mode of a bag and `per_sample_weights` work as they did.
 
+    Torch's quantized modules take the places of plain float32 tables on the CPU. Any other keeps
+    its module, its codes in the place of its weight: bags that take the maximum, subclasses with a
+    forward, methods or tensors of their own, modules with hooks, other dtypes and devices. Its
+    `weight` is the whole table, dequantized anew at each access, a bag's maximum included: simpler
+    than gathering rows, and right whatever a forward does with it. No float copy stays, but one is
+    made for each call (`torch.compile` makes an embedding's looked-up rows only). A weight that is
+    tied to something else stays there as it was, in float.
+
     Args:
-        model: changed in place: quantized modules take the places of its embeddings.
+        model: changed in place: its embeddings are quantized.
         data_sparsifier_class: how to sparsify, such as `DataNormSparsifier`.
         sparsify_first: mask the float tables and quantize them; False quantizes, then masks codes.
         select_embeddings: which modules of the model; all by default.
@@ -41,61 +50,50 @@ def post_training_sparse_quantize(
         `model`; or, where the model itself is an embedding, the quantized module.
 
     Raises:
-        TypeError: a selected module is no embedding.
+        TypeError: a selected module is no embedding, or is quantized already.
         ValueError: a selected module is not part of the model.
-        BackendError: an embedding bag that takes the maximum, or a subclass with a forward of its
-            own.
+        BackendError: the weight of an embedding is masked, computed by a hook, or has no data.
 
         Whatever is raised, the model was not changed.
     """
     embeddings = _select(model, select_embeddings)
     for name, module in embeddings.items():
         check_quantizable(name, module)
-        if type(module).forward not in (nn.Embedding.forward, nn.EmbeddingBag.forward):
-            raise BackendError(
-                f"{name}: expected torch's own forward, found {type(module).__name__}.forward, "
-                "which a quantized module would lose; leave it out with select_embeddings, or "
-                "quantize the model with backend 'pt2e'"
-            )
     sparsifier = data_sparsifier_class(**sparse_config)
-    quantized = {}
+    tables = {name: float_table(module) for name, module in embeddings.items()}
     if sparsify_first:
-        for name, module in embeddings.items():
-            sparsifier.add_data(name, _table(module))
+        for name, table in tables.items():
+            sparsifier.add_data(name, table)
         sparsifier.step()
-        for name, module in embeddings.items():
-            weight = sparsifier.get_data(name, return_original=False)
-            quantized[name] = _quantized_embedding(module, weight)
-    else:
-        stored = {}
-        for name, module in embeddings.items():
-            quantized[name] = _quantized_embedding(module, _table(module))
-            stored[name] = read_quantized(name, quantized[name])
-            sparsifier.add_data(name, stored[name].dequantize())
+        tables = {name: sparsifier.get_data(name, return_original=False) for name in tables}
+    quantized = {
+        name: quantize_table(name, module, tables[name], embedding_qconfig)
+        for name, module in embeddings.items()
+    }
+    if not sparsify_first:
+        stored = {
+            name: made.stored(name) if isinstance(made, Codes) else read_quantized(name, made)
+            for name, made in quantized.items()
+        }
+        for name, weight in stored.items():
+            sparsifier.add_data(name, weight.dequantize())
         sparsifier.step()
-        for name, codes in stored.items():
-            codes.set_zero(sparsifier.get_mask(name).bool())
-    for name, module in embeddings.items():
-        for parent in list(model.modules()):
-            for attribute, child in list(parent._modules.items()):
-                if child is module:
-                    setattr(parent, attribute, quantized[name])
-    return quantized.get("", model)
+        for name, weight in stored.items():
+            weight.set_zero(sparsifier.get_mask(name).bool())
+    return replace_embeddings(model, {embeddings[name]: made for name, made in quantized.items()})
 
 
 def _select(model: nn.Module, chosen: Sequence[Embedding] | None) -> dict[str, Embedding]:
     """FQN -> embedding, each module once."""
     if chosen is None:
         return {
-            name: module
-            for name, module in model.named_modules()
-            if isinstance(module, nn.Embedding | nn.EmbeddingBag)
+            name: module for name, module in model.named_modules() if is_float_embedding(module)
         }
     selected: dict[str, Embedding] = {}
     for module in chosen:
-        if not isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        if not is_float_embedding(module):
             raise TypeError(
-                "select_embeddings: expected embeddings and embedding bags, "
+                "select_embeddings: expected float embeddings and embedding bags, "
                 f"found {type(module).__name__}"
             )
         name = module_to_fqn(model, module)
@@ -103,27 +101,3 @@ def _select(model: nn.Module, chosen: Sequence[Embedding] | None) -> dict[str, E
             raise ValueError(f"select_embeddings: {module} is not part of the model")
         selected[name] = module
     return selected
-
-
-def _quantized_embedding(module: Embedding, weight: Tensor) -> nn.Module:
-    """Torch's quantized module for an embedding, holding `weight` instead of its own."""
-    rows, dim = weight.shape
-    source: Embedding
-    if isinstance(module, nn.EmbeddingBag):
-        source = nn.EmbeddingBag(
-            rows, dim, include_last_offset=module.include_last_offset, _weight=weight
-        )
-    else:
-        source = nn.Embedding(rows, dim, _weight=weight)
-    source.qconfig = embedding_qconfig  # type: ignore[assignment]
-    kind = nnq.EmbeddingBag if isinstance(module, nn.EmbeddingBag) else nnq.Embedding
-    quantized = kind.from_float(source)
-    match_float_forward(quantized, module)
-    return quantized
-
-
-def _table(module: Embedding) -> Tensor:
-    """A copy of the weight as lookups see it."""
-    copied = copy.deepcopy(module)
-    bake_max_norm(copied)
-    return copied.weight.detach()

@@ -97,7 +97,7 @@ def default_quantizer(*, dynamic: bool = True, qat: bool = False) -> Quantizer:
 
 
 class PT2EBackend(Backend):
-    """`config` is a pt2e `Quantizer`; None is `default_quantizer()`, which for training is static."""
+    """`config` is a pt2e `Quantizer`; None is `default_quantizer()`, static where it trains."""
 
     name = "pt2e"
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from fx_sparsity.sparsifier.core import SparsifierCore
 from fx_sparsity.sparsifier.hub import guard, unguard
@@ -431,7 +432,10 @@ def _check_shape(name: str, tensor: Tensor, mask: Tensor) -> None:
 
 
 def _weights_of(model: nn.Module) -> list[str]:
-    """FQNs of the weights that `prepare(config=None)` takes, each tensor once."""
+    """FQNs of the weights that `prepare(config=None)` takes, each tensor once.
+
+    A weight that its class computes, as quantized embeddings do from codes, is none to mask.
+    """
     attributes: dict[type[nn.Module], tuple[str, ...]] = {
         nn.Linear: ("weight",),
         nn.Bilinear: ("weight",),
@@ -449,6 +453,10 @@ def _weights_of(model: nn.Module) -> list[str]:
     for fqn, module in model.named_modules():
         for kind, names in attributes.items():
             for attribute in names if isinstance(module, kind) else ():
+                if isinstance(getattr(type(module), attribute, None), property) and not (
+                    parametrize.is_parametrized(module, attribute)
+                ):
+                    continue
                 tensor = getattr(module, attribute)
                 if tensor is not None:
                     found.setdefault(id(tensor), f"{fqn}.{attribute}".removeprefix("."))

@@ -147,7 +147,7 @@ def check_maskable(name: str, module: nn.Module, attribute: str) -> Tensor:
     """The tensor at `module.attribute`, once it is sure that a mask can go on it.
 
     Raises:
-        MaskError: no such tensor, not floating, or parametrized already.
+        MaskError: no such tensor, not floating, parametrized already, or not held by the module.
     """
     if parametrize.is_parametrized(module, attribute):
         kinds = [type(p).__name__ for p in module.parametrizations[attribute]]  # type: ignore[index]
@@ -159,6 +159,11 @@ def check_maskable(name: str, module: nn.Module, attribute: str) -> Tensor:
         raise MaskError(f"{name} is not a tensor, found {type(tensor).__name__}")
     if not tensor.is_floating_point():
         raise MaskError(f"{name} has dtype {tensor.dtype}; only floating weights can be masked")
+    if attribute not in module._parameters and attribute not in module._buffers:
+        raise MaskError(
+            f"{name}: expected a parameter or a buffer, found a tensor that "
+            f"{type(module).__name__} computes, or holds as a plain attribute"
+        )
     return tensor
 
 

@@ -124,7 +124,7 @@ def test_torchaos_own_embedding_quantizer_is_caught():
 def test_a_weight_left_in_float_though_meant_to_be_quantized():
     model, inputs, record = sparse()
     weights = fxs.find_weights(model, inputs)
-    config = {nn.EmbeddingBag: fxs.quantization.eager.embedding_qconfig}
+    config = {nn.EmbeddingBag: fxs.quantization.embeddings.embedding_qconfig}
     quantized = get_backend("eager").quantize(model, inputs, weights, config=config).model
     meant = get_backend("eager").quantize(model, inputs, weights).meant
     assert set(faults(fxs.verify(quantized, record, meant=meant))) == {
@@ -148,10 +148,10 @@ def test_the_table_and_the_json():
     assert_expected_inline(
         str(verification),
         """\
-weight    stored as                                               pattern  masked  zero in code space  extra zeros  max change  verdict
---------  ------------------------------------------------------  -------  ------  ------------------  -----------  ----------  -------
-0.weight  qint8, per-channel affine (integer zero point), axis 0  2:4          64  64 (100.0%)                   -           -  ok
-2.weight  qint8, per-channel affine (integer zero point), axis 0  2:4          64  64 (100.0%)                   -           -  ok""",
+weight    stored as                                               sparsity  pattern  masked  zero in code space  extra zeros  max change  verdict
+--------  ------------------------------------------------------  --------  -------  ------  ------------------  -----------  ----------  -------
+0.weight  qint8, per-channel affine (integer zero point), axis 0  50.0%     2:4          64  64 (100.0%)                   -           -  ok
+2.weight  qint8, per-channel affine (integer zero point), axis 0  50.0%     2:4          64  64 (100.0%)                   -           -  ok""",
     )
     assert json.loads(verification.to_json())[0]["zero_in_code"] == 64
     assert len(verification) == 2

@@ -4,7 +4,7 @@ from torch import nn
 from torch.ao import quantization as tq
 from torch.ao.quantization.observer import PerChannelMinMaxObserver
 
-from fx_sparsity.quantization.eager import EmbeddingObserver
+from fx_sparsity.quantization.embeddings import EmbeddingObserver
 from fx_sparsity.quantization.observers import EMBEDDING_SPEC
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated.*")
@@ -53,7 +53,7 @@ def test_both_backends_quantize_embeddings_alike():
 
 
 def test_the_observer_works_inside_torch_prepare_and_convert():
-    from fx_sparsity.quantization.eager import embedding_qconfig
+    from fx_sparsity.quantization.embeddings import embedding_qconfig
 
     model = nn.Sequential(nn.Embedding(10, 8))
     model[0].qconfig = embedding_qconfig

@@ -27,7 +27,13 @@ from fx_sparsity.quantization.embeddings import (
     embedding_qconfig,
     is_float_embedding,
 )
-from fx_sparsity.quantization.modules import check_engine, check_float32, quiet, read_modules
+from fx_sparsity.quantization.modules import (
+    check_engine,
+    check_float32,
+    is_dynamic,
+    quiet,
+    read_modules,
+)
 from fx_sparsity.quantization.stored import StoredWeight
 
 QConfigs = Mapping[type[nn.Module], tq.QConfig | None]
@@ -118,7 +124,7 @@ class EagerBackend(Backend):
             if is_float_embedding(module):
                 check_quantizable(names[0], module)
                 plan.tables[names[0]] = qconfig
-            elif _is_dynamic(qconfig):
+            elif is_dynamic(qconfig):
                 plan.dynamic[names[0]] = qconfig
                 dynamic = tq.get_default_dynamic_quant_module_mappings()
                 plan.classes[type(module)] = dynamic[type(module)]
@@ -160,11 +166,6 @@ def _qconfig_of(module: nn.Module, qconfigs: QConfigs) -> tq.QConfig | None:
     """The qconfig for a module; None where it stays in float."""
     classes = type(module).__mro__ if is_float_embedding(module) else (type(module),)
     return next((qconfigs[kind] for kind in classes if kind in qconfigs), None)
-
-
-def _is_dynamic(qconfig: tq.QConfig) -> bool:
-    """Whether activations are quantized as they come, so that nothing is to be calibrated."""
-    return bool(getattr(qconfig.activation(), "is_dynamic", False))
 
 
 def _replace(model: nn.Module, names: list[str], new: nn.Module) -> nn.Module:

@@ -32,7 +32,13 @@ from fx_sparsity.quantization.embeddings import (
     embedding_qconfig,
     is_float_embedding,
 )
-from fx_sparsity.quantization.modules import check_engine, check_float32, quiet, read_affine
+from fx_sparsity.quantization.modules import (
+    check_engine,
+    check_float32,
+    is_dynamic,
+    quiet,
+    read_affine,
+)
 from fx_sparsity.quantization.stored import StoredWeight
 
 
@@ -45,9 +51,8 @@ def default_qconfig_mapping(*, dynamic: bool = False, qat: bool = False) -> tq.Q
         qat: fake quantization to train with, instead of observers.
     """
     if dynamic:
-        mapping = tq.QConfigMapping()
-        for operator in (nn.Linear, nn.functional.linear):
-            mapping.set_object_type(operator, tq.per_channel_dynamic_qconfig)
+        # For all, since what is fused must agree; only linears have dynamic operators here.
+        mapping = tq.QConfigMapping().set_global(tq.per_channel_dynamic_qconfig)
     elif qat:
         mapping = tq.get_default_qat_qconfig_mapping("x86")
     else:
@@ -108,7 +113,7 @@ class FXBackend(Backend):
                 prepared = prepare(copied, mapping, (*args, *kwargs.values()))
         except Exception as error:  # whatever the model's own code raises on proxies
             raise BackendError(
-                f"{type(model).__name__} cannot be traced for FX graph mode: "
+                f"{prepare.__name__} does not take this {type(model).__name__}: "
                 f"{type(error).__name__}: {error}; use backend 'pt2e' or 'eager'"
             ) from error
         moved = dict(_moved(prepared, weights))
@@ -186,11 +191,14 @@ def _is_meant(prepared: nn.Module, fqn: str, qat: bool) -> bool:
         module = prepared.get_submodule(fqn.rpartition(".")[0])
     except AttributeError:
         return False
+    qconfig = getattr(module, "qconfig", None)
+    if qconfig is None:
+        return False
     if qat:
-        classes = set(tq.get_default_qat_module_mappings().values())
-    else:
-        classes = set(tq.get_default_static_quant_module_mappings())
-    return type(module) in classes and getattr(module, "qconfig", None) is not None
+        return type(module) in tq.get_default_qat_module_mappings().values()
+    if is_dynamic(qconfig):
+        return type(module) in tq.get_default_dynamic_quant_module_mappings()
+    return type(module) in tq.get_default_static_quant_module_mappings()
 
 
 def _read_packed(model: fx.GraphModule, fqn: str, node: fx.Node) -> StoredWeight:
@@ -199,8 +207,7 @@ def _read_packed(model: fx.GraphModule, fqn: str, node: fx.Node) -> StoredWeight
         a for a in node.all_input_nodes if a.op == "get_attr" and "packed" in str(a.target)
     )
     where = str(packed.target)
-    kind = node.target._schema.name.removeprefix("quantized::")  # type: ignore[union-attr]
-    kind = re.match(r"linear|conv\dd", kind)[0]  # type: ignore[index]
+    (kind,) = re.findall(r"^quantized\.(linear|conv\dd)", str(node.target))
     ops = torch.ops.quantized
     weight, bias = getattr(ops, f"{kind}_unpack")(getattr(model, where))
 

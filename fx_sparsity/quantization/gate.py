@@ -2,10 +2,11 @@
 
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import overload
+from dataclasses import asdict, dataclass, replace
+from typing import Any, overload
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
+from torch.ao.quantization import QuantWrapper
 from torch.nn.utils import parametrize
 
 from fx_sparsity.graph import find_weights
@@ -205,7 +206,24 @@ def _read_float(model: nn.Module, called: set[str] | None) -> Iterator[StoredWei
             tensor = getattr(module, attribute)
             if is_float(tensor):
                 fqn = f"{prefix}.{attribute}".removeprefix(".")
-                yield float_weight(fqn, fqn, tensor)
+                aliases = _other_names(model, prefix, module, attribute, tensor)
+                yield replace(float_weight(fqn, fqn, tensor), aliases=tuple(aliases))
+
+
+def _other_names(
+    model: nn.Module, prefix: str, module: nn.Module, attribute: str, tensor: Tensor
+) -> Iterator[str]:
+    """What a float tensor may have been called before a quantizer moved it, or beneath a norm."""
+    path, _, last = prefix.rpartition(".")
+    above = model.get_submodule(path) if prefix else None
+    fused = isinstance(above, nn.Sequential) and type(above) is not nn.Sequential
+    if isinstance(above, QuantWrapper) or (fused and last == "0"):
+        yield f"{path}.{attribute}".removeprefix(".")
+    if attribute in getattr(module, "parametrizations", {}):
+        entry: Any = module.parametrizations
+        for name, original in entry[attribute]._parameters.items():
+            if original.shape == tensor.shape and name != "original":
+                yield f"{prefix}.parametrizations.{attribute}.{name}".removeprefix(".")
 
 
 def verify(

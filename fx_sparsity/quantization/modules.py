@@ -11,7 +11,7 @@ import torch.ao.nn.intrinsic.quantized as nniq
 import torch.ao.nn.intrinsic.quantized.dynamic as nniqd
 import torch.ao.nn.quantized as nnq
 from torch import Tensor, nn
-from torch.ao.quantization import QuantWrapper
+from torch.ao.quantization import QConfig, QuantWrapper
 
 from fx_sparsity.patterns import Role
 from fx_sparsity.quantization.backend import BackendError
@@ -61,6 +61,11 @@ def check_engine() -> None:
             f"{', '.join(e for e in torch.backends.quantized.supported_engines if e != 'none')}, "
             "found none; choose one that this build of torch supports, or use backend 'torchao'"
         )
+
+
+def is_dynamic(qconfig: QConfig) -> bool:
+    """Whether activations are quantized as they come, so that nothing is to be calibrated."""
+    return bool(getattr(qconfig.activation(), "is_dynamic", False))
 
 
 def check_float32(model: nn.Module, fqns: Iterable[str]) -> None:

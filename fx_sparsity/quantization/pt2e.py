@@ -1,5 +1,6 @@
 """torchao's pt2e: `prepare_pt2e` and `convert_pt2e` on an exported graph."""
 
+import copy
 import operator
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -113,7 +114,9 @@ class PT2EBackend(Backend):
     ) -> Prepared:
         """See `Backend.prepare`. Gives a GraphModule."""
         check_unmasked(model)
-        graph_module = export_model(model, example_inputs, dynamic_shapes).module()
+        # A copy, since the graph shares its weights, and masks may be baked into them.
+        program = export_model(copy.deepcopy(model), example_inputs, dynamic_shapes)
+        graph_module = program.module()
         assert isinstance(graph_module, fx.GraphModule)
         # The x86 quantizer fails on operators whose result nobody reads, such as an unused pooler.
         graph_module.graph.eliminate_dead_code()

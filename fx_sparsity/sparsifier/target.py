@@ -195,11 +195,12 @@ def graph_mask(model: nn.Module, fqn: str) -> Mask | None:
 def owners_by_identity(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
     """Every (module, attribute) of a model's parameters and buffers, grouped by tensor identity.
 
-    A parametrized tensor is listed under the module and name that it is known by.
+    A parametrized tensor is listed under the module and name that it is known by; one of several
+    that a parametrization combines, as a weight norm does, under its own.
     """
     owners: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
-        if isinstance(module, parametrize.ParametrizationList):
+        if isinstance(module, parametrize.ParametrizationList) and module.is_tensor:
             continue
         for attribute, tensor in [*module._parameters.items(), *module._buffers.items()]:
             if tensor is not None:

@@ -2,7 +2,7 @@
 
 import operator
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -97,12 +97,22 @@ class AnnotateWeights(PassBase):
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """See `PassBase.call`."""
-        for found in weight_uses(graph_module.graph, module_source(graph_module)):
-            fqn = self.canonical.get(canonical_fqn(found.origin.fqn))
-            if fqn is not None and found.origin.exact and found.use() is not None:
-                noted = found.node.meta.setdefault(WEIGHT_META, {})
-                noted.setdefault(found.arg, SeenWeight(fqn, _steps(found.origin)))
+        for node, arg, seen in seen_weights(graph_module):
+            fqn = self.canonical.get(seen.fqn)
+            if fqn is not None:
+                node.meta.setdefault(WEIGHT_META, {}).setdefault(arg, replace(seen, fqn=fqn))
         return PassResult(graph_module, False)
+
+
+def seen_weights(graph_module: fx.GraphModule) -> Iterator[tuple[fx.Node, str, SeenWeight]]:
+    """(consumer, name of its argument, what it sees) of every weight that a graph reads.
+
+    A weight goes by the name of the attribute that is read.
+    """
+    for found in weight_uses(graph_module.graph, module_source(graph_module)):
+        if found.origin.exact and found.use() is not None:
+            fqn = canonical_fqn(found.origin.fqn)
+            yield found.node, found.arg, SeenWeight(fqn, _steps(found.origin))
 
 
 class InsertMasks(PassBase):
@@ -213,9 +223,16 @@ def mask_path(fqn: str) -> str:
     return f"{GRAPH_MASKS}.{fqn}"
 
 
-def weight_arguments(node: fx.Node) -> Iterator[tuple[SeenWeight, fx.Node]]:
-    """(weight, the node it receives now) of every weight that `AnnotateWeights` noted on `node`."""
-    noted: dict[str, SeenWeight] = node.meta.get(WEIGHT_META, {})
+def weight_arguments(
+    node: fx.Node, noted: Mapping[str, SeenWeight] | None = None
+) -> Iterator[tuple[SeenWeight, fx.Node]]:
+    """(weight, the node it receives now) of every weight of a node.
+
+    Args:
+        node: that consumes weights.
+        noted: argument name -> weight; what `AnnotateWeights` noted on `node` by default.
+    """
+    noted = node.meta.get(WEIGHT_META, {}) if noted is None else noted
     row = OPERATORS.get(operator_name(node)) if noted else None
     for arg, value, _ in row.find(bind(node)) if row else ():
         if arg in noted and isinstance(value, fx.Node):

@@ -1,6 +1,14 @@
 """Sparsity and quantization, in either order, with a proof."""
 
-from fx_sparsity.quantization.backend import BACKENDS, Backend, BackendError, Quantized, get_backend
+from fx_sparsity.quantization.backend import (
+    BACKENDS,
+    Backend,
+    BackendError,
+    Prepared,
+    Quantized,
+    get_backend,
+)
+from fx_sparsity.quantization.compare import OrderComparison, OrderResult, compare_orders
 from fx_sparsity.quantization.flow import Order, sparsify_and_quantize, sparsify_codes
 from fx_sparsity.quantization.gate import (
     SparsityLostError,
@@ -19,12 +27,16 @@ __all__ = [
     "BackendError",
     "IntegerZeroPoint",
     "Order",
+    "OrderComparison",
+    "OrderResult",
+    "Prepared",
     "Quantized",
     "SparsityLostError",
     "StoredWeight",
     "Verification",
     "VerifiedWeight",
     "ZeroNotRepresentableError",
+    "compare_orders",
     "get_backend",
     "post_training_sparse_quantize",
     "read_weights",

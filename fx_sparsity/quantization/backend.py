@@ -110,10 +110,14 @@ class Backend(ABC):
         config: Any = None,
         dynamic_shapes: Any = None,
     ) -> Quantized:
-        """Prepare, calibrate and convert. `model` is not changed.
+        """Prepare, calibrate and convert; see `prepare` for the arguments.
 
         Args:
-            model, example_inputs, weights, config, dynamic_shapes: as `prepare` takes them.
+            model: in float, without live masks. Not changed.
+            example_inputs: a tuple of positional, or a dict of keyword arguments.
+            weights: what discovery found in the model.
+            config: the backend's own.
+            dynamic_shapes: as `torch.export.export` takes it.
             calibrate: runs the observed model on data; the example inputs by default.
 
         Raises:
@@ -207,3 +211,19 @@ def check_unmasked(model: nn.Module) -> None:
     ]
     if masked:
         raise BackendError(f"{', '.join(masked)} still masked; squash before quantizing")
+
+
+def check_float32(model: nn.Module, fqns: Iterable[str]) -> None:
+    """Raise if weights that are to be quantized are not float32, which torch's kernels need.
+
+    Raises:
+        BackendError: naming every such weight.
+    """
+    held = dict(model.named_parameters(remove_duplicate=False))
+    other = {f: held[f].dtype for f in fqns if f in held and held[f].dtype != torch.float32}
+    if other:
+        found = ", ".join(f"{fqn} ({dtype})" for fqn, dtype in sorted(other.items()))
+        raise BackendError(
+            f"expected float32 weights, found {found}; call model.float() first, or use backend "
+            "'torchao', which takes bfloat16"
+        )

@@ -18,6 +18,7 @@ from fx_sparsity.quantization.backend import (
     Backend,
     Prepared,
     Quantized,
+    check_float32,
     check_runs,
     check_unmasked,
 )
@@ -29,7 +30,6 @@ from fx_sparsity.quantization.embeddings import (
 )
 from fx_sparsity.quantization.modules import (
     check_engine,
-    check_float32,
     is_dynamic,
     quiet,
     read_modules,

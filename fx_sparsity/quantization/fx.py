@@ -23,6 +23,7 @@ from fx_sparsity.quantization.backend import (
     BackendError,
     Prepared,
     Quantized,
+    check_float32,
     check_runs,
     check_unmasked,
 )
@@ -34,7 +35,6 @@ from fx_sparsity.quantization.embeddings import (
 )
 from fx_sparsity.quantization.modules import (
     check_engine,
-    check_float32,
     is_dynamic,
     quiet,
     read_affine,

@@ -274,7 +274,7 @@ def _found(model: nn.Module, meant: Collection[str] | None) -> Iterator[Verified
         if weight.data.ndim < 2:
             continue
         zeros = weight.zeros()
-        axes = weight.roles or roles.get(weight.fqn)
+        axes = weight.roles or roles.get(weight.fqn) or roles.get(weight.where)
         if axes is not None and len(axes) != zeros.ndim:
             axes = None
         config = None if axes is None else tightest_pattern(zeros, axes)

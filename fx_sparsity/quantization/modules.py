@@ -1,7 +1,7 @@
 """torch.ao's quantized modules, which eager mode and FX graph mode have in common."""
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -66,22 +66,6 @@ def check_engine() -> None:
 def is_dynamic(qconfig: QConfig) -> bool:
     """Whether activations are quantized as they come, so that nothing is to be calibrated."""
     return bool(getattr(qconfig.activation(), "is_dynamic", False))
-
-
-def check_float32(model: nn.Module, fqns: Iterable[str]) -> None:
-    """Raise if weights that are to be quantized are not float32, which torch's kernels need.
-
-    Raises:
-        BackendError: naming every such weight.
-    """
-    held = dict(model.named_parameters(remove_duplicate=False))
-    other = {f: held[f].dtype for f in fqns if f in held and held[f].dtype != torch.float32}
-    if other:
-        found = ", ".join(f"{fqn} ({dtype})" for fqn, dtype in sorted(other.items()))
-        raise BackendError(
-            f"expected float32 weights, found {found}; call model.float() first, or use backend "
-            "'torchao', which takes bfloat16"
-        )
 
 
 def read_modules(model: nn.Module) -> Iterator[StoredWeight]:

@@ -31,11 +31,12 @@ from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
 from fx_sparsity.graph import AnnotateWeights, WeightMap
 from fx_sparsity.graph.capture import ExampleInputs, export_model
 from fx_sparsity.graph.operators import OPERATORS, SAME_VALUES, bind, is_view, operator_name
-from fx_sparsity.graph.passes import SeenWeight, weight_arguments
+from fx_sparsity.graph.passes import WEIGHT_META, SeenWeight, seen_weights, weight_arguments
 from fx_sparsity.quantization.backend import (
     Backend,
     Prepared,
     Quantized,
+    check_float32,
     check_runs,
     check_unmasked,
 )
@@ -112,8 +113,14 @@ class PT2EBackend(Backend):
         dynamic_shapes: Any = None,
         qat: bool = False,
     ) -> Prepared:
-        """See `Backend.prepare`. Gives a GraphModule."""
+        """See `Backend.prepare`. Gives a GraphModule.
+
+        Raises:
+            BackendError: live masks, or training with weights that are not float32.
+        """
         check_unmasked(model)
+        if qat:
+            check_float32(model, weights)
         # A copy, since the graph shares its weights, and masks may be baked into them.
         program = export_model(copy.deepcopy(model), example_inputs, dynamic_shapes)
         graph_module = program.module()
@@ -138,7 +145,7 @@ class PT2EBackend(Backend):
         return Quantized(converted, prepared.meant)
 
     def read(self, model: nn.Module) -> Iterator[StoredWeight]:
-        """See `Backend.read`: annotated graphs, by what their consumers read now."""
+        """See `Backend.read`: graphs, by what their consumers read now."""
         if isinstance(model, fx.GraphModule):
             yield from read_graph(model)
 
@@ -185,10 +192,18 @@ def drop_unread(model: fx.GraphModule) -> fx.GraphModule:
 
 
 def read_graph(model: fx.GraphModule) -> Iterator[StoredWeight]:
-    """Weights of an annotated graph, by what its consumers read now: codes, or float values."""
+    """Weights of a graph, by what its consumers read now: codes, or float values.
+
+    Where nobody annotated the graph, what they read gives the names, and what it was in the float
+    model is not known.
+    """
     seen: set[tuple[str, str]] = set()
+    found: dict[fx.Node, dict[str, SeenWeight]] = {}
+    annotated = any(WEIGHT_META in node.meta for node in model.graph.nodes)
+    for node, arg, weight in () if annotated else seen_weights(model):
+        found.setdefault(node, {}).setdefault(arg, weight)
     for node in model.graph.nodes:
-        for weight, value in weight_arguments(node):
+        for weight, value in weight_arguments(node, None if annotated else found.get(node, {})):
             stored = _read_value(model, weight, value)
             if (weight.fqn, stored.where) not in seen:
                 seen.add((weight.fqn, stored.where))

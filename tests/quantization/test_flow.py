@@ -180,7 +180,9 @@ def test_bad_requests():
     model, inputs = make("recommender")
     with pytest.raises(ValueError, match="order: expected one of sparsify_first, quantize_first"):
         flow(model, inputs, "eager", "first", "2:4")
-    with pytest.raises(BackendError, match="expected one of eager, fx, pt2e, torchao, found 'gptq'"):
+    with pytest.raises(
+        BackendError, match="expected one of eager, fx, pt2e, torchao, found 'gptq'"
+    ):
         flow(model, inputs, "gptq", ORDERS[0], "2:4")
     with pytest.raises(fxs.MappingError, match=r"bottom.0.weight"):
         flow(model, inputs, "eager", ORDERS[1], "4:8")

@@ -192,7 +192,9 @@ def test_what_the_eager_backend_cannot_run_is_refused():
     model, inputs = make("sequential")
     weights = fxs.find_weights(model, inputs)
     fxs.prepare(model, fxs.WeightNormSparsifier(), inputs)
-    with pytest.raises(BackendError, match="0.weight, 2.weight still masked; squash before quantizing"):
+    with pytest.raises(
+        BackendError, match="0.weight, 2.weight still masked; squash before quantizing"
+    ):
         get_backend("eager").quantize(model, inputs, weights)
 
 

@@ -29,7 +29,11 @@ from fx_sparsity.quantization.embeddings import (
     check_quantizable,
     match_float_forward,
 )
-from fx_sparsity.quantization.observers import EMBEDDING_SPEC, IntegerZeroPoint
+from fx_sparsity.quantization.observers import (
+    EMBEDDING_SPEC,
+    FarRowsAlone,
+    IntegerZeroPoint,
+)
 from fx_sparsity.quantization.stored import StoredWeight
 from fx_sparsity.sparsifier import Mask
 
@@ -40,11 +44,20 @@ class EmbeddingObserver(IntegerZeroPoint, PerChannelMinMaxObserver):  # type: ig
     """Observes embedding rows so that zero is a code."""
 
 
+class FarRowsAloneObserver(FarRowsAlone, PerChannelMinMaxObserver):  # type: ignore[misc]
+    """Observes embedding rows so that zero is a code in those that span it."""
+
+
 embedding_qconfig = tq.QConfig(
     activation=tq.PlaceholderObserver.with_args(dtype=torch.float),
     weight=EmbeddingObserver.with_args(dtype=torch.quint8, **EMBEDDING_SPEC),
 )
 """Weight-only 8-bit embeddings; `float_qparams_weight_only_qconfig` with a zero that is a code."""
+
+far_rows_alone_qconfig = embedding_qconfig._replace(
+    weight=FarRowsAloneObserver.with_args(dtype=torch.quint8, **EMBEDDING_SPEC)
+)
+"""The same, but rows whose values are all of one sign are quantized as torch does."""
 
 DEFAULT_QCONFIGS: QConfigs = {
     nn.Linear: tq.per_channel_dynamic_qconfig,

@@ -17,7 +17,12 @@ from fx_sparsity.quantization.gate import (
     read_weights,
     verify,
 )
-from fx_sparsity.quantization.observers import IntegerZeroPoint
+from fx_sparsity.quantization.observers import (
+    FarRowsAlone,
+    IgnoreZeros,
+    IntegerZeroPoint,
+    zero_cost,
+)
 from fx_sparsity.quantization.post_training import post_training_sparse_quantize
 from fx_sparsity.quantization.stored import StoredWeight, ZeroNotRepresentableError
 
@@ -25,6 +30,8 @@ __all__ = [
     "BACKENDS",
     "Backend",
     "BackendError",
+    "FarRowsAlone",
+    "IgnoreZeros",
     "IntegerZeroPoint",
     "Order",
     "OrderComparison",
@@ -43,4 +50,5 @@ __all__ = [
     "sparsify_and_quantize",
     "sparsify_codes",
     "verify",
+    "zero_cost",
 ]

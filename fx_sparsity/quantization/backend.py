@@ -79,8 +79,8 @@ class Backend(ABC):
             model: in float, without live masks. Not changed.
             example_inputs: a tuple of positional, or a dict of keyword arguments.
             weights: what discovery found in the model.
-            config: the backend's own; None is int8 linears and convolutions, and 8-bit embeddings
-                whose zero is a code.
+            config: the backend's own; None is int8 linears, and 8-bit embeddings whose zero is a
+                code.
             dynamic_shapes: as `torch.export.export` takes it.
             qat: fake quantization to train with, instead of observers to calibrate.
 
@@ -126,7 +126,8 @@ class Backend(ABC):
         prepared = self.prepare(
             model, example_inputs, weights, config=config, dynamic_shapes=dynamic_shapes
         )
-        run_calibration(prepared.model, example_inputs, calibrate)
+        if self.observes:
+            run_calibration(prepared.model, example_inputs, calibrate)
         return self.convert(prepared, example_inputs)
 
 

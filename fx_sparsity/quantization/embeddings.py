@@ -18,7 +18,11 @@ from torch.nn.utils import parametrize
 
 from fx_sparsity.quantization.backend import BackendError
 from fx_sparsity.quantization.codes import CodedWeight, Codes, hold_codes
-from fx_sparsity.quantization.observers import EMBEDDING_SPEC, IntegerZeroPoint
+from fx_sparsity.quantization.observers import (
+    EMBEDDING_SPEC,
+    FarRowsAlone,
+    IntegerZeroPoint,
+)
 from fx_sparsity.sparsifier import Mask
 
 Embedding = nn.Embedding | nn.EmbeddingBag
@@ -28,11 +32,20 @@ class EmbeddingObserver(IntegerZeroPoint, PerChannelMinMaxObserver):  # type: ig
     """Observes embedding rows so that zero is a code."""
 
 
+class FarRowsAloneObserver(FarRowsAlone, PerChannelMinMaxObserver):  # type: ignore[misc]
+    """Observes embedding rows so that zero is a code in those that span it."""
+
+
 embedding_qconfig = QConfig(
     activation=PlaceholderObserver.with_args(dtype=torch.float),
     weight=EmbeddingObserver.with_args(dtype=torch.quint8, **EMBEDDING_SPEC),
 )
 """Weight-only 8-bit embeddings; `float_qparams_weight_only_qconfig` with a zero that is a code."""
+
+far_rows_alone_qconfig = embedding_qconfig._replace(
+    weight=FarRowsAloneObserver.with_args(dtype=torch.quint8, **EMBEDDING_SPEC)
+)
+"""The same, but rows whose values are all of one sign are quantized as torch does."""
 
 
 def is_float_embedding(module: nn.Module) -> TypeGuard[Embedding]:

@@ -273,7 +273,7 @@ def _found(model: nn.Module, meant: Collection[str] | None) -> Iterator[Verified
     for weight in read_weights(model):
         if weight.data.ndim < 2:
             continue
-        zeros = weight.zeros()
+        zeros = weight.data.new_zeros(0) if weight.obstacle else weight.zeros()
         axes = weight.roles or roles.get(weight.fqn) or roles.get(weight.where)
         if axes is not None and len(axes) != zeros.ndim:
             axes = None

@@ -40,12 +40,20 @@ from fx_sparsity.quantization.backend import (
     check_runs,
     check_unmasked,
 )
-from fx_sparsity.quantization.observers import EMBEDDING_SPEC, IntegerZeroPoint
+from fx_sparsity.quantization.observers import (
+    EMBEDDING_SPEC,
+    FarRowsAlone,
+    IntegerZeroPoint,
+)
 from fx_sparsity.quantization.stored import StoredWeight, float_weight
 
 
 class EmbeddingObserver(IntegerZeroPoint, PerChannelMinMaxObserver):
     """Observes embedding rows so that zero is a code."""
+
+
+class FarRowsAloneObserver(FarRowsAlone, PerChannelMinMaxObserver):
+    """Observes embedding rows so that zero is a code in those that span it."""
 
 
 class EmbeddingQuantizer(Quantizer):
@@ -55,19 +63,24 @@ class EmbeddingQuantizer(Quantizer):
     and gives rows whose scale is below 2**-12 a scale of 1.
 
     Args:
+        observer: `FarRowsAloneObserver` quantizes rows whose values are all of one sign as torchao
+            does, but for the scale of 1.
         qat: fake quantization to train with, instead of an observer.
     """
 
-    def __init__(self, *, qat: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        observer: type[PerChannelMinMaxObserver] = EmbeddingObserver,
+        qat: bool = False,
+    ) -> None:
         super().__init__()
-        observer = EmbeddingObserver.with_args(eps=torch.finfo(torch.float32).eps)
+        partial = observer.with_args(eps=torch.finfo(torch.float32).eps)
         self.spec = QuantizationSpec(
             dtype=torch.uint8,
             quant_min=0,
             quant_max=255,
-            observer_or_fake_quant_ctr=FakeQuantize.with_args(observer=observer)
-            if qat
-            else observer,
+            observer_or_fake_quant_ctr=FakeQuantize.with_args(observer=partial) if qat else partial,
             **EMBEDDING_SPEC,
         )
 
@@ -86,16 +99,22 @@ class EmbeddingQuantizer(Quantizer):
         """Nothing to check: every embedding operator takes this annotation."""
 
 
-def default_quantizer(*, dynamic: bool = True, qat: bool = False) -> Quantizer:
+def default_quantizer(
+    *,
+    dynamic: bool = True,
+    embedding_observer: type[PerChannelMinMaxObserver] = EmbeddingObserver,
+    qat: bool = False,
+) -> Quantizer:
     """int8 linears and convolutions for Inductor on x86, and 8-bit embeddings whose zero is a code.
 
     Args:
         dynamic: quantize activations as they come; otherwise with ranges from calibration.
+        embedding_observer: see `EmbeddingQuantizer`.
         qat: fake quantization to train with, instead of observers.
     """
     x86 = X86InductorQuantizer()
     x86.set_global(get_default_x86_inductor_quantization_config(is_dynamic=dynamic, is_qat=qat))
-    return ComposableQuantizer([EmbeddingQuantizer(qat=qat), x86])
+    return ComposableQuantizer([EmbeddingQuantizer(observer=embedding_observer, qat=qat), x86])
 
 
 class PT2EBackend(Backend):

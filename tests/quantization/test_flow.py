@@ -51,7 +51,8 @@ def test_zeros_survive_in_both_orders(name, pattern, backend, order):
     assert {row.fqn for row in verification} == set(weights)
     assert verification.share == 1
     for row in verification:
-        assert row.quantized
+        assert row.quantized == row.meant
+        assert row.meant or (backend == "torchao" and "tables" in row.fqn)  # it has no bags
         assert row.zero_dequantized == row.wanted > 0
         assert row.extra == 0
     # Independent of the gate: count zeros in what torch itself dequantizes.
@@ -93,6 +94,8 @@ def test_quantize_first_keeps_scales_zero_points_and_other_codes():
             if after.fqn not in record:
                 continue
             keep = record[after.fqn].keep
+            if not after.quantized:
+                continue
             assert torch.equal(after.scale, before[after.where].scale)
             assert torch.equal(after.zero_point, before[after.where].zero_point)
             assert torch.equal(after.data[keep], before[after.where].data[keep])

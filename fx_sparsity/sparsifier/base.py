@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from fx_sparsity.sparsifier.core import SparsifierCore
 from fx_sparsity.sparsifier.hub import guard, unguard
@@ -325,10 +325,13 @@ class BaseSparsifier(SparsifierCore):
                 raise MaskError(f"error loading {name}: the model has no such tensor")
             _check_shape(name, tensor, mask)
             present = graph_mask(model, name)
+            was_in_graph = name in self._targets and self._targets[name].in_graph
+            if was_in_graph and model is self.model and not isinstance(model, fx.GraphModule):
+                # The graph of a backend selects through it, and is no part of the model.
+                present = self._targets[name].mask
             in_graph = present is not None
             if present is None:
                 present = mask_on(info["module"], info["tensor_name"])
-            was_in_graph = name in self._targets and self._targets[name].in_graph
             if was_in_graph and not in_graph and not squashed:
                 raise MaskError(
                     f"error loading {name}: the graph no longer selects through a mask; "
@@ -345,8 +348,6 @@ class BaseSparsifier(SparsifierCore):
                 targets[name] = Target(name, owners[id(tensor)], present, in_graph)
         attach_all(fresh)
         for name in [name for name in self._targets if name not in entries]:
-            if self._targets[name].in_graph:
-                self._targets[name].mask.mask.fill_(1)  # the node stays, and keeps everything
             self._forget(name)
         self._targets, self.state, self.groups = {}, {}, []
         for name, target in targets.items():

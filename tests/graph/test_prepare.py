@@ -324,17 +324,3 @@ def test_offloaded_and_meta_models_are_mapped_and_masked_once_materialised():
     fxs.prepare(model, sparsifier, inputs, HALF)
     sparsifier.step()
     assert sparsifier.get_mask("0.weight").sum() == 64
-
-
-def test_the_graph_of_a_backend_is_refused_by_name():
-    model, inputs = make("sequential")
-    caught = []
-
-    def backend(gm, received):
-        with pytest.raises(fxs.MaskError, match=r"0.weight is not held by this") as raised:
-            fxs.prepare(gm, fxs.WeightNormSparsifier(), received, HALF)
-        caught.append(raised)
-        return gm
-
-    torch.compile(model, backend=backend)(*inputs)
-    assert len(caught) == 1

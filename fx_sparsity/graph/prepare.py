@@ -79,12 +79,12 @@ def prepare(
 
         Whatever is raised, nothing was changed.
     """
-    if isinstance(subject, fx.GraphModule) and model is None:
-        if unknown := inputs_without_data(subject, example_inputs):
-            raise MaskError(
-                f"{', '.join(unknown)}: example_inputs do not tell which tensors these inputs of "
-                "the graph are; pass model=, the compiled module"
-            )
+    own = isinstance(subject, fx.GraphModule) and model is None
+    if own and (unknown := inputs_without_data(subject, example_inputs)):
+        raise MaskError(
+            f"{', '.join(unknown)}: example_inputs do not tell which tensors these inputs of "
+            "the graph are; pass model=, the compiled module"
+        )
     weights = find_weights(subject, example_inputs, dynamic_shapes=dynamic_shapes, model=model)
     entries: dict[str, dict[str, Any]] = {fqn: {} for fqn in weights}
     if mapping is not None:

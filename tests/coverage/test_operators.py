@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import fx, nn
 from torch.nn import functional as F
+from transformers.integrations import moe  # noqa: F401, registers grouped_mm_fallback
 
 from fx_sparsity import find_weights
 from fx_sparsity.graph.operators import MODULES, OPERATORS
@@ -220,6 +221,14 @@ ROWS = {
             ("batch", "in", "out"),
         )
     ],
+    "grouped_mm_fallback": [
+        (
+            lambda x, w: torch.ops.transformers.grouped_mm_fallback(x, w, OFFSETS),
+            (6, 16),
+            (3, 16, 8),
+            ("batch", "in", "out"),
+        )
+    ],
 }
 TRACED = {
     "getitem": [(lambda x, w: w[INDEX] + x.sum(), *TABLE)],
@@ -234,8 +243,13 @@ TRACED = {
 """Rows that only symbolic traces and Dynamo graphs show."""
 SAME_AS = {"grouped_mm": "_grouped_mm"}
 """Functions in Python that stay whole in Dynamo graphs only -> the operator that they call."""
-IN_MODULES = {"lstm", "gru", "rnn_tanh", "rnn_relu", "grouped_mm_fallback"}
-"""Rows proved on whole modules: below, and in the table of architectures."""
+RECURRENT = {
+    "lstm": nn.LSTM(8, 4, bidirectional=True),
+    "gru": nn.GRU(8, 4),
+    "rnn_tanh": nn.RNN(8, 4),
+    "rnn_relu": nn.RNN(8, 4, nonlinearity="relu"),
+}
+"""Rows proved on whole modules."""
 
 
 class Function(nn.Module):
@@ -259,7 +273,7 @@ def cases(rows):
 
 
 def test_every_row_is_proved():
-    assert set(OPERATORS) == {*ROWS, *TRACED, *SAME_AS, *IN_MODULES}
+    assert set(OPERATORS) == {*ROWS, *TRACED, *SAME_AS, *RECURRENT}
 
 
 def prove(graph, name, args, roles):
@@ -316,14 +330,13 @@ def test_a_function_has_the_roles_of_the_operator_that_it_calls():
     assert found["grouped_mm"] == found["_grouped_mm"]
 
 
-@pytest.mark.parametrize(
-    "module", [nn.LSTM(8, 4, bidirectional=True), nn.GRU(8, 4), nn.RNN(8, 4, nonlinearity="relu")]
-)
-def test_recurrent_rows_do_what_they_say(module):
+@pytest.mark.parametrize("name", RECURRENT)
+def test_recurrent_rows_do_what_they_say(name):
     args = (torch.randn(3, 2, 8),)
-    program = torch.export.export(module, args, strict=False)
+    program = torch.export.export(RECURRENT[name], args, strict=False)
     weights = find_weights(program)
     assert {site.roles for site in weights.sites} == {("out", "in")}
+    assert {use.op for site in weights.sites for use in site.uses} == {name}
     proof = Proof(program.module(), args)
     for site in weights.sites:
         proof.check(site)

@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from torch._dynamo.source import ConstantSource
 from torch._functorch._aot_autograd.descriptors import PlainAOTInput
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch.fx.graph import _PyTreeCodeGen
 
 _UNLIMITED = 1 << 30
 _STEP = re.compile(r"\._(?:modules|parameters|buffers)\['([^']+)'\]|\.(\w+)|\[(\d+)\]")
@@ -65,11 +66,16 @@ def source_target(node: fx.Node) -> str | None:
 
 
 def is_compiled(gm: fx.GraphModule) -> bool:
-    """Whether a graph comes from Dynamo or AOTAutograd, going by the notes on its placeholders."""
-    return any(
+    """Whether a graph comes from Dynamo or AOTAutograd, going by the notes on its placeholders.
+
+    The module of an exported program that was decomposed has such notes, too, but holds its weights
+    itself; it is told by its signature, which is that of a module and not flat.
+    """
+    noted = any(
         "desc" in node.meta or hasattr(node, "_dynamo_source")
         for node in gm.graph.find_nodes(op="placeholder")
     )
+    return noted and not isinstance(gm.graph._codegen, _PyTreeCodeGen)
 
 
 def input_target(node: fx.Node) -> str | None:

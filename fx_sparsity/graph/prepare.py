@@ -79,8 +79,10 @@ def prepare(
 
         Whatever is raised, nothing was changed.
     """
-    own = isinstance(subject, fx.GraphModule) and model is None
-    if own and (unknown := inputs_without_data(subject, example_inputs)):
+    unknown: list[str] = []
+    if isinstance(subject, fx.GraphModule) and model is None:
+        unknown = inputs_without_data(subject, example_inputs)
+    if unknown:
         raise MaskError(
             f"{', '.join(unknown)}: example_inputs do not tell which tensors these inputs of "
             "the graph are; pass model=, the compiled module"

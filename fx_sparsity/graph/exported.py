@@ -18,8 +18,8 @@ def insert_masks(program: ExportedProgram, masks: Mapping[str, Mask]) -> Exporte
 
     Args:
         program: not changed, nor is the model that it came from.
-        masks: FQN of a parameter -> its mask, whose buffers become buffers of the new program. Names
-            with one mask are tied, also where loading the program has made them two tensors.
+        masks: FQN of a parameter -> its mask, whose buffers become buffers of the new program.
+            Names with one mask are tied, also where loading the program has made them two tensors.
 
     Returns:
         A program with copies of these parameters; the other tensors are shared with `program`.

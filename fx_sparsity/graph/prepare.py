@@ -46,8 +46,8 @@ def prepare(
     A weight that is masked already keeps its mask, and `sparsifier` takes it over.
 
     Call `sparsifier.step()` afterwards, as often as wanted; `squash` ends it, `unprepare` undoes
-    it. What stays dense is logged with its reason, and `mapping.resolve(find_weights(...))` shows
-    it beforehand.
+    it. What stays dense is logged with its reason, and so are entries of the mapping that speak of
+    no weight; `mapping.resolve(find_weights(...))` shows both beforehand.
 
     Args:
         subject: a module or `fx.GraphModule`, masked in place: weights of modules get
@@ -94,6 +94,8 @@ def prepare(
         entries = {fqn: group_entry(config) for fqn, config in assignment.items()}
         for fqn, why in assignment.dense.items():
             _log.info("%s stays dense: %s", fqn, why)
+        for entry in assignment.unmatched:
+            _log.warning("no weight matches %s of the mapping", entry)
     for unclaimed in weights.unclaimed:
         level = logging.INFO if unclaimed.reason.explained else logging.WARNING
         _log.log(level, "%s stays dense: %s %s", unclaimed.fqn, unclaimed.reason, unclaimed.detail)

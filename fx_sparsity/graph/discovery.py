@@ -43,7 +43,7 @@ def find_weights(
     A module is captured with `torch.export`. Where that fails, its graphs come from Dynamo; what
     they do not show, from a symbolic trace; and what is then still open, from the classes of its
     modules. `WeightMap.frontend` tells which were needed. Without example inputs the classes
-    alone are looked at.
+    alone are looked at. Weights are parameters: buffers are followed, but not listed.
 
     Args:
         subject: a module; or, read as they are: an `fx.GraphModule`, an `ExportedProgram`, or the

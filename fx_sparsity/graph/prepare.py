@@ -222,6 +222,10 @@ def _prepare_program(
             masks |= dict.fromkeys((fqn, *weights[fqn].aliases), mask)
     masked = insert_masks(program, masks) if masks else program
     gm = masked.module()
+    for fqn in entries:  # loading has made several tensors of a tied one
+        for alias in weights[fqn].aliases:
+            owner, attribute = _owner(gm, alias)
+            setattr(owner, attribute, gm.get_parameter(fqn))
     _prepare_graph(gm, sparsifier, weights, entries, module_source(gm), None)
     return masked
 

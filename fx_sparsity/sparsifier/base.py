@@ -18,6 +18,7 @@ from fx_sparsity.sparsifier.target import (
     Target,
     attach_all,
     check_maskable,
+    check_memory,
     graph_mask,
     mask_on,
     owners_by_identity,
@@ -73,7 +74,7 @@ class BaseSparsifier(SparsifierCore):
 
         Raises:
             MaskError: a weight that does not exist, is not floating, is parametrized by something
-                else, or is listed twice; it is named.
+                else, shares memory with another tensor, or is listed twice; it is named.
         """
         if self.model is not None and self.model is not model and self._targets:
             raise MaskError(
@@ -120,6 +121,7 @@ class BaseSparsifier(SparsifierCore):
             for module, attribute in target.owners:
                 if mask_on(module, attribute) is None:
                     check_maskable(target.name, module, attribute)
+        check_memory(model, seen)
         attach_all(fresh)
         for name, first in given.items():
             targets[name].mask.update(first)

@@ -170,10 +170,10 @@ def _prepare_graph(
     holder: nn.Module = gm
     if is_compiled(gm):
         _check_compiled(gm, entries, read)
-        holder = model or _received(sparsifier, read, source)
-    live = {
-        id(sparsifier.get_tensor(n)): n for n in sparsifier.names if not sparsifier.is_squashed(n)
-    }
+        holder = _received(sparsifier, read, source) if model is None else model
+    masked = [name for name in sparsifier.names if not sparsifier.is_squashed(name)]
+    bound = sparsifier.model is not None
+    live = {id(sparsifier.get_tensor(name)): name for name in masked} if bound else {}
     new: dict[str, Mask] = {}
     for fqn, nodes in read.items():
         owner, attribute = _owner(holder, fqn)

@@ -385,3 +385,15 @@ def test_a_loaded_program_with_masks_has_its_ties_again():
     weight = plain.state_dict["head.weight"]
     assert torch.equal(weight, plain.state_dict["embed.weight"])
     assert torch.equal(weight == 0, ~sparsifier.get_mask("embed.weight"))
+
+
+def test_a_detached_sparsifier_takes_a_graph():
+    model, inputs = make("sequential")
+    first, second = fxs.WeightNormSparsifier(), fxs.WeightNormSparsifier()
+    fxs.prepare(as_exported(model, inputs), first, mapping=HALF)
+    second.load_state_dict(first.state_dict())
+    gm = as_exported(make("sequential")[0], inputs)
+    fxs.prepare(gm, second, mapping=HALF)
+    second.step()
+    plain, _ = fxs.squash(gm, second)
+    assert plain.get_parameter("0.weight").eq(0).sum() == 64

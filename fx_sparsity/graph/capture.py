@@ -11,7 +11,15 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from fx_sparsity.graph.compiled import input_position, input_target, source_target
+from fx_sparsity.graph.compiled import (
+    fake_names,
+    fake_place,
+    input_position,
+    input_target,
+    is_compiled,
+    is_fake,
+    source_target,
+)
 from fx_sparsity.graph.operators import MODULES
 
 ExampleInputs = tuple[Any, ...] | Mapping[str, Any] | Tensor
@@ -149,6 +157,29 @@ def module_source(gm: fx.GraphModule) -> Source:
     return source
 
 
+def graph_source(
+    gm: fx.GraphModule, example_inputs: ExampleInputs | None, model: nn.Module | None
+) -> Source:
+    """The source of a GraphModule's tensors, wherever it comes from; see `compiled_source`."""
+    if not is_compiled(gm):
+        return module_source(gm)
+    inputs, _ = call_arguments(() if example_inputs is None else example_inputs)
+    return compiled_source(gm, inputs, model)
+
+
+def inputs_without_data(gm: fx.GraphModule, example_inputs: ExampleInputs | None) -> list[str]:
+    """Names of a backend's inputs that are absent from `example_inputs`, or fake there."""
+    if not is_compiled(gm):
+        return []
+    inputs, _ = call_arguments(() if example_inputs is None else example_inputs)
+    absent = []
+    for position, node in enumerate(gm.graph.find_nodes(op="placeholder")):
+        place = input_position(node, position)
+        if place is None or place >= len(inputs) or is_fake(inputs[place]):
+            absent.append(source_target(node) or node.name)
+    return absent
+
+
 def compiled_source(
     gm: fx.GraphModule, example_inputs: Sequence[Any], model: nn.Module | None = None
 ) -> Source:
@@ -157,26 +188,32 @@ def compiled_source(
     Args:
         gm: the graph that a backend receives from Dynamo, or from AOTAutograd below it.
         example_inputs: what the backend received with the Dynamo graph.
-        model: tells the names, by tensor identity. Without it they are read off Dynamo's notes,
-            as far as these lead to a module; other parameters go by the name of their node.
+        model: tells the names, by identity: of the inputs, or of what AOTAutograd faked. Without it
+            they are read off Dynamo's notes, as far as these lead to a module; other parameters go
+            by the name of their node.
     """
     placeholders = gm.graph.find_nodes(op="placeholder")
     position = {node: input_position(node, i) for i, node in enumerate(placeholders)}
-    named = {} if model is None else {id(t): fqn for fqn, t in reversed(named_tensors(model))}
+    tensors = {} if model is None else dict(named_tensors(model))
+    named = {id(tensor): fqn for fqn, tensor in reversed(tensors.items())}
+    faked = fake_names(gm, tensors)
     attribute = module_source(gm)
 
     def source(node: fx.Node) -> tuple[str, Tensor] | None:
-        if (place := position.get(node)) is None:
-            return attribute(node)
-        tensor = example_inputs[place] if place < len(example_inputs) else None
-        if model is not None:
-            if (fqn := input_target(node) or named.get(id(tensor))) is None:
-                return None
-            tensor = operator.attrgetter(fqn)(model)
-        else:
+        if node not in position:
+            found = attribute(node)
+            return None if found is None else (named.get(id(found[1]), found[0]), found[1])
+        place = position[node]
+        given = place is not None and place < len(example_inputs)
+        tensor = example_inputs[place] if given else None  # type: ignore[index]
+        if model is None:
             tensor = node.meta.get("val") if tensor is None else tensor
             unnamed = node.name if isinstance(tensor, nn.Parameter) else None
             fqn = input_target(node) or source_target(node) or unnamed
+        else:
+            # What was added to the graph, such as a mask, keeps the name that it has there.
+            fqn = named.get(id(tensor)) or faked.get(fake_place(node)) or input_target(node)
+            tensor = tensors.get(fqn or "", node.meta.get("val"))
         return (fqn, tensor) if fqn is not None and isinstance(tensor, Tensor) else None
 
     return source

@@ -1,16 +1,21 @@
 """What `torch.compile` knows about a graph that it hands to a backend.
 
-The one place that touches `torch._dynamo` and the notes that Dynamo and AOTAutograd leave on
-placeholders: there is no public way to tell which parameter a placeholder stands for, nor to keep
-on capturing after a graph break.
+The one place that touches `torch._dynamo`, and the notes that Dynamo and AOTAutograd leave on
+inputs and outputs: there is no public way to tell which parameter a placeholder stands for or which
+results are gradients, to add a buffer to a graph, nor to keep on capturing after a graph break.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
+from torch._dynamo.source import ConstantSource
+from torch._functorch._aot_autograd.descriptors import PlainAOTInput
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch.fx.graph import _PyTreeCodeGen
 
 _UNLIMITED = 1 << 30
 _STEP = re.compile(r"\._(?:modules|parameters|buffers)\['([^']+)'\]|\.(\w+)|\[(\d+)\]")
@@ -61,18 +66,93 @@ def source_target(node: fx.Node) -> str | None:
 
 
 def is_compiled(gm: fx.GraphModule) -> bool:
-    """Whether a graph comes from Dynamo or AOTAutograd, going by the notes on its placeholders."""
-    return any(
+    """Whether a graph comes from Dynamo or AOTAutograd, going by the notes on its placeholders.
+
+    The module of an exported program that was decomposed has such notes, too, but holds its weights
+    itself; it is told by its signature, which is that of a module and not flat.
+    """
+    noted = any(
         "desc" in node.meta or hasattr(node, "_dynamo_source")
         for node in gm.graph.find_nodes(op="placeholder")
     )
+    return noted and not isinstance(gm.graph._codegen, _PyTreeCodeGen)
 
 
 def input_target(node: fx.Node) -> str | None:
-    """FQN that AOTAutograd noted on a placeholder, where it lifted a module's parameters itself."""
+    """FQN that AOTAutograd noted on a placeholder, where it lifted a module's tensors itself."""
     return getattr(node.meta.get("desc"), "target", None)
 
 
-def input_position(node: fx.Node, position: int) -> int:
-    """Which input of the Dynamo graph a placeholder is; `position` where no note says otherwise."""
-    return getattr(node.meta.get("desc"), "idx", position)
+def input_position(node: fx.Node, position: int) -> int | None:
+    """Which input of the Dynamo graph a placeholder is; None for tangents and saved activations.
+
+    Args:
+        node: a placeholder.
+        position: its own among the placeholders, which counts in the Dynamo graph itself.
+    """
+    if hasattr(node, "_dynamo_source"):
+        return position
+    desc = node.meta.get("desc")
+    return desc.idx if isinstance(desc, PlainAOTInput) else None
+
+
+def fake_names(gm: fx.GraphModule, tensors: Mapping[str, Tensor]) -> dict[Any, str]:
+    """What `fake_place` gives of a placeholder -> FQN of the tensor that it stands for.
+
+    AOTAutograd traces with fake tensors, one for each real tensor, whose memory the notes on
+    placeholders share. A backward pass is compiled after that book has been closed.
+    """
+    values = [node.meta.get("val") for node in gm.graph.find_nodes(op="placeholder")]
+    fake = next((value for value in values if isinstance(value, FakeTensor)), None)
+    if fake is None:
+        return {}
+    known = fake.fake_mode.fake_tensor_converter
+    faked = {fqn: known._get_memo(tensor) for fqn, tensor in reversed(list(tensors.items()))}
+    return {_place(value): fqn for fqn, value in faked.items() if value is not None}
+
+
+def fake_place(node: fx.Node) -> Any:
+    """Where the fake tensor of a placeholder lies, and how; None where there is none."""
+    value = node.meta.get("val")
+    return _place(value) if isinstance(value, FakeTensor) else None
+
+
+def is_fake(tensor: object) -> bool:
+    """Whether a tensor only stands for one that is traced, and has no data."""
+    return isinstance(tensor, FakeTensor)
+
+
+def real_tensors() -> AbstractContextManager[object]:
+    """Where new tensors have data, also while AOTAutograd compiles, when they would be fake."""
+    return unset_fake_temporarily()
+
+
+def returned(graph: fx.Graph) -> list[fx.Node]:
+    """The results of a graph, without gradients and what is kept for a backward pass."""
+    output = graph.output_node()
+    descs = output.meta.get("desc")
+    if descs is None:
+        return output.all_input_nodes
+    pairs = zip(output.args[0], descs, strict=True)  # type: ignore[arg-type]
+    return [v for v, desc in pairs if isinstance(v, fx.Node) and not _for_backward(desc)]
+
+
+def has_backward(gm: fx.GraphModule) -> bool:
+    """Whether AOTAutograd has traced a backward pass along with this graph, or it is one."""
+    return any(map(_for_backward, gm.graph.output_node().meta.get("desc") or ()))
+
+
+def announce_buffers(gm: fx.GraphModule, names: Iterable[str]) -> None:
+    """Let AOTAutograd take buffers of a Dynamo graph that Dynamo itself did not put there."""
+    sources = getattr(gm, "_param_name_to_source", None)
+    if sources is not None:
+        sources.update((name, ConstantSource(name)) for name in names)
+
+
+def _place(fake: FakeTensor) -> Any:
+    storage = fake.untyped_storage()._cdata
+    return storage, fake.dtype, fake.shape, fake.stride(), fake.storage_offset()
+
+
+def _for_backward(desc: object) -> bool:
+    return type(desc).__name__.startswith(("GradAOT", "SavedForBackwards"))

@@ -17,6 +17,7 @@ from fx_sparsity.graph.capture import (
     export_model,
     exported_source,
     exported_tensors,
+    graph_source,
     module_source,
     named_tensors,
     run_undisturbed,
@@ -42,16 +43,18 @@ def find_weights(
     A module is captured with `torch.export`. Where that fails, its graphs come from Dynamo; what
     they do not show, from a symbolic trace; and what is then still open, from the classes of its
     modules. `WeightMap.frontend` tells which were needed. Without example inputs the classes
-    alone are looked at.
+    alone are looked at. Weights are parameters: buffers are followed, but not listed.
 
     Args:
         subject: a module; or, read as they are: an `fx.GraphModule`, an `ExportedProgram`, or the
             graph that a `torch.compile` backend receives. Not changed.
         example_inputs: a tuple of positional, or a dict of keyword arguments. For the graph of a
-            backend: the list that the backend received with it.
+            backend: the list that the backend received with Dynamo's graph. The graphs that
+            AOTAutograd and Inductor make of it take that one, too, or `model` alone.
         dynamic_shapes: as `torch.export.export` takes it; only for a module.
         model: whose parameters are placeholders of a backend's graph. Without it their names are
-            those that Dynamo noted.
+            those that Dynamo noted. Of a graph with a backward pass in it, only what leads to the
+            forward's results counts.
 
     Returns:
         The sites in graph order, and every parameter of two or more dimensions that is none.
@@ -252,8 +255,7 @@ def _read_classes(search: _Search, model: nn.Module) -> None:
 def _read_compiled(
     gm: fx.GraphModule, example_inputs: ExampleInputs | None, model: nn.Module | None
 ) -> WeightMap:
-    inputs, _ = call_arguments(() if example_inputs is None else example_inputs)
-    source = compiled_source(gm, inputs, model)
+    source = graph_source(gm, example_inputs, model)
     if model is not None:
         search = _Search.of(model)
     else:

@@ -19,6 +19,7 @@ def insert_masks(program: ExportedProgram, masks: Mapping[str, Mask]) -> Exporte
     Args:
         program: not changed, nor is the model that it came from.
         masks: FQN of a parameter -> its mask, whose buffers become buffers of the new program.
+            Names with one mask are tied, also where loading the program has made them two tensors.
 
     Returns:
         A program with copies of these parameters; the other tensors are shared with `program`.
@@ -36,7 +37,7 @@ def insert_masks(program: ExportedProgram, masks: Mapping[str, Mask]) -> Exporte
     for fqn, mask in masks.items():
         weight, path = nodes[fqn], mask_path(fqn)
         original = state[fqn]
-        state[fqn] = held.setdefault(id(original), _copy(original))
+        state[fqn] = held.setdefault(id(mask), _copy(original))
         state[f"{path}.mask"], constants[f"{path}.zero"] = mask.mask, mask.zero
         value = weight.meta["val"]
         added = {

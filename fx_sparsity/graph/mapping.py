@@ -29,10 +29,12 @@ class Assignment(Mapping[str, SparsityConfig]):
     Attributes:
         configs: FQN -> configuration of every weight that is to be masked.
         dense: FQN -> why it is not, for the other weights of the map.
+        unmatched: entries of the mapping that speak of no weight, such as `regex 'mlp'`.
     """
 
     configs: Mapping[str, SparsityConfig]
     dense: Mapping[str, str]
+    unmatched: tuple[str, ...] = ()
 
     def __getitem__(self, fqn: str) -> SparsityConfig:
         return self.configs[fqn]
@@ -46,7 +48,8 @@ class Assignment(Mapping[str, SparsityConfig]):
     def __str__(self) -> str:
         rows = [(fqn, str(config)) for fqn, config in self.configs.items()]
         rows += [(fqn, f"dense: {why}") for fqn, why in self.dense.items()]
-        return format_table(("weight", "sparsity"), rows)
+        text = format_table(("weight", "sparsity"), rows)
+        return "\n".join([text, *(f"no weight matches {entry}" for entry in self.unmatched)])
 
 
 class SparsityMapping:
@@ -161,7 +164,7 @@ class SparsityMapping:
                 misfits.append(f"{site.fqn}: {error}")
         if misfits:
             raise MappingError("\n".join(misfits))
-        return Assignment(configs, dense)
+        return Assignment(configs, dense, tuple(self._unmatched(weights)))
 
     def _lookup(self, site: WeightSite) -> tuple[SparsityConfig | None, str]:
         fqns = {site.fqn, *site.aliases}
@@ -170,14 +173,23 @@ class SparsityMapping:
                 if name in names:
                     return config, f"excluded by name {name!r}"
         for regex, config in self._regexes.items():
-            if any(re.match(regex, fqn) for fqn in (site.fqn, *site.aliases)):
+            if _has_name(site, regex):
                 return config, f"excluded by regex {regex!r}"
         for name, config in self._types.items():
-            if name in (site.kind, site.owner_type):
+            if _has_type(site, name):
                 return config, f"excluded by type {name!r}"
         if callable(self._rest):
             return _parse(self._rest(site)), "excluded by the rule"
         return self._rest, "no entry of the mapping speaks of it"
+
+    def _unmatched(self, weights: WeightMap) -> Iterator[str]:
+        for what, entries, matches in (
+            ("regex", self._regexes, _has_name),
+            ("type", self._types, _has_type),
+        ):
+            for entry in entries:
+                if not any(matches(site, entry) for site in weights.sites):
+                    yield f"{what} {entry!r}"
 
     def _check_names(self, weights: WeightMap) -> None:
         fqns = [fqn for site in weights.sites for fqn in (site.fqn, *site.aliases)]
@@ -191,6 +203,14 @@ class SparsityMapping:
             near = get_close_matches(name, sorted(known), n=3)
             hint = f"; the nearest are {', '.join(map(repr, near))}" if near else ""
             raise MappingError(f"the model has no weight or owning module {name!r}{hint}")
+
+
+def _has_name(site: WeightSite, regex: str) -> bool:
+    return any(re.match(regex, fqn) for fqn in (site.fqn, *site.aliases))
+
+
+def _has_type(site: WeightSite, name: str) -> bool:
+    return name in (site.kind, site.owner_type)
 
 
 def _text(config: SparsityConfig | None) -> str | None:

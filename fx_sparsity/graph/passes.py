@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from fx_sparsity.graph.capture import module_source
+from fx_sparsity.graph.capture import Source, module_source
+from fx_sparsity.graph.compiled import announce_buffers, is_compiled
 from fx_sparsity.graph.operators import OPERATORS, bind, operator_name
 from fx_sparsity.graph.provenance import Origin
 from fx_sparsity.graph.uses import canonical_fqn, weight_uses
@@ -19,6 +20,8 @@ from fx_sparsity.sparsifier.mask import GRAPH_MASKS
 
 WEIGHT_META = "fx_sparsity_weights"
 """Key in `node.meta`: argument name -> `SeenWeight` that it receives."""
+MASK_BUFFERS = ("mask", "zero")
+"""What a selection reads of a `Mask`."""
 
 
 class Step(NamedTuple):
@@ -116,50 +119,58 @@ def seen_weights(graph_module: fx.GraphModule) -> Iterator[tuple[fx.Node, str, S
 
 
 class InsertMasks(PassBase):
-    """Select every use of a `get_attr` weight through its mask: `where(mask, weight, zero)`.
+    """Select every use of a weight through its mask: `where(mask, weight, zero)`.
 
-    The mask module becomes a submodule, so that its buffers are in the `state_dict`, follow `.to()`
-    and survive rebuilding the GraphModule, deepcopy and dead-code elimination.
+    The weight is a `get_attr` node, or a placeholder of a graph that receives its weights. The mask
+    module becomes a submodule, so that its buffers are in the `state_dict`, follow `.to()` and
+    survive rebuilding the GraphModule, deepcopy and dead-code elimination.
 
     Args:
-        masks: FQN of the weight, as the `get_attr` nodes name it -> its mask.
+        masks: name of the weight, as `source` tells it -> its mask.
+        source: which node stands for which weight; a `get_attr` node for its target by default.
     """
 
-    def __init__(self, masks: Mapping[str, Mask]) -> None:
+    def __init__(self, masks: Mapping[str, Mask], source: Source | None = None) -> None:
         super().__init__()
         self.masks = masks
+        self.source = source
 
     def requires(self, graph_module: fx.GraphModule) -> None:
-        """Every weight is read by a `get_attr` node, and is not masked yet."""
-        read = {str(node.target) for node in graph_module.graph.nodes if node.op == "get_attr"}
+        """Every weight is read by a node, and is not masked yet."""
+        weights = self._weights(graph_module)
         for fqn in self.masks:
-            if fqn not in read:
-                raise ValueError(f"{fqn}: no get_attr node of the graph reads it")
-            if mask_path(fqn) in dict(graph_module.named_modules()):
+            if fqn not in weights.values():
+                raise ValueError(f"{fqn}: no node of the graph reads it")
+        for node, fqn in weights.items():
+            if is_masked(node):
                 raise ValueError(f"{fqn} is already masked in this graph")
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """See `PassBase.call`."""
         graph = graph_module.graph
+        weights = self._weights(graph_module)
         for fqn, mask in self.masks.items():
             graph_module.add_submodule(mask_path(fqn), mask)
-        for node in list(graph.nodes):
-            if node.op != "get_attr" or node.target not in self.masks or not node.users:
-                continue
-            mask = self.masks[node.target]
+            announce_buffers(graph_module, (f"{mask_path(fqn)}.{name}" for name in MASK_BUFFERS))
+        for node, fqn in weights.items():
             users = list(node.users)
-            with graph.inserting_after(node):
-                keep = graph.get_attr(f"{mask_path(node.target)}.mask")
-            with graph.inserting_after(keep):
-                zero = graph.get_attr(f"{mask_path(node.target)}.zero")
-            with graph.inserting_after(zero):
+            if not users:
+                continue
+            following = node.next
+            while following.op == "placeholder":
+                following = following.next
+            with graph.inserting_before(following):
+                keep, zero = (graph.get_attr(f"{mask_path(fqn)}.{name}") for name in MASK_BUFFERS)
                 where = torch.ops.aten.where.self
                 masked = graph.call_function(where, (keep, node, zero))
-            weight = node.meta.get("val")
-            if weight is not None:
-                keep.meta["val"] = torch.empty_like(weight, dtype=mask.mask.dtype)
-                zero.meta["val"] = weight.new_zeros(())
-                masked.meta = {**node.meta, "val": torch.empty_like(weight)}
+            if node.op == "get_attr":  # what is noted on an input is about the input
+                masked.meta = dict(node.meta)
+            for key in ("val", "example_value"):
+                if (weight := node.meta.get(key)) is not None:
+                    mask = self.masks[fqn]
+                    keep.meta[key] = torch.empty_like(weight, dtype=mask.mask.dtype)
+                    zero.meta[key] = weight.new_zeros((), dtype=mask.zero.dtype)
+                    masked.meta[key] = torch.empty_like(weight)
             for user in users:
                 user.replace_input_with(node, masked)
         graph_module.recompile()
@@ -168,31 +179,36 @@ class InsertMasks(PassBase):
     def ensures(self, graph_module: fx.GraphModule) -> None:
         """Nothing but the selection reads a masked weight."""
         graph_module.graph.lint()
-        for node in graph_module.graph.nodes:
-            if node.op == "get_attr" and node.target in self.masks:
-                readers = [str(user.target) for user in node.users]
-                if readers and readers != ["aten.where.self"]:
-                    raise RuntimeError(f"{node.target} is read past its mask by {readers}")
+        for node, fqn in self._weights(graph_module).items():
+            readers = [str(user.target) for user in node.users]
+            if readers and readers != ["aten.where.self"]:
+                raise RuntimeError(f"{fqn} is read past its mask by {readers}")
+
+    def _weights(self, graph_module: fx.GraphModule) -> dict[fx.Node, str]:
+        source = self.source or module_source(graph_module)
+        found = {node: source(node) for node in graph_module.graph.nodes}
+        return {node: f[0] for node, f in found.items() if f is not None and f[0] in self.masks}
 
 
 class RemoveMasks(PassBase):
-    """Undo `InsertMasks`: consumers read the weight itself again, and the masks are gone."""
+    """Undo `InsertMasks`: consumers read the weight itself again, and the masks are gone.
+
+    The masks of a backend's graph stay submodules, for what was compiled from it reads them yet.
+    """
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """See `PassBase.call`."""
         graph = graph_module.graph
         modified = False
         for node in list(graph.nodes):
-            if node.op != "call_function" or node.target is not torch.ops.aten.where.self:
+            if not _selects(node):
                 continue
             keep, weight, zero = node.args
-            if not (isinstance(keep, fx.Node) and is_mask(keep)):
-                continue
             node.replace_all_uses_with(weight)
             for dead in (node, zero, keep):
                 graph.erase_node(dead)
             modified = True
-        if hasattr(graph_module, GRAPH_MASKS):
+        if hasattr(graph_module, GRAPH_MASKS) and not is_compiled(graph_module):
             graph_module.delete_submodule(GRAPH_MASKS)
         if modified:
             graph_module.recompile()
@@ -204,6 +220,21 @@ class RemoveMasks(PassBase):
         for node in graph_module.graph.nodes:
             if node.op == "get_attr":
                 operator.attrgetter(str(node.target))(graph_module)
+
+
+def is_masked(node: fx.Node) -> bool:
+    """Whether the weight at a node is selected through a mask of `InsertMasks`."""
+    return any(_selects(user) and user.args[1] is node for user in node.users)
+
+
+def _selects(node: fx.Node) -> bool:
+    """Whether a node is a selection that `InsertMasks` put there."""
+    return (
+        node.op == "call_function"
+        and node.target is torch.ops.aten.where.self
+        and isinstance(keep := node.args[0], fx.Node)
+        and is_mask(keep)
+    )
 
 
 def is_mask(node: fx.Node) -> bool:

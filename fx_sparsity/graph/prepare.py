@@ -1,89 +1,123 @@
 """The verbs `prepare` and `squash`: from a wish to masks on a model, and to baked-in zeros."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.export import ExportedProgram
+from torch.nn.utils import parametrize
 
-from fx_sparsity.graph.capture import ExampleInputs
+from fx_sparsity.graph.capture import (
+    ExampleInputs,
+    Source,
+    graph_source,
+    inputs_without_data,
+    module_source,
+)
+from fx_sparsity.graph.compiled import has_backward, is_compiled, real_tensors
 from fx_sparsity.graph.discovery import find_weights
 from fx_sparsity.graph.exported import insert_masks, remove_masks
 from fx_sparsity.graph.mapping import SparsityMapping
-from fx_sparsity.graph.passes import InsertMasks, RemoveMasks, mask_path
+from fx_sparsity.graph.passes import InsertMasks, RemoveMasks, is_masked, mask_path
+from fx_sparsity.graph.received import Received
+from fx_sparsity.graph.uses import canonical_fqn
 from fx_sparsity.graph.weight_map import WeightMap
 from fx_sparsity.patterns import SparsityConfig
 from fx_sparsity.sparsifier import BaseSparsifier, Mask, MaskError, SparsityRecord
 from fx_sparsity.sparsifier.target import check_maskable, graph_mask, mask_on
 
 _log = logging.getLogger(__name__)
-_Model = TypeVar("_Model", bound=nn.Module | ExportedProgram)
+_Subject = TypeVar("_Subject", bound=nn.Module | ExportedProgram)
 
 
 def prepare(
-    model: _Model,
+    subject: _Subject,
     sparsifier: BaseSparsifier,
     example_inputs: ExampleInputs | None = None,
     mapping: SparsityMapping | None = None,
     *,
     dynamic_shapes: Any = None,
-) -> _Model:
+    model: nn.Module | None = None,
+) -> _Subject:
     """Find the weights of a model and put a mask, all ones, on those that the mapping names.
 
     A weight that is masked already keeps its mask, and `sparsifier` takes it over.
 
     Call `sparsifier.step()` afterwards, as often as wanted; `squash` ends it, `unprepare` undoes
-    it. What stays dense is logged with its reason, and `mapping.resolve(find_weights(...))` shows
-    it beforehand.
+    it. What stays dense is logged with its reason, and so are entries of the mapping that speak of
+    no weight; `mapping.resolve(find_weights(...))` shows both beforehand.
 
     Args:
-        model: a module or `fx.GraphModule`, masked in place: weights of modules get
-            parametrizations; a GraphModule's own weights get a mask buffer and a selecting node.
+        subject: a module or `fx.GraphModule`, masked in place: weights of modules get
+            parametrizations; a GraphModule's own weights, and those that the graph of a
+            `torch.compile` backend receives, get a mask buffer and a selecting node. Whatever a
+            compiler makes of that graph sees every later edit of the masks.
             Or an `ExportedProgram`, which is not changed, nor the model that it came from.
-        sparsifier: computes the masks; a fresh one, or one that is bound to this model.
-        example_inputs: a tuple of positional, or a dict of keyword arguments. Only a module needs
-            them, and without them only the weights of modules of known classes are found.
+        sparsifier: computes the masks; a fresh one, or one that is bound to this model. A backend
+            that is called again, for another graph of the same weights, finds their masks on it.
+        example_inputs: a tuple of positional, or a dict of keyword arguments. A module needs them,
+            and without them only the weights of modules of known classes are found. For the graph
+            of a backend: the list that the backend received with it.
         mapping: which weight gets which pattern and level. None gives every weight the
             sparsifier's own defaults.
         dynamic_shapes: as `torch.export.export` takes it.
+        model: what `torch.compile` was given; only for the graph of a backend. The sparsifier is
+            bound to it, and weights have the names and owners that they have there. Without it
+            they are named as Dynamo noted them, and must be among `example_inputs`.
 
     Returns:
-        `model`; of an ExportedProgram, a masked copy. The sparsifier is bound to that copy's
+        `subject`; of an ExportedProgram, a masked copy. The sparsifier is bound to that copy's
         `module()`.
 
     Raises:
         InputError: the model rejects the inputs.
         MappingError: an unknown name, or a weight that cannot take its pattern.
-        MaskError: a weight that cannot be masked.
+        MaskError: a weight that cannot be masked, as in a graph that AOTAutograd has traced a
+            backward pass with, or where a graph's inputs are fake and no `model` is given.
 
         Whatever is raised, nothing was changed.
     """
-    weights = find_weights(model, example_inputs, dynamic_shapes=dynamic_shapes)
+    unknown: list[str] = []
+    if isinstance(subject, fx.GraphModule) and model is None:
+        unknown = inputs_without_data(subject, example_inputs)
+    if unknown:
+        raise MaskError(
+            f"{', '.join(unknown)}: example_inputs do not tell which tensors these inputs of "
+            "the graph are; pass model=, the compiled module"
+        )
+    weights = find_weights(subject, example_inputs, dynamic_shapes=dynamic_shapes, model=model)
     assignment = None if mapping is None else mapping.resolve(weights)
-    for fqn, why in assignment.dense.items() if assignment else ():
-        _log.info("%s stays dense: %s", fqn, why)
+    if assignment is not None:
+        for fqn, why in assignment.dense.items():
+            _log.info("%s stays dense: %s", fqn, why)
+        for entry in assignment.unmatched:
+            _log.warning("no weight matches %s of the mapping", entry)
     for unclaimed in weights.unclaimed:
         level = logging.INFO if unclaimed.reason.explained else logging.WARNING
         _log.log(level, "%s stays dense: %s %s", unclaimed.fqn, unclaimed.reason, unclaimed.detail)
-    return mask_weights(model, sparsifier, weights, assignment)
+    return mask_weights(subject, sparsifier, weights, assignment, example_inputs, model)
 
 
 def mask_weights(
-    model: _Model,
+    subject: _Subject,
     sparsifier: BaseSparsifier,
     weights: WeightMap,
     configs: Mapping[str, SparsityConfig] | None = None,
-) -> _Model:
+    example_inputs: ExampleInputs | None = None,
+    model: nn.Module | None = None,
+) -> _Subject:
     """What `prepare` does once the weights are found and the mapping is resolved.
 
     Args:
-        model: as `prepare` takes it.
+        subject: as `prepare` takes it.
         sparsifier: as `prepare` takes it.
         weights: by their names in this model.
         configs: FQN -> configuration of those to mask. None gives every weight the sparsifier's own
             defaults.
+        example_inputs: as `prepare` takes them, for the graph of a backend.
+        model: as `prepare` takes it, for the graph of a backend.
 
     Raises:
         MaskError: as `prepare`; nothing was changed.
@@ -91,20 +125,25 @@ def mask_weights(
     entries: dict[str, dict[str, Any]] = {fqn: {} for fqn in weights}
     if configs is not None:
         entries = {fqn: group_entry(config) for fqn, config in configs.items()}
-    if isinstance(model, ExportedProgram):
-        return _prepare_program(model, sparsifier, weights, entries)  # type: ignore[return-value]
-    new = _prepare_module(model, sparsifier, weights, entries)
-    if isinstance(model, fx.GraphModule):
-        InsertMasks(new)(model)
-    return model
+    if isinstance(subject, ExportedProgram):
+        return _prepare_program(subject, sparsifier, weights, entries)  # type: ignore[return-value]
+    if isinstance(subject, fx.GraphModule):
+        source = graph_source(subject, example_inputs, model)
+        with real_tensors():
+            _prepare_graph(subject, sparsifier, weights, entries, source, model)
+    else:
+        sparsifier.prepare(subject, _config(subject, weights, entries))
+    return subject
 
 
-def squash(model: _Model, sparsifier: BaseSparsifier) -> tuple[_Model, SparsityRecord]:
+def squash(model: _Subject, sparsifier: BaseSparsifier) -> tuple[_Subject, SparsityRecord]:
     """Bake every mask into its weight, and take the masks off.
 
     Args:
         model: what `prepare` returned; changed in place. Of an ExportedProgram the weights are
-            written in place, too, and the graph without masks is a new one.
+            written in place, too, and the graph without masks is a new one. The graph of a backend
+            shares its weights with the model that was compiled, which may be given instead; what
+            was compiled from the graph selects as before, until it is compiled anew.
         sparsifier: the one that prepared it.
 
     Returns:
@@ -119,11 +158,12 @@ def squash(model: _Model, sparsifier: BaseSparsifier) -> tuple[_Model, SparsityR
     return _without_masks(model), record
 
 
-def unprepare(model: _Model, sparsifier: BaseSparsifier) -> _Model:
+def unprepare(model: _Subject, sparsifier: BaseSparsifier) -> _Subject:
     """Undo `prepare`: the weights as they are beneath the masks, bit for bit, and no masks.
 
     Args:
-        model: what `prepare` returned; changed in place, or copied, as `squash` does.
+        model: what `prepare` returned; changed in place, or copied, as `squash` does. What was
+            compiled from the graph of a backend keeps everything from now on.
         sparsifier: the one that prepared it. It is fresh again afterwards.
 
     Returns:
@@ -143,30 +183,54 @@ def group_entry(config: SparsityConfig) -> dict[str, Any]:
     return {"pattern": str(config.pattern), "sparsity_level": config.level}
 
 
-def _prepare_module(
-    model: nn.Module,
+def _prepare_graph(
+    gm: fx.GraphModule,
     sparsifier: BaseSparsifier,
     weights: WeightMap,
     entries: dict[str, dict[str, Any]],
-) -> dict[str, Mask]:
-    """Bind the sparsifier to a model. Returns the masks that its graph has to apply yet."""
-    in_graph = _graph_weights(model, weights, list(entries))
+    source: Source,
+    model: nn.Module | None,
+) -> None:
+    """Mask a GraphModule's own weights by nodes, those of the modules that it calls as modules."""
+    read = _read_by_graph(gm, source, weights, list(entries))
+    holder: nn.Module = gm
+    if is_compiled(gm):
+        _check_compiled(gm, entries, read)
+        holder = _received(sparsifier, read, source) if model is None else model
+    masked = [name for name in sparsifier.names if not sparsifier.is_squashed(name)]
+    bound = sparsifier.model is not None
+    live = {id(sparsifier.get_tensor(name)): name for name in masked} if bound else {}
     new: dict[str, Mask] = {}
+    for fqn, nodes in read.items():
+        owner, attribute = _owner(holder, fqn)
+        if parametrize.is_parametrized(owner, attribute):
+            continue
+        tensor = check_maskable(fqn, owner, attribute)
+        names = dict.fromkeys(source(node)[0] for node in nodes)  # type: ignore[index]
+        if any(map(is_masked, nodes)):
+            mask = next(found for name in names if (found := graph_mask(gm, name)))
+        else:
+            ones = torch.ones_like(tensor, dtype=torch.bool)
+            known = live.get(id(tensor))
+            mask = Mask(ones if known is None else sparsifier.get_mask(known))
+            new |= dict.fromkeys(names, mask)
+        entries[fqn]["mask_module"] = mask
+    sparsifier.prepare(holder, _config(holder, weights, entries))
+    InsertMasks(new, source)(gm)
+
+
+def _config(
+    model: nn.Module, weights: WeightMap, entries: dict[str, dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """What a sparsifier's `prepare` takes; weights without a mask get one of ones."""
     config = []
     for fqn, entry in entries.items():
-        site = weights[fqn]
-        owner, attribute = _owner(model, fqn), fqn.rpartition(".")[2]
-        if fqn in in_graph:
-            mask = graph_mask(model, fqn)
-            if mask is None:
-                mask = Mask(_ones(fqn, owner, attribute))
-                new |= dict.fromkeys((fqn, *site.aliases), mask)
-            entry["mask_module"] = mask
-        elif mask_on(owner, attribute) is None:
-            entry["mask"] = _ones(fqn, owner, attribute)
-        config.append({"tensor_fqn": fqn, "roles": site.roles, **entry})
-    sparsifier.prepare(model, config)
-    return new
+        owner, attribute = _owner(model, fqn)
+        if "mask_module" not in entry and mask_on(owner, attribute) is None:
+            tensor = check_maskable(fqn, owner, attribute)
+            entry["mask"] = torch.ones_like(tensor, dtype=torch.bool)
+        config.append({"tensor_fqn": fqn, "roles": weights[fqn].roles, **entry})
+    return config
 
 
 def _prepare_program(
@@ -183,11 +247,16 @@ def _prepare_program(
             mask = Mask(torch.ones_like(held[fqn], dtype=torch.bool))
             masks |= dict.fromkeys((fqn, *weights[fqn].aliases), mask)
     masked = insert_masks(program, masks) if masks else program
-    _prepare_module(masked.module(), sparsifier, weights, entries)
+    gm = masked.module()
+    for fqn in entries:  # loading has made several tensors of a tied one
+        for alias in weights[fqn].aliases:
+            owner, attribute = _owner(gm, alias)
+            setattr(owner, attribute, gm.get_parameter(fqn))
+    _prepare_graph(gm, sparsifier, weights, entries, module_source(gm), None)
     return masked
 
 
-def _without_masks(model: _Model) -> _Model:
+def _without_masks(model: _Subject) -> _Subject:
     if isinstance(model, ExportedProgram):
         return remove_masks(model)  # type: ignore[return-value]
     if isinstance(model, fx.GraphModule):
@@ -196,13 +265,17 @@ def _without_masks(model: _Model) -> _Model:
 
 
 def _check_bound(model: nn.Module | ExportedProgram, sparsifier: BaseSparsifier) -> None:
-    """Raise `MaskError` unless every tensor of the sparsifier is one of the model's."""
+    """Raise `MaskError` unless the model holds every tensor of the sparsifier, or its mask."""
     if isinstance(model, ExportedProgram):
         tensors = [*model.state_dict.values(), *model.constants.values()]
     else:
         tensors = [*model.parameters(), *model.buffers()]
     held = {id(tensor) for tensor in tensors}
-    foreign = [n for n in sparsifier.names if id(sparsifier.get_tensor(n)) not in held]
+    foreign = [
+        name
+        for name in sparsifier.names
+        if held.isdisjoint({id(sparsifier.get_tensor(name)), id(sparsifier.get_mask(name))})
+    ]
     if foreign or not sparsifier.names:
         raise MaskError(
             f"the sparsifier has not prepared this {type(model).__name__} "
@@ -211,34 +284,68 @@ def _check_bound(model: nn.Module | ExportedProgram, sparsifier: BaseSparsifier)
         )
 
 
-def _owner(model: nn.Module, fqn: str) -> nn.Module:
-    """The module that holds a weight; a backend's graph receives its weights as inputs instead."""
-    try:
-        return model.get_submodule(fqn.rpartition(".")[0])
-    except AttributeError as error:
-        raise MaskError(
-            f"{fqn} is not held by this {type(model).__name__}, which receives it as an input; "
-            "prepare the module that was compiled"
-        ) from error
+def _owner(model: nn.Module, fqn: str) -> tuple[nn.Module, str]:
+    path, _, attribute = fqn.rpartition(".")
+    return model.get_submodule(path), attribute
 
 
-def _ones(fqn: str, owner: nn.Module, attribute: str) -> Tensor:
-    return torch.ones_like(check_maskable(fqn, owner, attribute), dtype=torch.bool)
-
-
-def _graph_weights(model: nn.Module, weights: WeightMap, fqns: list[str]) -> set[str]:
-    """Weights that `get_attr` nodes of a GraphModule read; the others belong to modules."""
-    if not isinstance(model, fx.GraphModule):
-        return set()
-    read = {str(node.target) for node in model.graph.nodes if node.op == "get_attr"}
-    in_graph = set()
+def _read_by_graph(
+    gm: fx.GraphModule, source: Source, weights: WeightMap, fqns: list[str]
+) -> dict[str, list[fx.Node]]:
+    """FQN -> nodes that stand for a weight in the graph; the others belong to called modules."""
+    nodes: dict[str, list[fx.Node]] = {}
+    called: set[str] = set()
+    for node in gm.graph.nodes:
+        if node.op == "call_module":
+            module = gm.get_submodule(str(node.target))
+            held = module.named_parameters(prefix=str(node.target), remove_duplicate=False)
+            called.update(canonical_fqn(name) for name, _ in held)
+        elif (found := source(node)) is not None:
+            nodes.setdefault(canonical_fqn(found[0]), []).append(node)
+    read = {}
     for fqn in fqns:
         names = {fqn, *weights[fqn].aliases}
-        if names <= read or (fqn in read and len(names) == 1):
-            in_graph.add(fqn)
-        elif names & read:
+        if names.isdisjoint(nodes):
+            continue
+        if names & called:
             raise MaskError(
                 f"{fqn} is read by the graph itself and by a module that it calls "
-                f"({', '.join(sorted(names - read))}); open that module up before masking"
+                f"({', '.join(sorted(names & called))}); open that module up before masking"
             )
-    return in_graph
+        read[fqn] = [node for name in (fqn, *weights[fqn].aliases) for node in nodes.get(name, ())]
+    return read
+
+
+def _check_compiled(
+    gm: fx.GraphModule, fqns: Iterable[str], read: Mapping[str, list[fx.Node]]
+) -> None:
+    """Raise `MaskError` unless a backend's graph can be masked by nodes alone."""
+    if has_backward(gm):
+        raise MaskError(
+            f"{', '.join(fqns) or 'this graph'}: a backward pass is traced already, which would "
+            "move masked values; prepare the graph that Dynamo hands to the backend, "
+            "before AOTAutograd"
+        )
+    if left := [fqn for fqn in fqns if fqn not in read]:
+        raise MaskError(f"{left[0]} is held by a module that the graph calls; prepare that module")
+
+
+def _received(
+    sparsifier: BaseSparsifier, read: Mapping[str, list[fx.Node]], source: Source
+) -> Received:
+    """A module over the tensors that a backend received, the same one for all of its graphs."""
+    holder = sparsifier.model if isinstance(sparsifier.model, Received) else Received()
+    held, new = holder.held(), {}
+    for fqn, nodes in read.items():
+        name, tensor = source(nodes[0])  # type: ignore[misc]
+        if name != fqn:
+            raise MaskError(
+                f"{fqn} is parametrized in the compiled module; pass model=, or prepare that module"
+            )
+        if held.get(fqn, tensor) is not tensor:
+            raise MaskError(
+                f"{fqn} is the name of two weights, in two graphs; pass model=, the compiled module"
+            )
+        new[fqn] = tensor
+    holder.hold(new)
+    return holder

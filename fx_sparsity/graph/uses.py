@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fx_sparsity.graph.capture import Source
+from fx_sparsity.graph.compiled import returned
 from fx_sparsity.graph.operators import (
     ADDITIONS,
     MODULES,
@@ -116,9 +117,9 @@ def canonical_fqn(fqn: str) -> str:
 
 
 def live_nodes(graph: fx.Graph) -> set[fx.Node]:
-    """Nodes that an output depends on; writing into a tensor counts as reaching one."""
+    """Nodes that a result depends on; writing into a tensor counts as reaching one."""
     live: set[fx.Node] = set()
-    pending = [node for node in graph.nodes if node.op == "output" or writes(node)]
+    pending = [*returned(graph), *filter(writes, graph.nodes)]
     while pending:
         node = pending.pop()
         if node not in live:

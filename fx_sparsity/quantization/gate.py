@@ -201,13 +201,19 @@ def _read_float(model: nn.Module, called: set[str] | None) -> Iterator[StoredWei
         if called is not None and not any(f"{prefix}.".startswith(f"{name}.") for name in called):
             continue
         names = [*module._parameters, *module._buffers]
-        names += getattr(module, "parametrizations", {})
+        names += _parametrized(module)
         for attribute in names:
             tensor = getattr(module, attribute)
             if is_float(tensor):
                 fqn = f"{prefix}.{attribute}".removeprefix(".")
                 aliases = _other_names(model, prefix, module, attribute, tensor)
                 yield replace(float_weight(fqn, fqn, tensor), aliases=tuple(aliases))
+
+
+def _parametrized(module: nn.Module) -> dict[str, parametrize.ParametrizationList]:
+    """Attribute -> what parametrizes it."""
+    entries: Any = module.parametrizations if parametrize.is_parametrized(module) else {}
+    return dict(entries.items())
 
 
 def _other_names(
@@ -219,9 +225,8 @@ def _other_names(
     fused = isinstance(above, nn.Sequential) and type(above) is not nn.Sequential
     if isinstance(above, QuantWrapper) or (fused and last == "0"):
         yield f"{path}.{attribute}".removeprefix(".")
-    if attribute in getattr(module, "parametrizations", {}):
-        entry: Any = module.parametrizations
-        for name, original in entry[attribute]._parameters.items():
+    if (entry := _parametrized(module).get(attribute)) is not None:
+        for name, original in entry._parameters.items():
             if original.shape == tensor.shape and name != "original":
                 yield f"{prefix}.parametrizations.{attribute}.{name}".removeprefix(".")
 

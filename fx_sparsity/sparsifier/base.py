@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from fx_sparsity.sparsifier.core import SparsifierCore
@@ -19,6 +19,7 @@ from fx_sparsity.sparsifier.target import (
     Target,
     attach_all,
     check_maskable,
+    check_memory,
     graph_mask,
     mask_on,
     owners_by_identity,
@@ -74,7 +75,7 @@ class BaseSparsifier(SparsifierCore):
 
         Raises:
             MaskError: a weight that does not exist, is not floating, is parametrized by something
-                else, or is listed twice; it is named.
+                else, shares memory with another tensor, or is listed twice; it is named.
         """
         if self.model is not None and self.model is not model and self._targets:
             raise MaskError(
@@ -121,6 +122,7 @@ class BaseSparsifier(SparsifierCore):
             for module, attribute in target.owners:
                 if mask_on(module, attribute) is None:
                     check_maskable(target.name, module, attribute)
+        check_memory(model, seen)
         attach_all(fresh)
         for name, first in given.items():
             targets[name].mask.update(first)
@@ -326,10 +328,13 @@ class BaseSparsifier(SparsifierCore):
                 raise MaskError(f"error loading {name}: the model has no such tensor")
             _check_shape(name, tensor, mask)
             present = graph_mask(model, name)
+            was_in_graph = name in self._targets and self._targets[name].in_graph
+            if was_in_graph and model is self.model and not isinstance(model, fx.GraphModule):
+                # The graph of a backend selects through it, and is no part of the model.
+                present = self._targets[name].mask
             in_graph = present is not None
             if present is None:
                 present = mask_on(info["module"], info["tensor_name"])
-            was_in_graph = name in self._targets and self._targets[name].in_graph
             if was_in_graph and not in_graph and not squashed:
                 raise MaskError(
                     f"error loading {name}: the graph no longer selects through a mask; "
@@ -346,8 +351,6 @@ class BaseSparsifier(SparsifierCore):
                 targets[name] = Target(name, owners[id(tensor)], present, in_graph)
         attach_all(fresh)
         for name in [name for name in self._targets if name not in entries]:
-            if self._targets[name].in_graph:
-                self._targets[name].mask.mask.fill_(1)  # the node stays, and keeps everything
             self._forget(name)
         self._targets, self.state, self.groups = {}, {}, []
         for name, target in targets.items():

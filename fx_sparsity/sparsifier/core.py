@@ -175,7 +175,10 @@ class SparsifierCore(ABC):
 
     def _forget(self, name: str) -> None:
         """Take a target's mask off, without applying it, and drop it."""
-        self._targets.pop(name).detach()
+        target = self._targets.pop(name)
+        if target.in_graph:
+            target.mask.mask.fill_(1)  # the node may live on, also in what was compiled from it
+        target.detach()
         del self.state[name]
 
 

@@ -1,7 +1,8 @@
 """Where a masked tensor lives: every module and name that holds it, and the one mask over them."""
 
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -167,6 +168,50 @@ def check_maskable(name: str, module: nn.Module, attribute: str) -> Tensor:
     return tensor
 
 
+def check_memory(model: nn.Module, masked: Mapping[int, str]) -> None:
+    """Make sure that no masked tensor shares elements with another tensor of the model.
+
+    Its zeros, once baked in, would show up in the other one, such as an embedding's transpose.
+
+    Args:
+        model: whose parameters and buffers are compared.
+        masked: identity of a tensor -> its name.
+
+    Raises:
+        MaskError: naming the masked tensor and the other one.
+    """
+    by_storage: dict[int, list[tuple[str, Tensor]]] = {}
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.layout == torch.strided and tensor.numel():
+            by_storage.setdefault(tensor.untyped_storage()._cdata, []).append((name, tensor))
+    for held in by_storage.values():
+        for (one, a), (other, b) in combinations(held, 2):
+            if not masked.keys().isdisjoint((id(a), id(b))) and _overlap(a, b):
+                name = masked.get(id(a)) or masked[id(b)]
+                raise MaskError(
+                    f"{name} shares memory with {other if id(a) in masked else one}, another "
+                    "tensor, which its zeros would change; copy one of them, or make them the "
+                    "same parameter"
+                )
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors over one storage have an element in common."""
+    spans = []
+    for tensor in (a, b):
+        last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+        size = tensor.element_size()
+        start = tensor.storage_offset()
+        spans.append((start * size, (start + last + 1) * size))
+    (start_a, end_a), (start_b, end_b) = spans
+    apart = end_a <= start_b or end_b <= start_a
+    if apart or a.dtype != b.dtype:
+        return not apart
+    seen = torch.zeros(max(end_a, end_b) // a.element_size(), dtype=torch.bool)
+    seen.as_strided(a.shape, a.stride(), a.storage_offset()).fill_(True)
+    return bool(seen.as_strided(b.shape, b.stride(), b.storage_offset()).any())
+
+
 def mask_on(module: nn.Module, attribute: str) -> Mask | None:
     """The mask that parametrizes `module.attribute`, if one does."""
     if not parametrize.is_parametrized(module, attribute):
@@ -205,7 +250,8 @@ def owners_by_identity(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]
         for attribute, tensor in [*module._parameters.items(), *module._buffers.items()]:
             if tensor is not None:
                 owners.setdefault(id(tensor), []).append((module, attribute))
-        for attribute, entry in getattr(module, "parametrizations", {}).items():
+        entries: Any = module.parametrizations if parametrize.is_parametrized(module) else {}
+        for attribute, entry in entries.items():
             if entry.is_tensor:  # a single original, as beneath a mask
                 owners.setdefault(id(entry.original), []).append((module, attribute))
     return owners

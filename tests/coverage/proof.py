@@ -37,6 +37,15 @@ FACTORS = {
 }
 RECURRENT = {"lstm", "gru", "rnn_tanh", "rnn_relu"}
 BAGS = {"embedding_bag", "_embedding_bag", "_embedding_bag_forward_only"}
+# operator -> names of its packed projection, that one's bias, its output projection, that one's bias
+ATTENTION = {
+    "multi_head_attention_forward": (
+        *("in_proj_weight", "in_proj_bias"),
+        *("out_proj_weight", "out_proj_bias"),
+    ),
+    "_native_multi_head_attention": ("qkv_weight", "qkv_bias", "proj_weight", "proj_bias"),
+    "_transformer_encoder_layer_fwd": ("qkv_weight", "qkv_bias", "proj_weight", "proj_bias"),
+}
 LOOKUPS = {"embedding", "index", "getitem", "index_select", "gather", *BAGS}
 
 
@@ -154,6 +163,8 @@ class Proof:
             case.cell(role)
         elif use.op in ("bilinear", "_trilinear"):
             case.bilinear(role)
+        elif use.op in ATTENTION:
+            case.attention(role)
         elif use.op in LOOKUPS:
             case.lookup(role)
         else:
@@ -387,3 +398,85 @@ class Case:
             torch.equal(state(self.weight, *args), state(pruned, *args)),
             "it matters although its input channel is zero",
         )
+
+    def attention(self, role):
+        """A fused attention, or a whole layer that normalises first, where each axis shows by itself.
+
+        Without biases, zeroing a channel of q is what zeroing it of k is, for scores are sums over
+        channels; zeroing one of v is what zeroing an input of the output projection is; and zeroing
+        a unit of a feed-forward network is the same on either side of it. What must not hide an
+        output is an identity, or zero; and all else is at unit scale, so that effects are large.
+        """
+        packed, packed_bias, out, out_bias = ATTENTION[self.use.op]
+        self.weight = torch.randn(self.weight.shape, generator=self.proof.generator)
+        for node, value in self.inputs.items():
+            if isinstance(value, Tensor) and value.is_floating_point():
+                self.inputs[node] = torch.randn(value.shape, generator=self.proof.generator)
+        self.inputs[self.value] = self.weight
+        norms = ("norm_bias_1", "norm_bias_2")  # a large one could silence a hidden unit
+        for bias in (packed_bias, out_bias, "ffn_bias_1", "ffn_bias_2", *norms):
+            self.set(bias, 0)
+        (index,) = self.slab(0 if role == "out" else 1).nonzero().flatten().tolist()
+        before, pruned, arg = self.result(), self.pruned(), self.use.arg
+        self.require(not torch.allclose(before, pruned, rtol=0.1), "it has no effect")
+        if role == "in":
+            self.same(pruned, self.result(**self.without_input(arg, index)), "is no input channel")
+        elif arg in (out, "ffn_weight_2"):
+            self.set("ffn_weight_2", 0, unless=arg)
+            self.confined(-1, self.slab(0))
+        elif arg == "ffn_weight_1":
+            same = self.zeroed_in("ffn_weight_2", 1, index)
+            self.same(pruned, self.result(replaced=same), "is no hidden unit")
+        else:
+            self.projection(packed, out, index)
+
+    def projection(self, packed, out, row):
+        """A row of the projection to q, k or v."""
+        eye = torch.eye(len(self.inputs[self.args[out]]))
+        self.inputs[self.args[out]] = eye
+        self.set("ffn_weight_2", 0)
+        width = len(eye)
+        part = "qkv".index(self.use.arg[0]) if self.use.arg != packed else row // width
+        channel = row % width
+        heads = self.args["num_heads" if "num_heads" in self.args else "num_head"]
+        touched = torch.zeros(width, dtype=torch.bool)
+        if part == 2:
+            touched[channel] = True
+        else:
+            touched.view(heads, -1)[channel // (width // heads)] = True
+            partner = 1 - part
+            if self.use.arg == packed:
+                same = self.zeroed_in(packed, 0, partner * width + channel)
+            else:
+                same = self.zeroed_in(f"{'qk'[partner]}_proj_weight", 0, channel)
+            self.same(self.pruned(), self.result(replaced=same), "is not that channel of q and k")
+        self.confined(-1, touched)
+
+    def without_input(self, arg, index):
+        """What takes one input channel of a projection of an attention or its layer away."""
+        packed, _, out, _ = ATTENTION[self.use.op]
+        if arg == "ffn_weight_2":
+            return {"replaced": self.zeroed_in("ffn_weight_1", 0, index)}
+        if arg == out:
+            separate = self.args.get("v_proj_weight") is not None
+            name, row = ("v_proj_weight", 0) if separate else (packed, 2 * len(self.weight))
+            return {"replaced": self.zeroed_in(name, 0, row + index)}
+        if "norm_weight_1" in self.args:  # the residual goes past the norm
+            norm = "2" if arg == "ffn_weight_1" else "1"
+            names = (f"norm_weight_{norm}", f"norm_bias_{norm}")
+        else:
+            names = ("query", "key", "value")
+            if arg != packed:
+                names = (names["qkv".index(arg[0])],)
+        return {"replaced": dict(x for n in names for x in self.zeroed_in(n, -1, index).items())}
+
+    def zeroed_in(self, name, dim, index):
+        """One index of an argument, zeroed: a replacement for its node."""
+        value = self.inputs[self.args[name]].clone()
+        value.select(dim, index).zero_()
+        return {self.args[name]: value}
+
+    def set(self, name, value, unless=""):
+        """Fill an argument, where the operator has it."""
+        if name != unless and isinstance(node := self.args.get(name), fx.Node):
+            self.inputs[node] = torch.full_like(self.inputs[node], value)

@@ -1,15 +1,17 @@
 """Every row of the operator table, proved by execution: one small function a row."""
 
 import inspect
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import fx, nn
 from torch.nn import functional as F
+from transformers.integrations import moe  # noqa: F401, registers grouped_mm_fallback
 
 from fx_sparsity import find_weights
 from fx_sparsity.graph.operators import MODULES, OPERATORS
-from tests.coverage.proof import Proof
+from tests.coverage.proof import ATTENTION, Proof, Wrong
 
 aten = torch.ops.aten
 X, STACK = (6, 8), (3, 6, 8)
@@ -46,6 +48,64 @@ def trilinear(x, w):
     return aten._trilinear.default(x, w, x + 1, [1, 3], [0], [1, 2], [2, 3])
 
 
+def attention_forward(place):
+    """A function of the packed, a separate or the output projection: the last three by name."""
+
+    def forward(x, w):
+        weights = {
+            "in_proj_weight": None if place.startswith(("q", "k", "v")) else torch.ones(24, 8),
+            **dict.fromkeys(("q_proj_weight", "k_proj_weight", "v_proj_weight"), torch.ones(8, 8)),
+            "out_proj_weight": torch.ones(8, 8),
+            place: w,
+        }
+        # Values that are no constants, so that each has a node of its own.
+        biases = {"in_proj_bias": torch.zeros(24), "out_proj_bias": torch.zeros(8)}
+        separate = weights["in_proj_weight"] is None
+        if not separate:
+            weights = {n: v for n, v in weights.items() if not n.startswith(("q", "k", "v"))}
+        return F.multi_head_attention_forward(
+            *(x, x + 1, x * 2, 8, 2),
+            bias_k=None,
+            bias_v=None,
+            add_zero_attn=False,
+            dropout_p=0.0,
+            training=False,
+            need_weights=False,
+            use_separate_proj_weight=separate,
+            **weights,
+            **biases,
+        )[0]
+
+    return forward
+
+
+def native_attention(place):
+    def forward(x, w):
+        weights = [torch.ones(24, 8), torch.zeros(24), torch.ones(8, 8), torch.zeros(8)]
+        weights[place] = w
+        return torch._native_multi_head_attention(
+            x, x + 1, x * 2, 8, 2, *weights, need_weights=False
+        )[0]
+
+    return forward
+
+
+def encoder_layer(place):
+    """A layer that normalises first, of 8 channels and 12 hidden units."""
+
+    def forward(x, w):
+        shapes = [(24, 8), (24,), (8, 8), (8,)]
+        feed_forward = [(12, 8), (12,), (8, 12), (8,)]
+        weights = [torch.ones(shape) for shape in [*shapes, *[(8,)] * 4, *feed_forward]]
+        weights[place] = w
+        return torch._transformer_encoder_layer_fwd(
+            x, 8, 2, *weights[:4], False, True, 1e-5, *weights[4:]
+        )
+
+    return forward
+
+
+SEQUENCE, SQUARE, PACKED = (3, 5, 8), (8, 8), (24, 8)
 TABLE = (X, (7, 8), ("row", "dim"))
 # row -> [(function of an activation and a weight, activation's shape, weight's shape, roles)]
 ROWS = {
@@ -143,6 +203,16 @@ ROWS = {
         (conv(2), (2, 8, 6, 6), (6, 4, 3, 3), ("out", "in", "kernel", "kernel")),
         (conv(1, transposed=True), (2, 8, 6), (8, 5, 3), ("in", "out", "kernel")),
     ],
+    "_native_multi_head_attention": [
+        (native_attention(0), SEQUENCE, PACKED, ("out", "in")),
+        (native_attention(2), SEQUENCE, SQUARE, ("out", "in")),
+    ],
+    "_transformer_encoder_layer_fwd": [
+        (encoder_layer(0), SEQUENCE, PACKED, ("out", "in")),
+        (encoder_layer(2), SEQUENCE, SQUARE, ("out", "in")),
+        (encoder_layer(8), SEQUENCE, (12, 8), ("out", "in")),
+        (encoder_layer(10), SEQUENCE, (8, 12), ("out", "in")),
+    ],
     "_grouped_mm": [
         (
             lambda x, w: torch._grouped_mm(x.bfloat16(), w.bfloat16(), offs=OFFSETS),
@@ -151,23 +221,35 @@ ROWS = {
             ("batch", "in", "out"),
         )
     ],
+    "grouped_mm_fallback": [
+        (
+            lambda x, w: torch.ops.transformers.grouped_mm_fallback(x, w, OFFSETS),
+            (6, 16),
+            (3, 16, 8),
+            ("batch", "in", "out"),
+        )
+    ],
 }
 TRACED = {
     "getitem": [(lambda x, w: w[INDEX] + x.sum(), *TABLE)],
+    "multi_head_attention_forward": [
+        (attention_forward(place), SEQUENCE, PACKED if place[0] == "i" else SQUARE, ("out", "in"))
+        for place in (
+            *("in_proj_weight", "out_proj_weight"),
+            *("q_proj_weight", "k_proj_weight", "v_proj_weight"),
+        )
+    ],
 }
 """Rows that only symbolic traces and Dynamo graphs show."""
 SAME_AS = {"grouped_mm": "_grouped_mm"}
 """Functions in Python that stay whole in Dynamo graphs only -> the operator that they call."""
-IN_MODULES = {"lstm", "gru", "rnn_tanh", "rnn_relu", "grouped_mm_fallback"}
-"""Rows proved on whole modules: below, and in the table of architectures."""
-FUSED = {
-    "multi_head_attention_forward",
-    "_native_multi_head_attention",
-    "_transformer_encoder_layer_fwd",
+RECURRENT = {
+    "lstm": nn.LSTM(8, 4, bidirectional=True),
+    "gru": nn.GRU(8, 4),
+    "rnn_tanh": nn.RNN(8, 4),
+    "rnn_relu": nn.RNN(8, 4, nonlinearity="relu"),
 }
-"""Rows of which no single axis shows in the result; `test_frontends.py` compares them with the
-unfused graphs, whose rows are proved.
-"""
+"""Rows proved on whole modules."""
 
 
 class Function(nn.Module):
@@ -191,7 +273,7 @@ def cases(rows):
 
 
 def test_every_row_is_proved():
-    assert set(OPERATORS) == {*ROWS, *TRACED, *SAME_AS, *IN_MODULES, *FUSED}
+    assert set(OPERATORS) == {*ROWS, *TRACED, *SAME_AS, *RECURRENT}
 
 
 def prove(graph, name, args, roles):
@@ -217,6 +299,26 @@ def test_a_row_of_traced_graphs_does_what_it_says(name, function, activation, we
     prove(gm, name, (torch.randn(activation),), roles)
 
 
+ATTENTION_ROWS = {name: {**ROWS, **TRACED}[name] for name in ATTENTION}
+
+
+@pytest.mark.parametrize(
+    ("name", "function", "activation", "weight", "roles"), cases(ATTENTION_ROWS)
+)
+def test_the_proof_of_a_fused_attention_refutes_wrong_roles(
+    name, function, activation, weight, roles
+):
+    torch.manual_seed(0)
+    module, args = Function(function, weight), (torch.randn(activation),)
+    graph = fx.symbolic_trace(module) if name in TRACED else torch.export.export(module, args)
+    gm = graph if name in TRACED else graph.module()
+    (site,) = find_weights(graph).sites
+    for wrong in (("in", "out"), ("in", "in"), ("out", "out")):
+        uses = tuple(replace(use, roles=wrong) for use in site.uses)
+        with pytest.raises(Wrong, match="weight dim . as"):
+            Proof(gm, args).check(replace(site, uses=uses))
+
+
 def test_a_function_has_the_roles_of_the_operator_that_it_calls():
     x, w = torch.randn(6, 16).bfloat16(), torch.randn(3, 16, 8).bfloat16()
     assert torch.equal(F.grouped_mm(x, w, offs=OFFSETS), torch._grouped_mm(x, w, offs=OFFSETS))
@@ -228,14 +330,13 @@ def test_a_function_has_the_roles_of_the_operator_that_it_calls():
     assert found["grouped_mm"] == found["_grouped_mm"]
 
 
-@pytest.mark.parametrize(
-    "module", [nn.LSTM(8, 4, bidirectional=True), nn.GRU(8, 4), nn.RNN(8, 4, nonlinearity="relu")]
-)
-def test_recurrent_rows_do_what_they_say(module):
+@pytest.mark.parametrize("name", RECURRENT)
+def test_recurrent_rows_do_what_they_say(name):
     args = (torch.randn(3, 2, 8),)
-    program = torch.export.export(module, args, strict=False)
+    program = torch.export.export(RECURRENT[name], args, strict=False)
     weights = find_weights(program)
     assert {site.roles for site in weights.sites} == {("out", "in")}
+    assert {use.op for site in weights.sites for use in site.uses} == {name}
     proof = Proof(program.module(), args)
     for site in weights.sites:
         proof.check(site)

@@ -177,3 +177,21 @@ def test_a_single_row_keeps_its_role_through_a_transpose():
 
     (site,) = find_weights(Single(), (torch.randn(2, 16),)).sites
     assert site.roles == ("out", "in")
+
+
+def test_entries_that_match_nothing_are_listed_and_logged(caplog):
+    model, inputs = make("recommender")
+    mapping = (
+        SparsityMapping()
+        .set_object_type(nn.Conv2d, "2:4")
+        .set_object_type("linear", None)  # matches, though a regex goes before it
+        .set_module_name_regex("top|bottom", "2:4")
+        .set_module_name_regex("botom", "2:4")
+    )
+    assignment = mapping.resolve(find_weights(model, inputs))
+    assert assignment.unmatched == ("regex 'botom'", "type 'torch.nn.modules.conv.Conv2d'")
+    assert str(assignment).splitlines()[-2] == "no weight matches regex 'botom'"
+    prepare(model, WeightNormSparsifier(), inputs, mapping)
+    logged = [r.getMessage() for r in caplog.records if r.name == "fx_sparsity.graph.prepare"]
+    assert logged[0] == "no weight matches regex 'botom' of the mapping"
+    assert len(logged) == 2

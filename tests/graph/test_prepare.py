@@ -326,15 +326,74 @@ def test_offloaded_and_meta_models_are_mapped_and_masked_once_materialised():
     assert sparsifier.get_mask("0.weight").sum() == 64
 
 
-def test_the_graph_of_a_backend_is_refused_by_name():
+class Transposed(nn.Module):
+    """A head that reads the embedding's memory through a parameter of its own."""
+
+    def __init__(self, view):
+        super().__init__()
+        self.embed = nn.Embedding(8, 8)
+        self.head = nn.Parameter(view(self.embed.weight.data))
+
+    def forward(self, tokens):
+        return self.embed(tokens) @ self.head
+
+
+@pytest.mark.parametrize("fqn", ["embed.weight", "head"])
+@pytest.mark.parametrize("view", [torch.t, lambda w: w[:, 4:], lambda w: w.view(8, 8)])
+def test_a_weight_that_shares_memory_with_another_parameter_is_refused(view, fqn):
+    model, inputs = Transposed(view), (torch.tensor([[1, 3]]),)
+    before, sparsifier = snapshot(model), fxs.WeightNormSparsifier()
+    mapping = fxs.SparsityMapping().set_module_name(fqn, "unstructured 50%")
+    other = "head" if fqn == "embed.weight" else "embed.weight"
+    with pytest.raises(fxs.MaskError, match=f"{fqn} shares memory with {other}"):
+        fxs.prepare(model, sparsifier, inputs, mapping)
+    assert_unchanged(model, before)
+    assert sparsifier.names == []
+
+
+def test_neighbours_in_one_storage_are_no_matter():
+    class Neighbours(nn.Module):
+        def __init__(self):
+            super().__init__()
+            both = torch.randn(8, 8)
+            self.left, self.right = (nn.Parameter(half) for half in both.chunk(2, 1))
+
+        def forward(self, x):
+            return x @ self.left + x @ self.right
+
+    model, inputs = Neighbours(), (torch.randn(2, 8),)
+    sparsifier = fxs.WeightNormSparsifier()
+    fxs.prepare(model, sparsifier, inputs, HALF)
+    sparsifier.step()
+    masked = model(*inputs)
+    fxs.squash(model, sparsifier)
+    assert torch.equal(model(*inputs), masked)
+
+
+def test_a_loaded_program_with_masks_has_its_ties_again():
+    model, inputs = make("tied")
+    sparsifier = fxs.WeightNormSparsifier()
+    program = torch.export.export(model, inputs, strict=False)
+    masked = fxs.prepare(program, sparsifier, mapping=HALF)
+    sparsifier.step()
+    file = io.BytesIO()
+    torch.export.save(masked, file)
+    file.seek(0)
+    loaded, again = torch.export.load(file), fxs.WeightNormSparsifier()
+    fxs.prepare(loaded, again, mapping=HALF)
+    plain, _ = fxs.squash(loaded, again)
+    weight = plain.state_dict["head.weight"]
+    assert torch.equal(weight, plain.state_dict["embed.weight"])
+    assert torch.equal(weight == 0, ~sparsifier.get_mask("embed.weight"))
+
+
+def test_a_detached_sparsifier_takes_a_graph():
     model, inputs = make("sequential")
-    caught = []
-
-    def backend(gm, received):
-        with pytest.raises(fxs.MaskError, match=r"0.weight is not held by this") as raised:
-            fxs.prepare(gm, fxs.WeightNormSparsifier(), received, HALF)
-        caught.append(raised)
-        return gm
-
-    torch.compile(model, backend=backend)(*inputs)
-    assert len(caught) == 1
+    first, second = fxs.WeightNormSparsifier(), fxs.WeightNormSparsifier()
+    fxs.prepare(as_exported(model, inputs), first, mapping=HALF)
+    second.load_state_dict(first.state_dict())
+    gm = as_exported(make("sequential")[0], inputs)
+    fxs.prepare(gm, second, mapping=HALF)
+    second.step()
+    plain, _ = fxs.squash(gm, second)
+    assert plain.get_parameter("0.weight").eq(0).sum() == 64

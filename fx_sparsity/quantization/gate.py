@@ -226,7 +226,7 @@ def _other_names(
     if isinstance(above, QuantWrapper) or (fused and last == "0"):
         yield f"{path}.{attribute}".removeprefix(".")
     if (entry := _parametrized(module).get(attribute)) is not None:
-        for name, original in entry._parameters.items():
+        for name, original in entry.named_parameters(recurse=False):
             if original.shape == tensor.shape and name != "original":
                 yield f"{prefix}.parametrizations.{attribute}.{name}".removeprefix(".")
 

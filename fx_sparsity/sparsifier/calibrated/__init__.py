@@ -1,0 +1,6 @@
+"""Sparsifiers that look at what a weight is used for, and not at the weight alone."""
+
+from fx_sparsity.sparsifier.calibrated.base import CalibratedSparsifier, Solution
+from fx_sparsity.sparsifier.calibrated.statistics import Statistic, Statistics
+
+__all__ = ["CalibratedSparsifier", "Solution", "Statistic", "Statistics"]

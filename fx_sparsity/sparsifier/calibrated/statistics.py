@@ -1,0 +1,35 @@
+"""What calibration saw at the uses of one weight."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+Statistic = Literal["input_norm", "input_mean", "gram", "gradient", "gradient_norm"]
+"""Names of what can be asked for."""
+
+
+@dataclass
+class Statistics:
+    """Sums over all uses of a weight, all batches and all tokens, in the weight's matrix form.
+
+    In matrix form a weight is [groups, out, in]: one group but for experts and other batched
+    weights; `in` runs over everything that is reduced, the positions of a convolution's kernel
+    outermost. One column of inputs x, [in], meets the weight of its group as `W @ x`.
+
+    Attributes:
+        tokens: how many inputs each group got: int64, [groups].
+        squares: sum of x squared: float32, [groups, in]; for `input_norm`.
+        sums: sum of x: float32, [groups, in]; for `input_mean`.
+        gram: sum of the outer products x x^T: float32, [groups, in, in]; for `gram`.
+        gradients: sum of the loss's gradient: float32, [groups, out, in]; for `gradient`.
+        gradient_squares: sum of its square, batch by batch: float32, [groups, out, in]; for
+            `gradient_norm`.
+    """
+
+    tokens: Tensor
+    squares: Tensor | None = None
+    sums: Tensor | None = None
+    gram: Tensor | None = None
+    gradients: Tensor | None = None
+    gradient_squares: Tensor | None = None

@@ -10,6 +10,7 @@ SKIPPED: list[tuple[str, bool]] = []
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a CUDA device; the only reason to skip")
+    config.addinivalue_line("markers", "exhaustive: takes long; run with -m exhaustive")
 
 
 def pytest_collection_modifyitems(items):

@@ -152,7 +152,8 @@ class WeightMap(Mapping[str, WeightSite]):
         sites = []
         for site in self.sites:
             fqn = names.get(site.fqn, site.fqn)
-            aliases = tuple(names.get(alias, alias) for alias in site.aliases)
+            others = dict.fromkeys(names.get(alias, alias) for alias in site.aliases)
+            aliases = tuple(alias for alias in others if alias != fqn)
             owner = fqn.rpartition(".")[0]
             sites.append(replace(site, fqn=fqn, aliases=aliases, owner=owner))
         return replace(self, sites=tuple(sites))

@@ -36,7 +36,7 @@ def tightest_pattern(zero: Tensor, roles: Sequence[Role]) -> SparsityConfig | No
     Returns:
         The configuration, `unstructured` where nothing more regular fits; None without a zero.
     """
-    total, elements = int(zero.sum()), zero.numel()
+    total, elements = int(zero.count_nonzero()), zero.numel()
     if not total:
         return None
     for pattern in _blocks():
@@ -47,7 +47,7 @@ def tightest_pattern(zero: Tensor, roles: Sequence[Role]) -> SparsityConfig | No
         sizes = real_elements(zero.shape, tiling.extents, zero.device)
         full = to_blocks(zero, tiling.extents, fill=0).sum(1) == sizes
         if int(sizes[full].sum()) >= _EXPLAINED * total:
-            return SparsityConfig(pattern, int(full.sum()) / len(full))
+            return SparsityConfig(pattern, int(full.count_nonzero()) / len(full))
     for pattern in (NM(1, 8), NM(1, 4), NM(2, 8), NM(1, 2), NM(2, 4), NM(4, 8)):
         if total < (1 - pattern.n / pattern.m) * elements:
             continue

@@ -19,7 +19,9 @@ def tiling_holds(zero: Tensor, tiling: Tiling, level: float) -> bool:
     if tiling.remainder == "dense":
         extent = [n * e for n, e in zip(tiling.grid(zero.shape), tiling.extents, strict=True)]
         zero = zero[tuple(slice(size) for size in extent)]
+    if tiling.block_size == 1 and tiling.zeros == "all":
+        return int(zero.count_nonzero()) >= tiling.chosen(level, zero.numel())
     sizes = real_elements(zero.shape, tiling.extents, zero.device)
     zeros = to_blocks(zero, tiling.extents, fill=0).sum(1)
     wanted = tiling.zeros_in_chosen(level, sizes)
-    return int((zeros >= wanted).sum()) >= tiling.chosen(level, len(sizes))
+    return int((zeros >= wanted).count_nonzero()) >= tiling.chosen(level, len(sizes))

@@ -136,7 +136,7 @@ def _mask_prepared(
     sparsifier.step()
     run(prepared.model)
     _, record = squash(prepared.model, sparsifier)
-    return record.renamed({there: here for here, there in moved.items()})
+    return record.renamed({moved[fqn]: fqn for fqn in weights if fqn in moved})
 
 
 def sparsify_codes(
@@ -159,7 +159,8 @@ def sparsify_codes(
         The record of the masks.
 
     Raises:
-        MappingError, MaskError: as `prepare`.
+        MappingError: as `prepare`.
+        MaskError: as `prepare`, or a float weight that a parametrization computes.
         ValueError: a weight that the quantized model no longer holds.
         ZeroNotRepresentableError: a weight has no code that means zero.
 
@@ -173,6 +174,11 @@ def sparsify_codes(
             weight.zero_code()
             if weight.obstacle:
                 raise ValueError(f"{weight.fqn} cannot be masked: {weight.obstacle}")
+            if weight.computed:
+                raise MaskError(
+                    f"{weight.fqn} was left in float, and is computed by {weight.computed}; "
+                    "remove that, exclude the weight, or sparsify first"
+                )
     if missing := [fqn for fqn, copies in stored.items() if not copies]:
         raise ValueError(f"the quantized model does not hold {', '.join(missing)}")
 
@@ -212,7 +218,7 @@ def _assemble(fqn: str, copies: Sequence[StoredWeight]) -> Tensor:
         part.put(covered, torch.ones_like(part.data, dtype=torch.bool))
     if not bool(covered.all()):
         raise ValueError(
-            f"{fqn}: the quantized model stores only {int(covered.sum())} of its "
+            f"{fqn}: the quantized model stores only {int(covered.count_nonzero())} of its "
             f"{covered.numel()} elements"
         )
     return values

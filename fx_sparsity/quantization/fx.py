@@ -48,9 +48,9 @@ def default_qconfig_mapping(*, dynamic: bool = False, qat: bool = False) -> tq.Q
     Args:
         dynamic: quantize the activations of linears as they come; otherwise with ranges from
             calibration.
-        qat: fake quantization to train with, instead of observers.
+        qat: fake quantization to train with, instead of observers; always static.
     """
-    if dynamic:
+    if dynamic and not qat:
         # For all, since what is fused must agree; only linears have dynamic operators here.
         mapping = tq.QConfigMapping().set_global(tq.per_channel_dynamic_qconfig)
     elif qat:
@@ -181,7 +181,8 @@ def _moved(prepared: nn.Module, weights: WeightMap) -> Iterator[tuple[str, str]]
                 module = prepared.get_submodule(owner)
             except AttributeError:  # a functional operator's: its path holds no module now
                 continue
-            if isinstance(module, nn.Sequential) and hasattr(module[0], attribute):
+            fused = isinstance(module, nn.Sequential) and "0" in module._modules
+            if fused and hasattr(module.get_submodule("0"), attribute):
                 yield fqn, f"{owner}.0.{attribute}"
 
 

@@ -207,7 +207,12 @@ def _read_float(model: nn.Module, called: set[str] | None) -> Iterator[StoredWei
             if is_float(tensor):
                 fqn = f"{prefix}.{attribute}".removeprefix(".")
                 aliases = _other_names(model, prefix, module, attribute, tensor)
-                yield replace(float_weight(fqn, fqn, tensor), aliases=tuple(aliases))
+                computed = ", ".join(
+                    type(p).__name__ for p in _parametrized(module).get(attribute, ())
+                )
+                yield replace(
+                    float_weight(fqn, fqn, tensor), aliases=tuple(aliases), computed=computed
+                )
 
 
 def _parametrized(module: nn.Module) -> dict[str, parametrize.ParametrizationList]:
@@ -291,7 +296,7 @@ def _found(model: nn.Module, meant: Collection[str] | None) -> Iterator[Verified
             quantized=weight.quantized,
             meant=None if meant is None else weight.fqn in meant,
             elements=zeros.numel(),
-            zeros=int(zeros.sum()),
+            zeros=int(zeros.count_nonzero()),
             wanted=0,
             zero_in_code=0,
             zero_dequantized=0,
@@ -314,7 +319,7 @@ def _missing(fqn: str, mask: MaskRecord, meant: bool | None) -> VerifiedWeight:
         meant=meant,
         elements=0,
         zeros=0,
-        wanted=int((~mask.keep).sum()),
+        wanted=int((~mask.keep).count_nonzero()),
         zero_in_code=0,
         zero_dequantized=0,
         extra=None,
@@ -359,15 +364,15 @@ def _row(
     zero_total = zero_in_code = zero_dequantized = 0
     if not weight.obstacle:
         zeros, values = weight.zeros(), weight.dequantize()
-        zero_total = int(zeros.sum())
-        zero_in_code = int((zeros & ~keep).sum())
-        zero_dequantized = int(((values == 0) & ~keep).sum())
+        zero_total = int(zeros.count_nonzero())
+        zero_in_code = int((zeros & ~keep).count_nonzero())
+        zero_dequantized = int(((values == 0) & ~keep).count_nonzero())
         if alone is not None and not alone.obstacle:
-            extra = int((zeros & keep & ~alone.zeros()).sum())
+            extra = int((zeros & keep & ~alone.zeros()).count_nonzero())
             change = (values - alone.dequantize()).abs()[keep]
             max_change = float(change.max()) if change.numel() else 0.0
         elif not weight.quantized:
-            extra = int((zeros & keep & ~mask.kept_zeros.to(device)).sum())
+            extra = int((zeros & keep & ~mask.kept_zeros.to(device)).count_nonzero())
     return VerifiedWeight(
         fqn=fqn,
         where=weight.where,
@@ -377,7 +382,7 @@ def _row(
         meant=meant,
         elements=weight.data.numel(),
         zeros=zero_total,
-        wanted=int((~keep).sum()),
+        wanted=int((~keep).count_nonzero()),
         zero_in_code=zero_in_code,
         zero_dequantized=zero_dequantized,
         extra=extra,

@@ -154,7 +154,8 @@ class PT2EBackend(Backend):
             prepared = prepare_qat_pt2e(graph_module, quantizer)
         else:
             prepared = prepare_pt2e(graph_module, config or default_quantizer())
-        return Prepared(prepared, frozenset(_annotated_weights(prepared)))
+        meant = frozenset(_annotated_weights(prepared))
+        return Prepared(prepared, meant, dict(_one_name(prepared, weights)))
 
     def convert(self, prepared: Prepared, example_inputs: ExampleInputs) -> Quantized:
         """See `Backend.convert`. Gives a GraphModule, ready for `torch.compile`."""
@@ -167,6 +168,17 @@ class PT2EBackend(Backend):
         """See `Backend.read`: graphs, by what their consumers read now."""
         if isinstance(model, fx.GraphModule):
             yield from read_graph(model)
+
+
+def _one_name(prepared: fx.GraphModule, weights: WeightMap) -> Iterator[tuple[str, str]]:
+    """FQN of a tied weight -> the one of its names that export kept, for the others."""
+    held = {name for name, _ in prepared.named_parameters(remove_duplicate=False)}
+    for site in weights.sites:
+        names = (site.fqn, *site.aliases)
+        kept = next((name for name in names if name in held), None)
+        for name in names:
+            if kept is not None and name not in held:
+                yield name, kept
 
 
 def _annotated_weights(prepared: fx.GraphModule) -> Iterator[str]:

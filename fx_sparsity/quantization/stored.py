@@ -35,6 +35,8 @@ class StoredWeight:
             nothing of the other; empty where nothing does.
         roles: of the axes of `data`, where how it is stored tells them.
         aliases: what else the weight may have been called in the float model.
+        computed: the parametrizations that compute it anew, so that it cannot be written; empty as
+            a rule.
     """
 
     fqn: str
@@ -50,6 +52,7 @@ class StoredWeight:
     obstacle: str = ""
     roles: tuple[Role, ...] | None = None
     aliases: tuple[str, ...] = ()
+    computed: str = ""
 
     def seen(self, whole: Tensor) -> Tensor:
         """The part of a tensor in the weight's own shape that this copy stores, in its order."""
@@ -99,7 +102,7 @@ class StoredWeight:
             example = self.zero_point[bad].flatten()[0].item()
             raise ZeroNotRepresentableError(
                 f"{self.fqn} ({self.where}): expected integer zero points in {low}..{high}, found "
-                f"{int(bad.sum())} others, such as {example:g}; quantize it with an observer from "
+                f"{int(bad.count_nonzero())} others, such as {example:g}; quantize it with an observer from "
                 "fx_sparsity.quantization, whose zero is a code"
             )
         return self.zero_point.to(self.data.dtype)

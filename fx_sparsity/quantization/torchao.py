@@ -149,6 +149,14 @@ class TorchAOBackend(Backend):
                     )
 
 
+def _name(config: AOBaseConfig) -> str:
+    """What a configuration is, without its arguments; and what training is for."""
+    name = type(config).__name__
+    if isinstance(config, QATConfig) and config.base_config is not None:
+        return f"{name} of {_name(config.base_config)}"
+    return name
+
+
 def is_torchao(tensor: Any) -> bool:
     """Whether a tensor is of one of torchao's classes."""
     return isinstance(tensor, Tensor) and type(tensor).__module__.partition(".")[0] == "torchao"
@@ -267,8 +275,8 @@ def _apply(model: nn.Module, names: Names, config: AOBaseConfig) -> nn.Module:
         quantize_(parent, FqnToConfig({target: config}), filter_fn=None)
     except Exception as error:
         raise BackendError(
-            f"{names[0]}: torchao cannot apply {config}: {type(error).__name__}: {error}; "
-            "exclude it with None in `config`, or use another configuration"
+            f"{names[0]}: torchao cannot apply {_name(config)}: {type(error).__name__}: {error}; "
+            f"exclude it with None in `config`, or use another configuration than {config}"
         ) from error
     new = parent[0]
     # torchao hangs a method on the module that cannot be pickled and keeps a copy's source alive.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
+from fx_sparsity.patterns import Rows
 from fx_sparsity.sparsifier.core import SparsifierCore
 from fx_sparsity.sparsifier.hub import guard, unguard
 from fx_sparsity.sparsifier.mask import Mask
@@ -108,6 +109,9 @@ class BaseSparsifier(SparsifierCore):
             if first is not None:
                 _check_shape(name, tensor, first)
             self.check_config(name, tensor, group)
+            wanted = self.pattern_of(group)
+            if wanted is not None and isinstance(wanted[0], Rows):
+                _check_divisor(name, module)
             groups.append(group)
             if mask is None:
                 mask = Mask(torch.ones_like(tensor) if first is None else first)
@@ -425,6 +429,17 @@ def _tensor_of(model: nn.Module, name: str) -> Tensor | None:
         return None
     tensor = Target(name, [(module, attribute)], Mask(torch.empty(0))).original
     return tensor if isinstance(tensor, Tensor) else None
+
+
+def _check_divisor(name: str, module: nn.Module) -> None:
+    """Whole rows may go unless a parametrization, such as a weight norm, divides by their norm."""
+    if isinstance(module, parametrize.ParametrizationList) and not module.is_tensor:
+        kinds = ", ".join(type(step).__name__ for step in module)
+        raise MaskError(
+            f"{name} is combined with other tensors by {kinds}, which may divide by the norm of a "
+            "row: none may be pruned whole; call remove_parametrizations first, or choose another "
+            "pattern"
+        )
 
 
 def _check_shape(name: str, tensor: Tensor, mask: Tensor) -> None:

@@ -16,6 +16,7 @@ from itertools import combinations, product
 from pathlib import Path
 
 import torch
+import torchao.quantization as tqo
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
@@ -132,26 +133,10 @@ def _pt2e(dynamic):
     return lambda qat: default_quantizer(dynamic=dynamic, qat=qat)
 
 
-def _torchao(name, **arguments):
-    def make(qat):
-        import torchao.quantization as tq
+def _torchao(linear):
+    from fx_sparsity.quantization.torchao import EMBEDDING_CONFIG
 
-        made = {k: getattr(torch, v) if isinstance(v, str) else v for k, v in arguments.items()}
-        return getattr(tq, name)(**made)
-
-    return make
-
-
-def _group(size):
-    from torchao.quantization import PerGroup
-
-    return PerGroup(size)
-
-
-def _asymmetric():
-    from torchao.quantization import MappingType
-
-    return MappingType.ASYMMETRIC
+    return lambda qat: {nn.Linear: linear, nn.Embedding: EMBEDDING_CONFIG}
 
 
 SCHEMES: dict[str, tuple[str, Callable[[bool], object]]] = {
@@ -161,23 +146,25 @@ SCHEMES: dict[str, tuple[str, Callable[[bool], object]]] = {
     "fx static": ("fx", _fx(False)),
     "pt2e dynamic": ("pt2e", _pt2e(True)),
     "pt2e static": ("pt2e", _pt2e(False)),
-    "torchao int8 weight-only": ("torchao", _torchao("Int8WeightOnlyConfig")),
-    "torchao int8 dynamic": ("torchao", _torchao("Int8DynamicActivationInt8WeightConfig")),
-    "torchao int4 by groups": (
+    "torchao int8 weight-only": ("torchao", _torchao(tqo.Int8WeightOnlyConfig())),
+    "torchao int8 dynamic": ("torchao", _torchao(tqo.Int8DynamicActivationInt8WeightConfig())),
+    "torchao int4 groups": (
         "torchao",
-        _torchao("IntxWeightOnlyConfig", weight_dtype="int4", granularity=_group(32)),
+        _torchao(tqo.IntxWeightOnlyConfig(torch.int4, tqo.PerGroup(32))),
     ),
-    "torchao int4 by groups, asymmetric": (
+    "torchao int4 groups, asymmetric": (
         "torchao",
         _torchao(
-            "IntxWeightOnlyConfig",
-            weight_dtype="int4",
-            granularity=_group(32),
-            mapping_type=_asymmetric(),
+            tqo.IntxWeightOnlyConfig(
+                torch.int4, tqo.PerGroup(32), mapping_type=tqo.MappingType.ASYMMETRIC
+            )
         ),
     ),
-    "torchao float8 weight-only": ("torchao", _torchao("Float8WeightOnlyConfig")),
-    "torchao int4 tiles": ("torchao", _torchao("Int4WeightOnlyConfig", group_size=32)),
+    "torchao float8 weight-only": ("torchao", _torchao(tqo.Float8WeightOnlyConfig())),
+    "torchao int4 tiles": (
+        "torchao",
+        _torchao(tqo.Int4WeightOnlyConfig(32, int4_packing_format="tile_packed_to_4d")),
+    ),
 }
 """Name -> backend, and its configuration (for training, or not)."""
 ORDERS = ("sparsify_first", "quantize_first", "interleaved", "qat")
@@ -249,8 +236,9 @@ def outcome(cell: Cell) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    line = str(error).splitlines()[0]
-    return re.sub(r"\s+", " ", line)[:200]
+    """Without what follows the reason: the advice, and long representations."""
+    line = re.sub(r"\s+", " ", str(error).splitlines()[0])
+    return re.split(r"; (?:exclude|call|use)|\(group|\(act|\(weight", line)[0]
 
 
 def claimed() -> Iterator[Cell]:

@@ -302,3 +302,23 @@ def test_a_model_that_holds_its_sparsifier_copies():
     copied.sparsifier.step()
     assert copied[0].weight.eq(0).float().mean() == 0.5
     assert model[0].weight.ne(0).all()
+
+
+def test_a_weight_norm_takes_masks_but_no_whole_rows():
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)))
+    name = "0.parametrizations.weight.original1"
+    roles = ("out", "in")
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(MaskError, match=rf"{name} is combined with other tensors by _WeightNorm"):
+        WeightNormSparsifier().prepare(
+            model, [{"tensor_fqn": name, "pattern": "rows", "sparsity_level": 0.5, "roles": roles}]
+        )
+    assert list(model.state_dict()) == list(before)
+    sparsifier = WeightNormSparsifier()
+    sparsifier.prepare(model, [{"tensor_fqn": name, "pattern": "2:4", "roles": roles}])
+    sparsifier.step()
+    zeros = ~sparsifier.get_mask(name)
+    assert model[0].weight[zeros].eq(0).all()
+    sparsifier.squash_mask()
+    assert model[0].weight[zeros].eq(0).all()
+    assert list(model.state_dict()) == list(before)

@@ -74,8 +74,9 @@ def prepare(
     Raises:
         InputError: the model rejects the inputs.
         MappingError: an unknown name, or a weight that cannot take its pattern.
-        MaskError: a weight that cannot be masked, as in a graph that AOTAutograd has traced a
-            backward pass with, or where a graph's inputs are fake and no `model` is given.
+        MaskError: no weight at all, or one that cannot be masked, as in a graph that AOTAutograd
+            has traced a backward pass with, or where a graph's inputs are fake and no `model` is
+            given.
 
         Whatever is raised, nothing was changed.
     """
@@ -89,6 +90,13 @@ def prepare(
         )
     weights = find_weights(subject, example_inputs, dynamic_shapes=dynamic_shapes, model=model)
     assignment = None if mapping is None else mapping.resolve(weights)
+    if not weights and weights.frontend != "torch.compile":  # some graphs of a backend have none
+        left_out = ", ".join(f"{u.fqn} ({u.reason})" for u in weights.unclaimed) or "none"
+        raise MaskError(
+            f"this {type(subject).__name__} has no weight to mask; parameters of two or more "
+            f"dimensions: {left_out}. The codes of a model that is quantized already are masked by "
+            "quantization.sparsify_codes"
+        )
     if assignment is not None:
         for fqn, why in assignment.dense.items():
             _log.info("%s stays dense: %s", fqn, why)

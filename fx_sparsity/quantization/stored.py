@@ -102,8 +102,8 @@ class StoredWeight:
             example = self.zero_point[bad].flatten()[0].item()
             raise ZeroNotRepresentableError(
                 f"{self.fqn} ({self.where}): expected integer zero points in {low}..{high}, found "
-                f"{int(bad.count_nonzero())} others, such as {example:g}; quantize it with an observer from "
-                "fx_sparsity.quantization, whose zero is a code"
+                f"{int(bad.count_nonzero())} others, such as {example:g}; quantize it with an "
+                "observer from fx_sparsity.quantization, whose zero is a code"
             )
         return self.zero_point.to(self.data.dtype)
 

@@ -191,15 +191,6 @@ def test_bad_requests():
         flow(model, inputs, "eager", ORDERS[1], "4:8")
 
 
-def test_a_missing_package_names_the_extra(monkeypatch):
-    import sys
-
-    monkeypatch.setitem(sys.modules, "torchao.quantization.pt2e.observer", None)
-    monkeypatch.delitem(sys.modules, "fx_sparsity.quantization.pt2e", raising=False)
-    with pytest.raises(BackendError, match=r'pip install "fx_sparsity\[torchao\]"'):
-        get_backend("pt2e")
-
-
 def test_no_warning_is_left_behind():
     model, inputs = make("recommender")
     with warnings.catch_warnings(record=True) as caught:

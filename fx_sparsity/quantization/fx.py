@@ -7,7 +7,6 @@ shares the modules of its input; both are dealt with here.
 import copy
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -62,13 +61,6 @@ def default_qconfig_mapping(*, dynamic: bool = False, qat: bool = False) -> tq.Q
     return mapping
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """What convert needs to know: FQN of an embedding -> its qconfig."""
-
-    tables: dict[str, tq.QConfig]
-
-
 class FXBackend(Backend):
     """`config` is a `QConfigMapping`; None is `default_qconfig_mapping()`.
 
@@ -118,24 +110,25 @@ class FXBackend(Backend):
             ) from error
         moved = dict(_moved(prepared, weights))
         AnnotateWeights(weights.renamed(moved))(prepared)
-        meant = {fqn for fqn in weights if _is_meant(prepared, moved.get(fqn, fqn), qat)}
-        meant |= {
-            w.fqn
-            for n in prepared.graph.nodes
-            for w, v in weight_arguments(n)
-            if v.op == "call_module"
+        observed = {
+            weight.fqn
+            for node in prepared.graph.nodes
+            for weight, value in weight_arguments(node)
+            if value.op == "call_module"
         }
-        meant |= {
+        meant = frozenset(
             fqn
             for fqn, site in weights.items()
-            if any(name.rpartition(".")[0] in tables for name in (fqn, *site.aliases))
-        }
+            if fqn in observed
+            or _is_meant(prepared, moved.get(fqn, fqn), qat)
+            or any(name.rpartition(".")[0] in tables for name in (fqn, *site.aliases))
+        )
         check_float32(model, meant)
-        return Prepared(prepared, frozenset(meant), moved, _Plan(tables))
+        return Prepared(prepared, meant, moved, config=tables)
 
     def convert(self, prepared: Prepared, example_inputs: ExampleInputs) -> Quantized:
         """See `Backend.convert`. Gives a GraphModule of torch's quantized modules."""
-        model = convert_tables(prepared.model.eval(), prepared.config.tables)
+        model = convert_tables(prepared.model.eval(), prepared.config)
         assert isinstance(model, fx.GraphModule)
         with quiet():
             converted = quantize_fx.convert_fx(model)

@@ -111,7 +111,7 @@ class BaseSparsifier(SparsifierCore):
             self.check_config(name, tensor, group)
             wanted = self.pattern_of(group)
             if wanted is not None and isinstance(wanted[0], Rows):
-                _check_divisor(name, module)
+                _check_divisor(name)
             groups.append(group)
             if mask is None:
                 mask = Mask(torch.ones_like(tensor) if first is None else first)
@@ -431,14 +431,16 @@ def _tensor_of(model: nn.Module, name: str) -> Tensor | None:
     return tensor if isinstance(tensor, Tensor) else None
 
 
-def _check_divisor(name: str, module: nn.Module) -> None:
-    """Whole rows may go unless a parametrization, such as a weight norm, divides by their norm."""
-    if isinstance(module, parametrize.ParametrizationList) and not module.is_tensor:
-        kinds = ", ".join(type(step).__name__ for step in module)
+def _check_divisor(name: str) -> None:
+    """Whole rows may go unless a parametrization, such as a weight norm, divides by their norm.
+
+    By the name alone, which stays what it was when a graph is captured.
+    """
+    if "parametrizations." in name:
         raise MaskError(
-            f"{name} is combined with other tensors by {kinds}, which may divide by the norm of a "
-            "row: none may be pruned whole; call remove_parametrizations first, or choose another "
-            "pattern"
+            f"{name} is combined with other tensors by a parametrization, which may divide by the "
+            "norm of a row: none may be pruned whole; call remove_parametrizations first, or "
+            "choose another pattern"
         )
 
 

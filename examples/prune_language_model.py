@@ -1,0 +1,111 @@
+"""Train a small language model, prune it by every method, and compare what is left.
+
+    pip install -e ".[demo]" && python examples/prune_language_model.py
+
+A byte-level transformer learns the sources of Python's standard library, which every installation
+carries, for a few minutes on two cores. Then each method prunes a copy of it from the same 32
+sequences of 256 bytes, and is judged by its perplexity on files that were never seen.
+"""
+
+import argparse
+import copy
+import math
+import sysconfig
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fx_sparsity as fxs
+
+CONTEXT = 256
+
+
+class Block(nn.Module):
+    """Attention and a gated MLP, each normalized before."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm_1, self.norm_2 = nn.RMSNorm(dim), nn.RMSNorm(dim)
+        self.qkv, self.out = nn.Linear(dim, 3 * dim, bias=False), nn.Linear(dim, dim, bias=False)
+        self.gate, self.up = (nn.Linear(dim, 3 * dim, bias=False) for _ in range(2))
+        self.down = nn.Linear(3 * dim, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[batch, time, dim] to the same."""
+        batch, time_, dim = x.shape
+        packed = self.qkv(self.norm_1(x)).view(batch, time_, 3, self.heads, -1)
+        query, key, value = packed.permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        x = x + self.out(mixed.transpose(1, 2).reshape(batch, time_, dim))
+        y = self.norm_2(x)
+        return x + self.down(F.silu(self.gate(y)) * self.up(y))
+
+
+class LanguageModel(nn.Module):
+    """Logits of the next byte, [batch, time, 256], from bytes [batch, time]."""
+
+    def __init__(self, dim: int = 192, layers: int = 4, heads: int = 6) -> None:
+        super().__init__()
+        self.embed, self.position = nn.Embedding(256, dim), nn.Embedding(CONTEXT, dim)
+        self.blocks = nn.Sequential(*(Block(dim, heads) for _ in range(layers)))
+        self.norm, self.head = nn.RMSNorm(dim), nn.Linear(dim, 256, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """See the class."""
+        places = torch.arange(tokens.shape[1], device=tokens.device)
+        return self.head(self.norm(self.blocks(self.embed(tokens) + self.position(places))))
+
+
+def load_text() -> tuple[Tensor, Tensor]:
+    """Bytes to train on, and bytes of other files to judge by."""
+    files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+    parts: tuple[list[bytes], list[bytes]] = ([], [])
+    for i, file in enumerate(files):
+        parts[i % 10 == 0].append(file.read_bytes())
+    train, held_out = (
+        torch.frombuffer(bytearray(b"".join(part)), dtype=torch.uint8) for part in parts
+    )
+    return train.long(), held_out.long()
+
+
+def sample(text: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Random sequences, [count, CONTEXT + 1]."""
+    starts = torch.randint(len(text) - CONTEXT - 1, (count,), generator=generator)
+    return text[starts[:, None] + torch.arange(CONTEXT + 1)]
+
+
+def loss_of(model: nn.Module, sequences: Tensor) -> Tensor:
+    """Mean cross-entropy of the next byte, in nats."""
+    logits = model(sequences[:, :-1])
+    return F.cross_entropy(logits.flatten(0, 1), sequences[:, 1:].flatten())
+
+
+def train(model: nn.Module, text: Tensor, minutes: float) -> Iterator[float]:
+    """AdamW with a cosine over the time given; yields the loss of every step."""
+    generator = torch.Generator().manual_seed(0)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.1, betas=(0.9, 0.95))
+    start = time.monotonic()
+    while (done := (time.monotonic() - start) / (60 * minutes)) < 1:
+        for group in optimizer.param_groups:
+            group["lr"] = 3e-3 * min(1, 50 * done + 0.02) * (1 + math.cos(math.pi * done)) / 2
+        loss = loss_of(model, sample(text, 16, generator))
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        yield loss.item()
+
+
+@torch.no_grad()
+def perplexity(model: nn.Module, text: Tensor) -> float:
+    """A byte, on 128 sequences, always the same."""
+    sequences = sample(text, 128, torch.Generator().manual_seed(1))
+    losses = [loss_of(model, batch).item() for batch in sequences.split(32)]
+    return math.exp(sum(losses) / len(losses))

@@ -1,13 +1,22 @@
 """The flows: a model in, a sparse quantized model and the proof out, in either order."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from fx_sparsity.graph import SparsityMapping, WeightMap, find_weights, squash
+from fx_sparsity.graph import (
+    Assignment,
+    MappingError,
+    SparsityMapping,
+    WeightMap,
+    find_weights,
+    squash,
+)
 from fx_sparsity.graph.capture import ExampleInputs
 from fx_sparsity.graph.prepare import group_entry, mask_weights
 from fx_sparsity.patterns import SparsityConfig
@@ -92,33 +101,63 @@ def sparsify_and_quantize(
             "convert; 'sparsify_first' does the same"
         )
     weights = find_weights(model, example_inputs, dynamic_shapes=dynamic_shapes)
-    configs = None if mapping is None else mapping.resolve(weights)
-    shapes = {"config": config, "dynamic_shapes": dynamic_shapes}
+    configs = None if mapping is None else _resolve(mapping, weights)
+    options = {"config": config, "dynamic_shapes": dynamic_shapes}
+
+    def quantized(float_model: nn.Module) -> Quantized:
+        return chosen.quantize(float_model, example_inputs, weights, calibrate=calibrate, **options)
 
     def observe(prepared_model: nn.Module) -> None:
         run_calibration(prepared_model, example_inputs, calibrate)
 
-    if order in ("interleaved", "qat"):
-        prepared = chosen.prepare(model, example_inputs, weights, qat=order == "qat", **shapes)
-        run = calibrate if order == "qat" and calibrate is not None else observe
-        record = _mask_prepared(prepared, sparsifier, weights, configs, run)
-        result, meant = chosen.convert(prepared, example_inputs)
+    with _as_it_was_on_failure(sparsifier):
         if order == "qat":
+            assert calibrate is not None
+            prepared = chosen.prepare(model, example_inputs, weights, qat=True, **options)
+            record = _mask_prepared(prepared, sparsifier, weights, configs, calibrate)
+            result, meant = chosen.convert(prepared, example_inputs)
             return result, verify(result, record, meant=meant)
+        alone = quantized(model) if reference is None else reference
+        if order == "sparsify_first":
+            sparse = mask_weights(copy.deepcopy(model), sparsifier, weights, configs)
+            sparsifier.step()
+            sparse, record = squash(sparse, sparsifier)
+            result, _ = quantized(sparse)
+        elif order == "interleaved":
+            prepared = chosen.prepare(model, example_inputs, weights, **options)
+            record = _mask_prepared(prepared, sparsifier, weights, configs, observe)
+            result, _ = chosen.convert(prepared, example_inputs)
+        else:
+            result = copy.deepcopy(alone.model)
+            record = sparsify_codes(result, sparsifier, weights, mapping)
+        return result, verify(result, record, reference=alone.model, meant=alone.meant)
 
-    def quantized(float_model: nn.Module) -> Quantized:
-        return chosen.quantize(float_model, example_inputs, weights, calibrate=calibrate, **shapes)
 
-    alone = quantized(model) if reference is None else reference
-    if order == "sparsify_first":
-        sparse = mask_weights(copy.deepcopy(model), sparsifier, weights, configs)
-        sparsifier.step()
-        sparse, record = squash(sparse, sparsifier)
-        result = quantized(sparse).model
-    elif order == "quantize_first":
-        result = copy.deepcopy(alone.model)
-        record = sparsify_codes(result, sparsifier, weights, mapping)
-    return result, verify(result, record, reference=alone.model, meant=alone.meant)
+def _resolve(mapping: SparsityMapping, weights: WeightMap) -> Assignment:
+    """What the mapping comes to.
+
+    Raises:
+        MappingError: as `SparsityMapping.resolve`, or it masks nothing.
+    """
+    assignment = mapping.resolve(weights)
+    if not assignment:
+        unmatched = f"; nothing matches {', '.join(assignment.unmatched)}"
+        raise MappingError(
+            "the mapping masks none of the weights "
+            f"{', '.join(weights)}{unmatched if assignment.unmatched else ''}"
+        )
+    return assignment
+
+
+@contextmanager
+def _as_it_was_on_failure(sparsifier: BaseSparsifier) -> Iterator[None]:
+    """Let a sparsifier that was fresh be fresh again where the flow does not come to its end."""
+    before = copy.deepcopy(sparsifier.__getstate__())
+    try:
+        yield
+    except BaseException:
+        sparsifier.__setstate__(before)
+        raise
 
 
 def _mask_prepared(
@@ -129,14 +168,20 @@ def _mask_prepared(
     run: Calibrate,
 ) -> SparsityRecord:
     """Mask a prepared model, run it to calibrate or train it, and bake the masks in."""
-    moved = prepared.moved
+    there = {fqn: prepared.moved.get(fqn, fqn) for fqn in weights}
     if configs is not None:
-        configs = {moved.get(fqn, fqn): config for fqn, config in configs.items()}
-    mask_weights(prepared.model, sparsifier, weights.renamed(moved), configs)
+        configs = {there[fqn]: config for fqn, config in configs.items()}
+    mask_weights(prepared.model, sparsifier, weights.renamed(prepared.moved), configs)
     sparsifier.step()
     run(prepared.model)
     _, record = squash(prepared.model, sparsifier)
-    return record.renamed({moved[fqn]: fqn for fqn in weights if fqn in moved})
+    return SparsityRecord(
+        {
+            fqn: replace(record[name], aliases=weights[fqn].aliases)
+            for fqn, name in there.items()
+            if name in record
+        }
+    )
 
 
 def sparsify_codes(
@@ -160,27 +205,30 @@ def sparsify_codes(
 
     Raises:
         MappingError: as `prepare`.
-        MaskError: as `prepare`, or a float weight that a parametrization computes.
-        ValueError: a weight that the quantized model no longer holds.
+        MaskError: as `prepare`; a float weight that a parametrization computes; or one that the
+            quantized model does not hold any more, or not in a form that can be read.
         ZeroNotRepresentableError: a weight has no code that means zero.
 
         Whatever is raised, the model was not changed.
     """
-    configs = None if mapping is None else mapping.resolve(weights)
-    names = {fqn: weights[fqn].aliases for fqn in (configs or weights)}
+    configs = None if mapping is None else _resolve(mapping, weights)
+    names = {fqn: weights[fqn].aliases for fqn in (weights if configs is None else configs)}
     stored = by_name(read_weights(model), names)
     for copies in stored.values():
         for weight in copies:
             weight.zero_code()
             if weight.obstacle:
-                raise ValueError(f"{weight.fqn} cannot be masked: {weight.obstacle}")
+                raise MaskError(f"{weight.fqn} cannot be masked: {weight.obstacle}")
             if weight.computed:
                 raise MaskError(
                     f"{weight.fqn} was left in float, and is computed by {weight.computed}; "
                     "remove that, exclude the weight, or sparsify first"
                 )
     if missing := [fqn for fqn, copies in stored.items() if not copies]:
-        raise ValueError(f"the quantized model does not hold {', '.join(missing)}")
+        raise MaskError(
+            f"the quantized model does not hold {', '.join(missing)} (they were combined, or are "
+            "gone); exclude them, or sparsify first"
+        )
 
     ranked = _skeleton({fqn: _assemble(fqn, copies) for fqn, copies in stored.items()})
     entries = [
@@ -204,7 +252,7 @@ def _assemble(fqn: str, copies: Sequence[StoredWeight]) -> Tensor:
     """What the codes of a weight stand for, in its own shape, from parts where it was split.
 
     Raises:
-        ValueError: the parts do not make up the whole.
+        MaskError: the parts do not make up the whole.
     """
     whole = next((weight for weight in copies if weight.view is None), None)
     if whole is not None:
@@ -217,7 +265,7 @@ def _assemble(fqn: str, copies: Sequence[StoredWeight]) -> Tensor:
         part.put(values, part.dequantize())
         part.put(covered, torch.ones_like(part.data, dtype=torch.bool))
     if not bool(covered.all()):
-        raise ValueError(
+        raise MaskError(
             f"{fqn}: the quantized model stores only {int(covered.count_nonzero())} of its "
             f"{covered.numel()} elements"
         )

@@ -6,7 +6,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, overload
 
 from torch import Tensor, fx, nn
+from torch.ao.nn.intrinsic.modules.fused import _FusedModule
 from torch.ao.quantization import QuantWrapper
+from torch.export import ExportedProgram
 from torch.nn.utils import parametrize
 
 from fx_sparsity.graph import find_weights
@@ -83,6 +85,9 @@ class VerifiedWeight:
         faults = [self.obstacle] if self.obstacle else []
         if self.zero_in_code != self.wanted:
             faults.append(f"{self.wanted - self.zero_in_code} of {self.wanted} zeros lost")
+        if self.zero_dequantized < self.zero_in_code:
+            count = self.zero_in_code - self.zero_dequantized
+            faults.append(f"{count} zero codes do not dequantize to zero: scales are not finite")
         if self.extra:
             faults.append(f"{self.extra} zeros more than asked for")
         if self.pattern_holds is False:
@@ -168,50 +173,45 @@ class Verification(Sequence[VerifiedWeight]):
         return format_table(header, rows)
 
 
-def read_weights(model: nn.Module) -> list[StoredWeight]:
+def read_weights(model: nn.Module | ExportedProgram) -> list[StoredWeight]:
     """How a model stores its weights now: quantized modules, graphs and tensors, and float ones.
 
     Args:
-        model: a module; or a GraphModule, whose weights have their names where `AnnotateWeights`
-            ran before it was quantized.
+        model: a module, compiled or not; a GraphModule, whose weights have their names where
+            `AnnotateWeights` ran before it was quantized; or an ExportedProgram.
     """
+    if isinstance(model, ExportedProgram):
+        model = model.module()
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wrapped
     stored = [weight for backend in loaded_backends() for weight in backend.read(model)]
-    read = {weight.where for weight in stored}
-    annotated = isinstance(model, fx.GraphModule) and any(
+    known = {weight.where for weight in stored}
+    rest = [weight for weight in _read_float(model) if weight.where not in known]
+    if not isinstance(model, fx.GraphModule) or not any(
         WEIGHT_META in node.meta for node in model.graph.nodes
-    )
-    called = (
-        {str(node.target) for node in model.graph.find_nodes(op="call_module")}
-        if annotated and isinstance(model, fx.GraphModule)
-        else None
-    )
-    return stored + [weight for weight in _read_float(model, called) if weight.where not in read]
+    ):
+        return stored + rest
+    # Convert leaves tensors behind that nothing reads, and others that are not read as weights.
+    reads = {str(node.target) for node in model.graph.find_nodes(op="get_attr") if node.users}
+    calls = tuple(f"{node.target}." for node in model.graph.find_nodes(op="call_module"))
+    stored += [replace(weight, aside=True) for weight in rest if weight.where in reads]
+    return stored + [weight for weight in rest if weight.where.startswith(calls)]
 
 
-def _read_float(model: nn.Module, called: set[str] | None) -> Iterator[StoredWeight]:
-    """Floating parameters and buffers under each name; masked ones as the model sees them.
-
-    Args:
-        model: that holds them.
-        called: modules to look into, where a graph tells of everything else what it reads.
-    """
+def _read_float(model: nn.Module) -> Iterator[StoredWeight]:
+    """Floating parameters and buffers under each name; masked ones as the model sees them."""
     for prefix, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, Mask | parametrize.ParametrizationList | Codes):
             continue
-        if called is not None and not any(f"{prefix}.".startswith(f"{name}.") for name in called):
-            continue
-        names = [*module._parameters, *module._buffers]
-        names += _parametrized(module)
-        for attribute in names:
+        for attribute in (*module._parameters, *module._buffers, *_parametrized(module)):
             tensor = getattr(module, attribute)
             if is_float(tensor):
                 fqn = f"{prefix}.{attribute}".removeprefix(".")
-                aliases = _other_names(model, prefix, module, attribute, tensor)
-                computed = ", ".join(
-                    type(p).__name__ for p in _parametrized(module).get(attribute, ())
-                )
                 yield replace(
-                    float_weight(fqn, fqn, tensor), aliases=tuple(aliases), computed=computed
+                    float_weight(fqn, fqn, tensor),
+                    aliases=tuple(_other_names(model, prefix, module, attribute, tensor)),
+                    computed=", ".join(
+                        type(step).__name__ for step in _parametrized(module).get(attribute, ())
+                    ),
                 )
 
 
@@ -227,8 +227,7 @@ def _other_names(
     """What a float tensor may have been called before a quantizer moved it, or beneath a norm."""
     path, _, last = prefix.rpartition(".")
     above = model.get_submodule(path) if prefix else None
-    fused = isinstance(above, nn.Sequential) and type(above) is not nn.Sequential
-    if isinstance(above, QuantWrapper) or (fused and last == "0"):
+    if isinstance(above, QuantWrapper) or (isinstance(above, _FusedModule) and last == "0"):
         yield f"{path}.{attribute}".removeprefix(".")
     if (entry := _parametrized(module).get(attribute)) is not None:
         for name, original in entry.named_parameters(recurse=False):
@@ -237,10 +236,10 @@ def _other_names(
 
 
 def verify(
-    model: nn.Module,
+    model: nn.Module | ExportedProgram,
     record: Mapping[str, MaskRecord] | None = None,
     *,
-    reference: nn.Module | None = None,
+    reference: nn.Module | ExportedProgram | None = None,
     meant: Collection[str] | None = None,
 ) -> Verification:
     """Check, weight by weight, that what was masked is zero, and nothing else is.
@@ -261,7 +260,8 @@ def verify(
     if record is None:
         return Verification(tuple(_found(model, meant)))
     names = {fqn: mask.aliases for fqn, mask in record.items()}
-    stored = by_name(read_weights(model), names)
+    found = by_name(read_weights(model), names)
+    stored = {fqn: [_fitting(w, record[fqn]) for w in copies] for fqn, copies in found.items()}
     alone = {} if reference is None else by_name(read_weights(reference), names)
     rows: list[VerifiedWeight] = []
     for fqn, mask in record.items():
@@ -270,13 +270,25 @@ def verify(
         holds = _holds(copies, mask)
         for i, weight in enumerate(copies):
             counterpart = alone[fqn][i] if fqn in alone and i < len(alone[fqn]) else None
-            rows.append(_row(fqn, weight, mask, counterpart, intended, holds[i]))
+            wish = None if weight.aside else intended
+            rows.append(_row(fqn, weight, mask, counterpart, wish, holds[i]))
         if not copies:
             rows.append(_missing(fqn, mask, intended))
     return Verification(tuple(rows))
 
 
-def _found(model: nn.Module, meant: Collection[str] | None) -> Iterator[VerifiedWeight]:
+def _fitting(weight: StoredWeight, mask: MaskRecord) -> StoredWeight:
+    """A copy as it is; with an obstacle where a mask of this shape cannot be of it."""
+    expected = mask.shape if weight.view is None else weight.view.size
+    if weight.obstacle or tuple(weight.data.shape) == tuple(expected):
+        return weight
+    found = f"stored in shape {tuple(weight.data.shape)}, expected {tuple(expected)}"
+    return replace(weight, obstacle=found)
+
+
+def _found(
+    model: nn.Module | ExportedProgram, meant: Collection[str] | None
+) -> Iterator[VerifiedWeight]:
     """What a model holds, where nobody recorded what it should."""
     sites = find_weights(model)
     roles = {name: site.roles for site in sites.sites for name in (site.fqn, *site.aliases)}

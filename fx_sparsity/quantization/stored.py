@@ -37,6 +37,8 @@ class StoredWeight:
         aliases: what else the weight may have been called in the float model.
         computed: the parametrizations that compute it anew, so that it cannot be written; empty as
             a rule.
+        aside: whether only operators read it that take it for no weight, so that no quantizer was
+            meant to touch this copy.
     """
 
     fqn: str
@@ -53,6 +55,7 @@ class StoredWeight:
     roles: tuple[Role, ...] | None = None
     aliases: tuple[str, ...] = ()
     computed: str = ""
+    aside: bool = False
 
     def seen(self, whole: Tensor) -> Tensor:
         """The part of a tensor in the weight's own shape that this copy stores, in its order."""
@@ -145,10 +148,12 @@ def by_name(
         names: canonical FQN in the float model -> its further names there.
     """
     canonical = {name: fqn for fqn, aliases in names.items() for name in (fqn, *aliases)}
+    stored = list(stored)
+    exact = {weight.fqn for weight in stored}
     found: dict[str, list[StoredWeight]] = {fqn: [] for fqn in names}
     seen: set[tuple[str, int]] = set()
     for weight in stored:
-        called = (weight.fqn, *weight.aliases)
+        called = (weight.fqn, *(alias for alias in weight.aliases if alias not in exact))
         fqn = next((canonical[name] for name in called if name in canonical), None)
         if fqn is None:
             continue

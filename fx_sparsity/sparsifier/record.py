@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -95,21 +95,6 @@ class SparsityRecord(Mapping[str, MaskRecord]):
                 aliases=tuple(known.get(name, ())),
             )
         return cls(weights)
-
-    def renamed(self, names: Mapping[str, str]) -> "SparsityRecord":
-        """The same masks for a model that calls some weights differently.
-
-        Args:
-            names: FQN here -> FQN there; those that are missing keep theirs.
-        """
-        return SparsityRecord(
-            {
-                names.get(fqn, fqn): replace(
-                    mask, aliases=tuple(names.get(alias, alias) for alias in mask.aliases)
-                )
-                for fqn, mask in self.items()
-            }
-        )
 
     def save(self, path: str | Path) -> None:
         """Write the record as one safetensors file: the masks, and the rest as JSON metadata."""

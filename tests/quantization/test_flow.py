@@ -117,7 +117,7 @@ def test_a_bert_whose_index_is_expanded(backend, order):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_dead_weights_and_partial_mappings(backend):
+def test_dead_weights(backend):
     class Pooled(nn.Module):
         def __init__(self):
             super().__init__()
@@ -201,11 +201,96 @@ def test_no_warning_is_left_behind():
     ] == []
 
 
-def test_records_of_both_orders_say_the_same():
+def quietly(prepared):
+    """Training that changes nothing."""
+
+
+@pytest.mark.parametrize("name", ["sequential", "tied"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_all_orders_check_the_same_copies_of_the_same_weights(backend, name):
+    model, inputs = make(name)
+    rows = {}
+    for order in (*ORDERS, "interleaved", "qat"):
+        if order == "interleaved" and backend == "torchao":
+            continue
+        calibrate = quietly if order == "qat" else None
+        _, verification = flow(model, inputs, backend, order, "2:4", calibrate=calibrate)
+        rows[order] = sorted((row.fqn, row.pattern, row.wanted) for row in verification)
+    assert all(found == rows["sparsify_first"] for found in rows.values()), rows
+    if name == "tied":
+        assert [fqn for fqn, *_ in rows["qat"]].count("embed.weight") == 2
+
+
+def test_a_float_copy_that_something_else_reads_is_masked_and_checked_too():
+    class TwoReaders(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(16, 16))
+
+        def forward(self, x):
+            linear = nn.functional.linear(x, self.weight)
+            return linear + (x.unsqueeze(1) * self.weight).sum(-1)
+
+    torch.manual_seed(0)
+    model, inputs = TwoReaders(), (torch.randn(4, 16),)
+    for order in (*ORDERS, "interleaved"):
+        quantized, verification = flow(model, inputs, "pt2e", order, "2:4")
+        assert [row.quantized for row in verification.raise_if_lost()] == [True, False]
+        assert quantized.weight.eq(0).double().mean() == 0.5
+
+
+@pytest.mark.parametrize("order", [*ORDERS, "interleaved"])
+def test_a_failure_leaves_the_sparsifier_fresh(order):
+    def fail(prepared):
+        raise RuntimeError("out of data")
+
     model, inputs = make("sequential")
     sparsifier = fxs.WeightNormSparsifier()
-    fxs.prepare(model, sparsifier, inputs, fxs.SparsityMapping().set_global("2:4"))
-    sparsifier.step()
-    _, record = fxs.squash(model, sparsifier)
-    assert isinstance(record, SparsityRecord)
-    assert {(m.pattern, m.level, m.roles) for m in record.values()} == {("2:4", 0.5, ("out", "in"))}
+    mapping = fxs.SparsityMapping().set_global("2:4")
+
+    def run(calibrate):
+        return sparsify_and_quantize(
+            model,
+            sparsifier,
+            inputs,
+            order=order,
+            backend="eager",
+            mapping=mapping,
+            calibrate=calibrate,
+        )
+
+    with pytest.raises(RuntimeError, match="out of data"):
+        run(fail)
+    assert sparsifier.names == []
+    run(None)[1].raise_if_lost()
+
+
+@pytest.mark.parametrize("order", [*ORDERS, "interleaved"])
+def test_a_mapping_that_masks_nothing(order):
+    model, inputs = make("sequential")
+    mapping = fxs.SparsityMapping().set_module_name_regex("tail", "2:4")
+    with pytest.raises(fxs.MappingError, match="masks none of the weights 0.weight, 2.weight"):
+        sparsify_and_quantize(
+            model, fxs.WeightNormSparsifier(), inputs, order=order, backend="eager", mapping=mapping
+        )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("order", ORDERS)
+def test_partial_mappings_leave_the_rest_as_it_was(backend, order):
+    model, inputs = make("sequential")
+    weights = fxs.find_weights(model, inputs)
+    alone = get_backend(backend).quantize(model, inputs, weights)
+    quantized, verification = sparsify_and_quantize(
+        model,
+        fxs.WeightNormSparsifier(),
+        inputs,
+        order=order,
+        backend=backend,
+        mapping=fxs.SparsityMapping().set_module_name("2", "2:4"),
+        reference=alone,
+    )
+    assert [row.fqn for row in verification.raise_if_lost()] == ["2.weight"]
+    first = {w.fqn: w.data for w in read_weights(quantized)}["0.weight"]
+    before = {w.fqn: w.data for w in read_weights(alone.model)}["0.weight"]
+    assert torch.equal(first, before)

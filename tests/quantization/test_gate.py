@@ -156,3 +156,55 @@ weight    stored as                                               sparsity  patt
     assert json.loads(verification.to_json())[0]["zero_in_code"] == 64
     assert len(verification) == 2
     assert verification[0].fqn == "0.weight"
+
+
+def test_a_scale_that_is_not_finite():
+    model, inputs = make("sequential")
+    with torch.no_grad():
+        model[0].weight[0, 0] = float("inf")
+    _, verification = sparsify_and_quantize(
+        model,
+        fxs.WeightNormSparsifier(),
+        inputs,
+        order="sparsify_first",
+        backend="torchao",
+        mapping=fxs.SparsityMapping().set_global("2:4"),
+    )
+    fault = "4 zero codes do not dequantize to zero: scales are not finite"
+    assert faults(verification) == {"0.weight": (fault,)}
+
+
+def test_compiled_exported_and_stale_models():
+    model, inputs, record = sparse("sequential")
+    assert fxs.verify(torch.compile(model, backend="eager"), record).raise_if_lost().ok
+    assert fxs.verify(torch.export.export(model, inputs), record).raise_if_lost().ok
+    model[2] = nn.Linear(4, 8)
+    (lost,) = faults(fxs.verify(model, record)).items()
+    assert lost[0] == "2.weight"
+    assert lost[1][0] == "stored in shape (8, 4), expected (8, 16)"
+
+
+def test_a_sequence_of_ones_own_is_no_fused_module():
+    class Block(nn.Sequential):
+        def __init__(self):
+            super().__init__(nn.Linear(16, 16, bias=False))
+            self.weight = nn.Parameter(torch.randn(16, 16))
+
+        def forward(self, x):
+            return nn.functional.linear(super().forward(x), self.weight)
+
+    torch.manual_seed(0)
+    model, inputs = nn.Sequential(Block()), (torch.randn(2, 16),)
+    mapping = fxs.SparsityMapping().set_global("2:4").set_module_name("0.0", None)
+    for order in ("sparsify_first", "quantize_first"):
+        quantized, verification = sparsify_and_quantize(
+            model,
+            fxs.WeightNormSparsifier(),
+            inputs,
+            order=order,
+            backend="torchao",
+            mapping=mapping,
+            config={nn.Linear: None},
+        )
+        assert [row.fqn for row in verification.raise_if_lost()] == ["0.weight"]
+        assert quantized[0][0].weight.ne(0).all()

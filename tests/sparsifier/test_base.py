@@ -309,7 +309,9 @@ def test_a_weight_norm_takes_masks_but_no_whole_rows():
     name = "0.parametrizations.weight.original1"
     roles = ("out", "in")
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(MaskError, match=rf"{name} is combined with other tensors by a parametrization"):
+    with pytest.raises(
+        MaskError, match=rf"{name} is combined with other tensors by a parametrization"
+    ):
         WeightNormSparsifier().prepare(
             model, [{"tensor_fqn": name, "pattern": "rows", "sparsity_level": 0.5, "roles": roles}]
         )

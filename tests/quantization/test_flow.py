@@ -15,7 +15,6 @@ from fx_sparsity.quantization import (
     sparsify_and_quantize,
     sparsify_codes,
 )
-from fx_sparsity.sparsifier import SparsityRecord
 from tests.models import make, make_bert
 from tests.sparsifier.test_base import assert_unchanged, snapshot
 

@@ -12,6 +12,15 @@ from fx_sparsity.sparsifier.calibrated.criterion import (
     TaylorSparsifier,
     WandaSparsifier,
 )
+from fx_sparsity.sparsifier.calibrated.matrix import (
+    GramSparsifier,
+    Pipeline,
+    Refinement,
+)
+from fx_sparsity.sparsifier.calibrated.sparsegpt import (
+    ReorderedSparseGPTSparsifier,
+    SparseGPTSparsifier,
+)
 from fx_sparsity.sparsifier.calibrated.statistics import Statistic, Statistics
 
 __all__ = [
@@ -20,10 +29,15 @@ __all__ = [
     "CriterionSparsifier",
     "FisherSparsifier",
     "GradientSparsifier",
+    "GramSparsifier",
     "MagnitudeSparsifier",
     "MovementSparsifier",
+    "Pipeline",
     "RandomSparsifier",
+    "Refinement",
+    "ReorderedSparseGPTSparsifier",
     "Solution",
+    "SparseGPTSparsifier",
     "Statistic",
     "Statistics",
     "TaylorSparsifier",

@@ -10,10 +10,11 @@ from fx_sparsity.masks import ScoreError, compute_mask
 from fx_sparsity.patterns import Tiling
 from fx_sparsity.sparsifier.calibrated.base import CalibratedSparsifier, Solution
 from fx_sparsity.sparsifier.calibrated.groups import (
+    UNSEEN,
+    about,
     group_levels,
     required,
     unseen_groups,
-    unseen_note,
 )
 from fx_sparsity.sparsifier.calibrated.statistics import Statistic, Statistics
 
@@ -59,8 +60,8 @@ class CriterionSparsifier(CalibratedSparsifier):
             mask = torch.cat([self.rank(part, tiling, share) for part, share in parts])
         else:
             mask = self.rank(scores, tiling, level)
-        notes = tuple(unseen_note(group) for group in unseen)
-        return Solution(mask, torch.where(mask, weight, 0.0), notes)
+        notes = [note for group in unseen for note in about(group, len(weight), [UNSEEN])]
+        return Solution(mask, torch.where(mask, weight, 0.0), tuple(notes))
 
     def rank(self, scores: Tensor, tiling: Tiling, level: float) -> Tensor:
         """The mask of these scores: the pattern's own ranking."""

@@ -1,6 +1,7 @@
 """One group at a time: every expert is a matrix of its own, with statistics of its own."""
 
 import math
+from collections.abc import Iterable
 
 from torch import Tensor
 
@@ -43,9 +44,12 @@ def unseen_groups(stats: Statistics) -> list[int]:
     return (stats.tokens == 0).nonzero().flatten().tolist()
 
 
-def unseen_note(group: int) -> str:
-    """What to tell about a group that no token reached."""
-    return f"group {group}: no token reached it, ranked by magnitude and not updated"
+UNSEEN = "no token reached it, so it is ranked by magnitude and not updated"
+
+
+def about(group: int, groups: int, notes: Iterable[str]) -> tuple[str, ...]:
+    """Notes on one group, which is named where there are several."""
+    return tuple(notes) if groups == 1 else tuple(f"group {group}: {note}" for note in notes)
 
 
 def required(stats: Statistics, name: str) -> Tensor:

@@ -91,7 +91,8 @@ def test_a_group_that_no_token_reached(shape, level, pattern):
     assert abs(share - level) <= block / weight[1].numel()
     expected = reference_mask(weight[1:2].abs().numpy(), tiling, share)
     assert torch.equal(solved.mask[1:2], expected)
-    assert solved.notes == ("group 1: no token reached it, ranked by magnitude and not updated",)
+    (note,) = solved.notes
+    assert note.startswith("group 1: no token reached it")
     assert MagnitudeSparsifier().solve(weight, stats, tiling, level).notes == ()
 
 

@@ -1,5 +1,6 @@
 """Sparsifiers that look at what a weight is used for, and not at the weight alone."""
 
+from fx_sparsity.sparsifier.calibrated.admm import ADMMSparsifier
 from fx_sparsity.sparsifier.calibrated.base import CalibratedSparsifier, Solution
 from fx_sparsity.sparsifier.calibrated.criterion import (
     Criterion,
@@ -12,6 +13,7 @@ from fx_sparsity.sparsifier.calibrated.criterion import (
     TaylorSparsifier,
     WandaSparsifier,
 )
+from fx_sparsity.sparsifier.calibrated.exact_update import ExactUpdate
 from fx_sparsity.sparsifier.calibrated.matrix import (
     GramSparsifier,
     Pipeline,
@@ -22,11 +24,14 @@ from fx_sparsity.sparsifier.calibrated.sparsegpt import (
     SparseGPTSparsifier,
 )
 from fx_sparsity.sparsifier.calibrated.statistics import Statistic, Statistics
+from fx_sparsity.sparsifier.calibrated.swaps import Swaps
 
 __all__ = [
+    "ADMMSparsifier",
     "CalibratedSparsifier",
     "Criterion",
     "CriterionSparsifier",
+    "ExactUpdate",
     "FisherSparsifier",
     "GradientSparsifier",
     "GramSparsifier",
@@ -40,6 +45,7 @@ __all__ = [
     "SparseGPTSparsifier",
     "Statistic",
     "Statistics",
+    "Swaps",
     "TaylorSparsifier",
     "WandaSparsifier",
 ]

@@ -52,21 +52,56 @@ def least_squares(weight, gram, keep, damping=0.01):
     return v
 
 
-def swap(difference, values, keep, h, cells):
-    """The best exchange of one kept for one pruned weight of a cell, by trying every one of them.
+def best_exchange(row, values, keep, h, cell):
+    """The exchange of a kept for a pruned weight of one cell that lowers a row's error most.
 
-    `difference` is W - V of one row. Returns what it lowers the error by, and the two columns.
+    Every pair is tried, the one that comes back at its best value. Returns the new values and mask.
     """
-    best = (0.0, None, None)
-    for cell in cells:
-        for gone, back in itertools.product(cell, cell):
-            if keep[gone] and not keep[back]:
-                d = difference.clone()
-                d[gone] += values[gone]
-                before = difference @ h @ difference
-                step = (h[back] @ d) / h[back, back]
-                d[back] -= step
-                gain = float(before - d @ h @ d)
-                if gain > best[0]:
-                    best = (gain, gone, back)
-    return best
+    error = (row - values) @ h @ (row - values)
+    best = (1e-9 * float(error), None)
+    for gone, back in itertools.product(cell, cell):
+        if keep[gone] and not keep[back]:
+            new, kept = values.clone(), keep.clone()
+            new[gone] = 0
+            kept[gone], kept[back] = False, True
+            new[back] = (h[back] @ (row - new)) / h[back, back]
+            gain = float(error - (row - new) @ h @ (row - new))
+            if gain > best[0]:
+                best = (gain, (new, kept))
+    return best[1]
+
+
+def swaps(weight, values, keep, gram, width, passes):
+    """Pass after pass over the cells of each row, one exchange a cell."""
+    h, weight = damped(gram), weight.double()
+    values, keep = values.double().clone(), keep.clone()
+    for row in range(len(weight)):
+        for _ in range(passes):
+            for start in range(0, weight.shape[1], width):
+                cell = range(start, min(start + width, weight.shape[1]))
+                new = best_exchange(weight[row], values[row], keep[row], h, cell)
+                if new:
+                    values[row], keep[row] = new
+    return keep, values
+
+
+def admm(weight, gram, tiling, level, iterations, damping=0.01):
+    """Alternating directions on inputs of unit size, with the schedule of ALPS."""
+    h = damped(gram, damping)
+    size = h.diagonal().sqrt()
+    h = h / size[:, None] / size
+    w = weight.double() * size
+    d, y, rho = w.clone(), torch.zeros_like(w), 0.1
+    last = torch.ones(w.shape, dtype=torch.bool)
+    for t in range(iterations):
+        v = torch.linalg.solve(h + rho * torch.eye(len(h)), (w @ h + rho * d - y).T).T
+        keep = reference_mask((v + y / rho).square().numpy(), tiling, level)
+        d = (v + y / rho) * keep
+        y = y + rho * (v - d)
+        if t % 3 == 2:
+            moved, zeros = int((keep ^ last).sum()), int((~keep).sum())
+            if not moved:
+                break
+            rho *= 1.3 if moved >= 0.1 * zeros else 1.2 if moved >= 0.005 * zeros else 1.1
+            last = keep
+    return keep, d / size

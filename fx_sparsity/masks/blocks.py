@@ -1,5 +1,6 @@
 """Cutting an N-dimensional tensor into blocks, and putting it together again."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -24,10 +25,7 @@ def to_blocks(x: Tensor, extents: Sequence[int], fill: float) -> Tensor:
     split[::2] = grid
     dims = range(len(grid))
     x = x.reshape(split).permute([2 * d for d in dims] + [2 * d + 1 for d in dims])
-    blocks = 1
-    for n in grid:
-        blocks *= n
-    return x.reshape(blocks, -1)
+    return x.reshape(math.prod(grid), math.prod(extents))
 
 
 def block_means(x: Tensor, extents: Sequence[int], terms: Callable[[Tensor], Tensor]) -> Tensor:

@@ -1,6 +1,51 @@
 """Sparsifiers that look at what a weight is used for, and not at the weight alone."""
 
+from fx_sparsity.sparsifier.calibrated.admm import ADMMSparsifier
 from fx_sparsity.sparsifier.calibrated.base import CalibratedSparsifier, Solution
+from fx_sparsity.sparsifier.calibrated.criterion import (
+    Criterion,
+    CriterionSparsifier,
+    FisherSparsifier,
+    GradientSparsifier,
+    MagnitudeSparsifier,
+    MovementSparsifier,
+    RandomSparsifier,
+    TaylorSparsifier,
+    WandaSparsifier,
+)
+from fx_sparsity.sparsifier.calibrated.exact_update import ExactUpdate
+from fx_sparsity.sparsifier.calibrated.matrix import (
+    GramSparsifier,
+    Pipeline,
+    Refinement,
+)
+from fx_sparsity.sparsifier.calibrated.sparsegpt import (
+    ReorderedSparseGPTSparsifier,
+    SparseGPTSparsifier,
+)
 from fx_sparsity.sparsifier.calibrated.statistics import Statistic, Statistics
+from fx_sparsity.sparsifier.calibrated.swaps import Swaps
 
-__all__ = ["CalibratedSparsifier", "Solution", "Statistic", "Statistics"]
+__all__ = [
+    "ADMMSparsifier",
+    "CalibratedSparsifier",
+    "Criterion",
+    "CriterionSparsifier",
+    "ExactUpdate",
+    "FisherSparsifier",
+    "GradientSparsifier",
+    "GramSparsifier",
+    "MagnitudeSparsifier",
+    "MovementSparsifier",
+    "Pipeline",
+    "RandomSparsifier",
+    "Refinement",
+    "ReorderedSparseGPTSparsifier",
+    "Solution",
+    "SparseGPTSparsifier",
+    "Statistic",
+    "Statistics",
+    "Swaps",
+    "TaylorSparsifier",
+    "WandaSparsifier",
+]

@@ -1,7 +1,7 @@
 """The base of calibrated sparsifiers: a weight and its statistics in, a mask and an update out."""
 
 from abc import abstractmethod
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -34,7 +34,7 @@ class CalibratedSparsifier(BaseSparsifier):
         needs: the statistics that `solve` looks at.
     """
 
-    needs: ClassVar[frozenset[Statistic]] = frozenset()
+    needs: frozenset[Statistic] = frozenset()
 
     @abstractmethod
     def solve(self, weight: Tensor, stats: Statistics, tiling: Tiling, level: float) -> Solution:

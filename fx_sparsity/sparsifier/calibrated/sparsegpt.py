@@ -1,0 +1,101 @@
+"""SparseGPT: pruning column by column, each error made up for by the columns still to come."""
+
+import torch
+from torch import Tensor
+
+from fx_sparsity.masks import compute_mask
+from fx_sparsity.masks.blocks import to_blocks
+from fx_sparsity.patterns import Tiling
+from fx_sparsity.sparsifier.calibrated.base import Solution
+from fx_sparsity.sparsifier.calibrated.hessian import Hessian
+from fx_sparsity.sparsifier.calibrated.matrix import GramSparsifier, Layer
+from fx_sparsity.sparsifier.calibrated.sweep import by_row, sweep
+
+
+class SparseGPTSparsifier(GramSparsifier):
+    """SparseGPT (arXiv 2301.00774, algorithm 1): the mask, and the update that comes with it.
+
+    Columns are swept from left to right. Pruning w in column j costs w^2 / U_jj^2, where
+    U^T U = H^-1, and is made up for, as well as the columns right of j can, by subtracting
+    w / U_jj * U_j from its row. What goes is settled stretch by stretch of `block_size` columns,
+    at the costs that stand when the sweep gets there:
+
+    - unstructured: the cheapest of the stretch, or of each of its rows, in proportion to its width;
+    - N:M: the cheapest of each group, when the sweep gets to the group;
+    - blocks and channels: the least mean cost, in proportion to the stretch's width;
+    - rows: the least w H w^T, all at once, since nothing makes up for a row.
+
+    Weights of inputs that are always zero go first; those that are kept stay as they are. The C++
+    sweep is used where it can be compiled.
+
+    Args:
+        block_size: columns in a stretch; rounded up to whole blocks of the pattern.
+        damping: added to the Gram matrix's diagonal, as a share of its mean. Raised, as the notes
+            then tell, where the sum is not positive definite.
+    """
+
+    def __init__(self, block_size: int = 128, damping: float = 0.01) -> None:
+        super().__init__(damping)
+        if block_size < 1:
+            raise ValueError(f"block_size: expected a positive number, found {block_size!r}")
+        self.block_size = block_size
+
+    def solve_layer(self, layer: Layer, hessian: Hessian) -> Solution:
+        """See `GramSparsifier.solve_layer`."""
+        weight, tiling, level = layer.weight, layer.tiling, layer.level
+        if _spans_rows(tiling, weight.shape[1]):
+            mask = compute_mask((weight @ hessian.matrix()) * weight, tiling, level)
+            return Solution(mask, torch.where(mask, weight, 0.0), hessian.notes)
+        order, budget = self.plan(layer, hessian)
+        factor, used = hessian.permuted(order).inverse_factor()
+        mask, kept = sweep(weight[:, order], factor, tiling, level, budget, self.block_size)
+        back = order.argsort()
+        return Solution(mask[:, back], kept[:, back], used.notes)
+
+    def plan(self, layer: Layer, hessian: Hessian) -> tuple[Tensor, Tensor]:
+        """In which order columns are swept, and how much goes from where.
+
+        Returns:
+            A permutation of the columns that keeps blocks together, int64 [in], and the budget of
+            the permuted columns, see `sweep`: here the columns as they are, and shares that add up
+            to the level.
+        """
+        width = layer.weight.shape[1]
+        rows, columns = layer.tiling.grid(layer.weight.shape)
+        if by_row(layer.tiling, width):
+            rows, columns = 1, width
+        ends = (torch.arange(columns + 1, dtype=torch.float64) * rows * layer.level).round().long()
+        return torch.arange(width, device=layer.weight.device), ends.diff()
+
+
+class ReorderedSparseGPTSparsifier(SparseGPTSparsifier):
+    """SparseGPT in a better order (after ROSE, arXiv 2603.05878): what costs most goes first.
+
+    The later a column is swept, the fewer are left to make up for it. A mask by w^2 H_jj, the cost
+    without any update, says beforehand what is likely to go; columns (groups and blocks are moved
+    as a whole) are swept in descending order of what it costs there. ROSE reorders only within
+    blocks of columns, and the blocks; here all columns are sorted, which is better for as long as
+    each stretch gives what the mask beforehand takes from it, and not the same share.
+    """
+
+    def plan(self, layer: Layer, hessian: Hessian) -> tuple[Tensor, Tensor]:
+        """See `SparseGPTSparsifier.plan`."""
+        weight, tiling = layer.weight, layer.tiling
+        width = weight.shape[1]
+        costs = weight.square() * hessian.matrix().diagonal()
+        gone = ~compute_mask(costs, tiling, layer.level)
+        unit = 1 if by_row(tiling, width) else tiling.extents[1]
+        whole = width // unit * unit
+        losses = (costs * gone)[:, :whole].sum(0).view(-1, unit).sum(1)
+        first = losses.argsort(descending=True, stable=True)
+        order = (first.unsqueeze(1) * unit + torch.arange(unit, device=weight.device)).flatten()
+        order = torch.cat([order, torch.arange(whole, width, device=weight.device)])
+        if by_row(tiling, width):
+            return order, gone[:, order].long()
+        chosen = to_blocks(gone[:, order], tiling.extents, fill=0).any(1)
+        grid = Tiling(tiling.extents, remainder="pad").grid(weight.shape)
+        return order, chosen.view(grid).sum(0)
+
+
+def _spans_rows(tiling: Tiling, width: int) -> bool:
+    return tiling.zeros == "all" and tiling.extents[1] >= width

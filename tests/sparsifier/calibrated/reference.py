@@ -1,0 +1,107 @@
+"""The published algorithms in float64, from their definitions and not from their shortcuts."""
+
+import itertools
+
+import torch
+
+from tests.masks.reference import reference_mask
+
+
+def damped(gram, damping=0.01):
+    """H, [in, in]; an input that is always zero is damped by far less."""
+    gram = gram.double()
+    diagonal = gram.diagonal()
+    shares = torch.where(diagonal == 0, 1e-9, damping)
+    return gram + torch.diag(shares * diagonal.mean())
+
+
+def sparsegpt(weight, gram, tiling, level, stretch, share=None, damping=0.01):
+    """Optimal brain surgery column by column, with the inverse of what remains of H each time.
+
+    `share(start, stop, blocks)` says how many of a stretch's blocks go.
+    """
+    h, w = damped(gram, damping), weight.double().clone()
+    width = w.shape[1]
+    group = tiling.extents[1] if tiling.zeros == "level" and tiling.extents[1] < width else None
+    remaining = [torch.linalg.inv(h[j:, j:]) for j in range(width)]
+    keep = torch.ones(w.shape, dtype=torch.bool)
+    for j in range(width):
+        span = group or stretch
+        if j % span == 0:
+            end = min(j + span, width)
+            costs = w[:, j:end] ** 2 / torch.tensor([remaining[i][0, 0] for i in range(j, end)])
+            if group:
+                part, part_level = tiling, level
+            else:
+                blocks = torch.Size(tiling.grid(costs.shape)).numel()
+                part, part_level = tiling, share(j, end) / max(blocks, 1)
+            keep[:, j:end] = reference_mask(costs.numpy(), part, part_level)
+        inverse = remaining[j]
+        e = torch.where(keep[:, j], 0.0, w[:, j] / inverse[0, 0])
+        w[:, j:] -= e[:, None] * inverse[0]
+        w[:, j] = torch.where(keep[:, j], w[:, j], 0.0)
+    return keep, w
+
+
+def least_squares(weight, gram, keep, damping=0.01):
+    """Row by row, the kept weights that are best: H_KK v = (H w)_K."""
+    h, w = damped(gram, damping), weight.double()
+    v = torch.zeros_like(w)
+    for row, kept in enumerate(keep):
+        v[row, kept] = torch.linalg.solve(h[kept][:, kept], (h @ w[row])[kept])
+    return v
+
+
+def best_exchange(row, values, keep, h, cell):
+    """The exchange of a kept for a pruned weight of one cell that lowers a row's error most.
+
+    Every pair is tried, the one that comes back at its best value. Returns the new values and mask.
+    """
+    error = (row - values) @ h @ (row - values)
+    best = (1e-9 * float(error), None)
+    for gone, back in itertools.product(cell, cell):
+        if keep[gone] and not keep[back]:
+            new, kept = values.clone(), keep.clone()
+            new[gone] = 0
+            kept[gone], kept[back] = False, True
+            new[back] = (h[back] @ (row - new)) / h[back, back]
+            gain = float(error - (row - new) @ h @ (row - new))
+            if gain > best[0]:
+                best = (gain, (new, kept))
+    return best[1]
+
+
+def swaps(weight, values, keep, gram, width, passes):
+    """Pass after pass over the cells of each row, one exchange a cell."""
+    h, weight = damped(gram), weight.double()
+    values, keep = values.double().clone(), keep.clone()
+    for row in range(len(weight)):
+        for _ in range(passes):
+            for start in range(0, weight.shape[1], width):
+                cell = range(start, min(start + width, weight.shape[1]))
+                new = best_exchange(weight[row], values[row], keep[row], h, cell)
+                if new:
+                    values[row], keep[row] = new
+    return keep, values
+
+
+def admm(weight, gram, tiling, level, iterations, damping=0.01):
+    """Alternating directions on inputs of unit size, with the schedule of ALPS."""
+    h = damped(gram, damping)
+    size = h.diagonal().sqrt()
+    h = h / size[:, None] / size
+    w = weight.double() * size
+    d, y, rho = w.clone(), torch.zeros_like(w), 0.1
+    last = torch.ones(w.shape, dtype=torch.bool)
+    for t in range(iterations):
+        v = torch.linalg.solve(h + rho * torch.eye(len(h)), (w @ h + rho * d - y).T).T
+        keep = reference_mask((v + y / rho).square().numpy(), tiling, level)
+        d = (v + y / rho) * keep
+        y = y + rho * (v - d)
+        if t % 3 == 2:
+            moved, zeros = int((keep ^ last).sum()), int((~keep).sum())
+            if not moved:
+                break
+            rho *= 1.3 if moved >= 0.1 * zeros else 1.2 if moved >= 0.005 * zeros else 1.1
+            last = keep
+    return keep, d / size

@@ -1,6 +1,7 @@
 """Sums over everything that meets one weight."""
 
 from collections.abc import Iterator, Set
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -33,14 +34,19 @@ class Collector:
             return torch.zeros(groups, *shape, device=device) if wanted else None
 
         gram = "gram" in needs and not table
-        self.statistics = Statistics(
-            tokens=torch.zeros(groups, dtype=torch.int64, device=device),
+        self._sums = Statistics(
+            tokens=torch.zeros(groups, dtype=torch.float64, device=device),
             squares=zeros("input_norm" in needs or ("gram" in needs and table), size),
             sums=zeros("input_mean" in needs, size),
             gram=zeros(gram, size, size),
         )
 
         self._numbers = torch.arange(groups * size, device=device)
+
+    @property
+    def statistics(self) -> Statistics:
+        """The sums, with tokens as whole numbers."""
+        return replace(self._sums, tokens=self._sums.tokens.round().long())
 
     @property
     def columns(self) -> Tensor:
@@ -55,7 +61,7 @@ class Collector:
     @property
     def nbytes(self) -> int:
         """Bytes that the sums take."""
-        return sum(t.nbytes for t in vars(self.statistics).values() if t is not None)
+        return sum(t.nbytes for t in vars(self._sums).values() if t is not None)
 
     def add(self, met: Met) -> None:
         """Take in one call."""
@@ -72,19 +78,27 @@ class Collector:
             self._add(slice(group, group + 1), places, _part(met, rows, mine))
 
     def _add(self, group: slice, places: slice | Tensor, met: Met) -> None:
-        """Add what met some groups, and only these of their columns."""
-        stats = self.statistics
-        stats.tokens[group] += met.tokens
+        """Add what met some groups, and only these of their columns.
+
+        What meets a part of the outputs counts for that part: three slices of one weight that meet
+        the same inputs make up the whole that meets them once.
+        """
+        stats, (_, outputs, size) = self._sums, self.form.sizes
+        share = met.out / outputs
+        found = size if isinstance(places, slice) else len(places)
+        stats.tokens[group] += met.tokens * share * found / size
         x, counts = None if met.x is None else met.x.float(), met.counts
         if stats.squares is not None:
-            stats.squares[group, places] += x.square().sum(1) if counts is None else counts[1]  # type: ignore[union-attr]
+            squares = x.square().sum(1) if x is not None else counts[1]  # type: ignore[index]
+            stats.squares[group, places] += share * squares
         if stats.sums is not None:
-            stats.sums[group, places] += x.sum(1) if counts is None else counts[0]  # type: ignore[union-attr]
+            sums = x.sum(1) if x is not None else counts[0]  # type: ignore[index]
+            stats.sums[group, places] += share * sums
         if stats.gram is not None and x is not None:
             if isinstance(places, slice):
-                stats.gram[group].baddbmm_(x.mT, x)
+                stats.gram[group].baddbmm_(x.mT, x, alpha=share)
             else:
-                stats.gram[group, places.unsqueeze(1), places] += x.mT @ x
+                stats.gram[group, places.unsqueeze(1), places] += share * (x.mT @ x)
 
 
 def _alike(columns: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

@@ -28,12 +28,14 @@ class Met(NamedTuple):
         counts: for a lookup, the sums of its coefficients and of their squares: float32,
             [2, groups, in]; [i, g, j] belongs to column [g, j].
         tokens: how many there were.
+        out: how many outputs of the weight they met; a slice of it has fewer than the whole.
     """
 
     columns: Tensor
     x: Tensor | None
     counts: Tensor | None
     tokens: int
+    out: int
 
 
 Meeting = Callable[[Arguments, str, Tensor], Iterator[Met]]
@@ -78,16 +80,26 @@ def _product(x: Tensor, columns: Tensor) -> Iterator[Met]:
         columns: [..., in, out] or [in].
     """
     x = x.unsqueeze(0) if x.ndim == 1 else x
-    columns = columns.unsqueeze(-1) if columns.ndim == 1 else columns
-    columns = columns[..., 0]
+    columns, out = _outputs(columns.unsqueeze(-1) if columns.ndim == 1 else columns)
     if columns.ndim == 1:
         flat = x.reshape(1, -1, x.shape[-1])
-        yield Met(columns.unsqueeze(0), flat, None, flat.shape[1])
+        yield Met(columns.unsqueeze(0), flat, None, flat.shape[1], out)
         return
     batch = torch.broadcast_shapes(x.shape[:-2], columns.shape[:-1])
     flat = x.expand(*batch, *x.shape[-2:]).reshape(-1, *x.shape[-2:])
     columns = columns.expand(*batch, columns.shape[-1]).reshape(-1, columns.shape[-1])
-    yield Met(columns, flat, None, flat.shape[1])
+    yield Met(columns, flat, None, flat.shape[1], out)
+
+
+def _outputs(columns: Tensor) -> tuple[Tensor, int]:
+    """(columns of one output, how many outputs), of columns that are [..., in, out].
+
+    Beside a weight there may lie outputs of another tensor, and beside those no weight.
+    """
+    if columns.stride(-1) == 0 or columns.shape[-1] == 1:
+        return columns[..., 0], columns.shape[-1]
+    found = columns.amax(-1)
+    return found, int((columns >= 0).sum(-1).max())
 
 
 def _right(other: str) -> Meeting:
@@ -129,7 +141,8 @@ def _grouped(x: str, weight_offsets: str) -> Meeting:
         start = 0
         for expert, end in enumerate(offsets.tolist()):
             met = rows[start:end].unsqueeze(0)
-            yield Met(columns[expert, :, 0].unsqueeze(0), met, None, end - start)
+            mine, out = _outputs(columns[expert])
+            yield Met(mine.unsqueeze(0), met, None, end - start, out)
             start = end
 
     return meeting
@@ -138,7 +151,8 @@ def _grouped(x: str, weight_offsets: str) -> Meeting:
 def _bilinear(args: Arguments, arg: str, columns: Tensor) -> Iterator[Met]:
     pairs = args["input1"].unsqueeze(-1) * args["input2"].unsqueeze(-2)
     flat = pairs.reshape(1, -1, pairs.shape[-1] * pairs.shape[-2])
-    yield Met(columns[0].reshape(1, -1), flat, None, flat.shape[1])
+    mine, out = _outputs(columns.flatten(1).t())
+    yield Met(mine.unsqueeze(0), flat, None, flat.shape[1], out)
 
 
 def _einsum(args: Arguments, arg: str, columns: Tensor) -> Iterator[Met]:
@@ -159,9 +173,10 @@ def _einsum(args: Arguments, arg: str, columns: Tensor) -> Iterator[Met]:
     size = dict(zip(weight, columns.shape, strict=True))
     groups = _count(size[c] for c in batch)
     columns = columns.permute([weight.index(c) for c in [*batch, *out, *inner]])
-    columns = columns.reshape(groups, _count(size[c] for c in out), -1)[:, 0]
-    x = x.reshape(groups, -1, columns.shape[1])
-    yield Met(columns, x, None, x.shape[1])
+    columns = columns.reshape(groups, _count(size[c] for c in out), -1)
+    mine, outputs = _outputs(columns.mT)
+    x = x.reshape(groups, -1, mine.shape[1])
+    yield Met(mine, x, None, x.shape[1], outputs)
 
 
 def _count(sizes: Iterator[int]) -> int:
@@ -182,8 +197,8 @@ def _without_ellipsis(equation: str, ranks: Sequence[int], weight: int) -> tuple
     free = [c for c in string.ascii_letters if c not in equation]
     spans = [rank - len(term) + 3 for term, rank in zip(terms, ranks, strict=True)]
     wide = [span for term, span in zip(terms, spans, strict=True) if "..." in term]
-    if "..." in terms[weight] or len(wide) > 1:
-        raise UnsupportedUse(f"einsum {equation!r}, whose ellipsis is not that of one activation")
+    if "..." in terms[weight] or len(set(wide)) > 1:
+        raise UnsupportedUse(f"einsum {equation!r}, whose ellipsis is not that of activations")
     letters = "".join(free[: wide[0]]) if wide else ""
     return [term.replace("...", letters) for term in terms], result.replace("...", letters)
 
@@ -207,21 +222,22 @@ def _convolution(args: Arguments, arg: str, columns: Tensor) -> Iterator[Met]:
             (r - p, r - p + m) for r, p, m in zip(reach, _each(padding, 0, dims), more, strict=True)
         ]
         stride = [1] * dims
-        columns = columns.unflatten(0, (groups, -1))[:, :, 0]  # [groups, in, kernel...]
-        columns = columns.flip(list(range(2, columns.ndim)))
+        columns = columns.unflatten(0, (groups, -1)).movedim(2, -1)
+        columns = columns.flip(list(range(2, columns.ndim - 1)))
     else:
         if isinstance(padding, str):
             sides = [(r // 2, r - r // 2) if padding == "same" else (0, 0) for r in reach]
         else:
             sides = [(p, p) for p in _each(padding, 0, dims)]
-        columns = columns.unflatten(0, (groups, -1))[:, 0]
+        columns = columns.unflatten(0, (groups, -1)).movedim(1, -1)
     x = F.pad(x, [side for pair in reversed(sides) for side in pair])
     for axis, (r, s, d) in enumerate(zip(reach, stride, dilation, strict=True), start=2):
         x = x.unfold(axis, r + 1, s)[..., ::d]
     # [n, channels, positions..., kernel...] -> [groups, n, positions..., in, kernel...]
     x = x.unflatten(1, (groups, -1)).movedim(1, 0).movedim(2, 2 + dims)
-    x = x.reshape(groups, -1, columns[0].numel())
-    yield Met(columns.reshape(groups, -1), x, None, x.shape[1])
+    mine, out = _outputs(columns)  # of [groups, in, kernel..., out]
+    x = x.reshape(groups, -1, mine[0].numel())
+    yield Met(mine.flatten(1), x, None, x.shape[1], out)
 
 
 def _forward_or_transposed(transposed: bool) -> Meeting:
@@ -246,21 +262,22 @@ def _lookup(columns: Tensor, rows: Tensor, coefficients: Tensor | None = None) -
     """Rows of a table that were looked up, each once, or with a coefficient.
 
     Args:
-        columns: of the rows: int64, [rows].
+        columns: int64, [dim, rows].
         rows: int64, any shape.
         coefficients: float32, of its shape.
     """
-    rows = rows.reshape(-1).remainder(len(columns))
+    mine, out = _outputs(columns.mT)
+    rows = rows.reshape(-1).remainder(len(mine))
     ones = torch.ones_like(rows, dtype=torch.float32)
     flat = ones if coefficients is None else coefficients.reshape(-1)
-    counts = flat.new_zeros(2, 1, len(columns))
+    counts = flat.new_zeros(2, 1, len(mine))
     counts[0, 0].index_add_(0, rows, flat)
     counts[1, 0].index_add_(0, rows, flat.square())
-    return Met(columns.unsqueeze(0), None, counts, rows.numel())
+    return Met(mine.unsqueeze(0), None, counts, rows.numel(), out)
 
 
 def _embedding(args: Arguments, arg: str, columns: Tensor) -> Iterator[Met]:
-    yield _lookup(columns[:, 0], args["indices"])
+    yield _lookup(columns.t(), args["indices"])
 
 
 def _bag(args: Arguments, arg: str, columns: Tensor) -> Iterator[Met]:
@@ -284,7 +301,7 @@ def _bag(args: Arguments, arg: str, columns: Tensor) -> Iterator[Met]:
     rows = len(columns)
     pairs, where = (bag * rows + indices).unique(return_inverse=True)
     merged = coefficients.new_zeros(len(pairs)).index_add_(0, where, coefficients)
-    met = _lookup(columns[:, 0], pairs % rows, merged if mode != 2 else merged.clamp(max=1))
+    met = _lookup(columns.t(), pairs % rows, merged if mode != 2 else merged.clamp(max=1))
     yield met._replace(tokens=len(offsets))
 
 
@@ -297,13 +314,18 @@ def _index(args: Arguments, arg: str, columns: Tensor) -> Iterator[Met]:
         if index.ndim > 1:
             raise UnsupportedUse("a lookup by a mask of several dimensions")
         index = index.nonzero()
-    yield _lookup(columns.movedim(place, -1).reshape(-1, columns.shape[place])[0], index)
+    yield _lookup(columns.movedim(place, -1).flatten(0, -2), index)
 
 
 def _index_select(args: Arguments, arg: str, columns: Tensor) -> Iterator[Met]:
-    dim = args["dim"]
-    rows = columns.movedim(dim, -1).reshape(-1, columns.shape[dim])[0]
-    yield _lookup(rows, args["index"])
+    yield _lookup(columns.movedim(args["dim"], -1).flatten(0, -2), args["index"])
+
+
+def _gather(args: Arguments, arg: str, columns: Tensor) -> Iterator[Met]:
+    """Every element of a row has an index of its own; a row counts by their mean."""
+    (met,) = _index_select(args, arg, columns)
+    assert met.counts is not None
+    yield met._replace(counts=met.counts / met.out, tokens=met.tokens // met.out)
 
 
 _CONVOLUTIONS: dict[str, Meeting] = {
@@ -330,7 +352,7 @@ MEETINGS: dict[str, Meeting] = {
     "_embedding_bag_forward_only": _bag,
     "index": _index,
     "index_select": _index_select,
-    "gather": _index_select,
+    "gather": _gather,
     **_CONVOLUTIONS,
 }
 """Operator -> what meets its weights. Rows of the operator table that are missing: recurrent ones,

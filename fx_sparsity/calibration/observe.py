@@ -9,13 +9,12 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fx_sparsity.calibration.batches import Batch
-from fx_sparsity.calibration.inputs import Met, meet, supports
+from fx_sparsity.calibration.inputs import UnsupportedUse, meet, supports
+from fx_sparsity.calibration.walk import Refuse, Take
 from fx_sparsity.graph.capture import InputError, call_arguments
 from fx_sparsity.graph.operators import OPERATORS, SAME_VALUES, Axes
 from fx_sparsity.graph.weight_map import WeightSite
 from fx_sparsity.patterns import Role
-
-Take = Callable[[str, Met], None]
 
 
 @torch.no_grad()
@@ -25,6 +24,7 @@ def observe(
     weights: Mapping[str, Tensor],
     columns: Callable[[str], Tensor],
     take: Take,
+    refuse: Refuse,
 ) -> None:
     """Run a model, and take in whatever meets its weights.
 
@@ -37,6 +37,7 @@ def observe(
         weights: FQN -> tensor beneath any mask, of every weight that is wanted.
         columns: FQN -> the column of every element of a weight (`Collector.columns`).
         take: receives what meets the weights.
+        refuse: is told of each weight where that is not possible.
 
     Raises:
         InputError: the model rejects a batch, with its own words.
@@ -44,7 +45,7 @@ def observe(
     for batch in batches:
         args, kwargs = call_arguments(batch.inputs)
         try:
-            with _Observer(weights, columns, take):
+            with _Observer(weights, columns, take, refuse):
                 model(*args, **kwargs)
         except Exception as error:
             raise InputError(
@@ -78,10 +79,14 @@ class _Observer(TorchDispatchMode):
     """Sees every ATen operator of one call of a model."""
 
     def __init__(
-        self, weights: Mapping[str, Tensor], columns: Callable[[str], Tensor], take: Take
+        self,
+        weights: Mapping[str, Tensor],
+        columns: Callable[[str], Tensor],
+        take: Take,
+        refuse: Refuse,
     ) -> None:
         super().__init__()
-        self._weights, self._columns, self._take = weights, columns, take
+        self._weights, self._columns, self._take, self._refuse = weights, columns, take, refuse
         self._fqns = {_memory(tensor): fqn for fqn, tensor in weights.items()}
         self._known: dict[int, _Known] = {}
 
@@ -94,8 +99,11 @@ class _Observer(TorchDispatchMode):
         for arg, value, axes in row.find(bound) if row is not None and supports(name) else ():
             found = self._find(value)
             if found is not None and _varies(found[1], axes):
-                for met in meet(name, arg, bound, found[1]):
-                    self._take(found[0], met)
+                try:
+                    for met in meet(name, arg, bound, found[1]):
+                        self._take(found[0], met)
+                except UnsupportedUse as reason:
+                    self._refuse(found[0], str(reason))
         result = func(*args, **kwargs)
         if name in _FOLLOWED and isinstance(result, Tensor):
             self._follow(func, name, args, kwargs, result)

@@ -101,8 +101,8 @@ def _roles(site: WeightSite) -> tuple[tuple[Role, ...], tuple[str, ...]]:
     if any(found != roles for found in products):
         notes += (f"only uses as {' x '.join(roles)} are counted",)
     slices = {use.slice for use in site.uses if use.slice is not None}
-    if len(slices) > 1:
-        notes += (f"used in {len(slices)} parts, whose inputs are summed",)
+    if any(roles[dim] in ("in", "kernel") for dim, _, _ in slices):
+        notes += ("used in parts along its inputs, whose products with one another are not seen",)
     return roles, notes
 
 

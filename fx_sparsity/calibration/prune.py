@@ -125,7 +125,10 @@ def prune(
             try:
                 with torch.no_grad(), show_progress(len(todo.plans), progress) as advance:
                     for fqn in _complete(model, frame, pruner, todo, weights, read, sequential):
-                        pruner.prune(fqn)
+                        why = pruner.prune(fqn)
+                        if why is not None:
+                            todo.dense[fqn] = why
+                            _log.warning("%s is not pruned: %s", fqn, why)
                         advance(fqn)
             except BaseException as error:
                 _tell(error, pruner, len(todo.plans))
@@ -266,18 +269,14 @@ def _complete(
     if not todo.plans:
         return
     if not frame.captured:
-        observe(model, batches, weights, pruner.columns, pruner.take)
-        for fqn in todo.plans:
-            if pruner.seen(fqn):
-                yield fqn
-            else:
-                todo.dense[fqn] = "no input of it was seen"
+        observe(model, batches, weights, pruner.columns, pruner.take, pruner.refuse)
+        yield from todo.plans
         return
     named = canonical_names(frame.weights)
     walks = []
     for captured, uses in zip(frame.captured, frame.uses, strict=True):
         counted = [u for u in uses if u.fqn in todo.plans and todo.plans[u.fqn].counts(u.use)]
-        arguments = (named, pruner.columns, pruner.read, pruner.take)
+        arguments = (named, pruner.columns, pruner.read, pruner.take, pruner.refuse)
         walks.append(Walk(captured.graph, captured.batches, counted, *arguments))
     _check_orders(walks, frame.captured)
     steps = zip(*walks, strict=True)

@@ -55,6 +55,7 @@ class Pruner:
         self._weights, self._gradients = weights, gradients
         self._biases, self._mask = biases, mask
         self._masked = False
+        self._refused: dict[str, str] = {}
         self._collectors: dict[str, Collector] = {}
         self._needs = frozenset(sparsifier.needs)
         self._held = sum(g.total.nbytes + g.squares.nbytes for g in gradients.values())
@@ -74,22 +75,28 @@ class Pruner:
             return self.sparsifier.get_data(fqn, return_original=False)
         return tensor
 
-    def seen(self, fqn: str) -> bool:
-        """Whether anything met a weight, or nothing has to."""
-        needs = self._needs - {"gradient", "gradient_norm"}
-        return not needs or fqn in self._collectors
+    def refuse(self, fqn: str, why: str) -> None:
+        """Leave a weight dense: what meets it cannot be told."""
+        self._refused[fqn] = why
 
     @torch.no_grad()
-    def prune(self, fqn: str) -> None:
+    def prune(self, fqn: str) -> str | None:
         """Solve one weight and write it, or leave everything as it was.
+
+        Returns:
+            Why the weight is left dense; None where it is pruned.
 
         Raises:
             CalibrationError: the statistics are not finite, or the solution is none.
         """
         start = time.perf_counter()
-        plan, collector = self.plans[fqn], self._collector(fqn)
+        plan, seen = self.plans[fqn], fqn in self._collectors
+        weight, stats = self._weights[fqn], self._collector(fqn).statistics
         del self._collectors[fqn]
-        weight, stats = self._weights[fqn], collector.statistics
+        if fqn in self._refused:
+            return self._refused[fqn]
+        if not seen and self._needs - {"gradient", "gradient_norm"}:
+            return "no input of it was seen"
         self._add_gradients(plan, stats)
         _check(fqn, stats)
         dense = plan.form.to_matrix(weight.detach()).float().contiguous()
@@ -118,6 +125,7 @@ class Pruner:
                 notes=tuple(notes),
             )
         )
+        return None
 
     def _collector(self, fqn: str) -> Collector:
         if fqn not in self._collectors:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from fx_sparsity.calibration.batches import Batch
-from fx_sparsity.calibration.inputs import Met, meet
+from fx_sparsity.calibration.inputs import Met, UnsupportedUse, meet
 from fx_sparsity.graph.capture import module_source
 from fx_sparsity.graph.operators import (
     COMBINATIONS,
@@ -28,6 +28,8 @@ Read = Callable[[str, Tensor], Tensor]
 """(FQN, tensor of the graph) -> its value now."""
 Take = Callable[[str, Met], None]
 """(FQN, what met that weight) -> nothing."""
+Refuse = Callable[[str, str], None]
+"""(FQN, why what meets that weight cannot be told) -> nothing."""
 
 
 class Meeting(NamedTuple):
@@ -77,6 +79,7 @@ class Walk:
         columns: FQN -> the column of every element of the weight (`Collector.columns`).
         read: gives tensors of the model.
         take: receives what meets the weights.
+        refuse: is told where that is not possible.
 
     Attributes:
         order: FQNs of the weights in the order in which they are complete.
@@ -91,9 +94,10 @@ class Walk:
         columns: Callable[[str], Tensor],
         read: Read,
         take: Take,
+        refuse: Refuse,
     ) -> None:
         self._graph, self._batches, self._named = graph, batches, named
-        self._columns, self._read, self._take = columns, read, take
+        self._columns, self._read, self._take, self._refuse = columns, read, take, refuse
         self._source = module_source(graph)
         live = live_nodes(graph.graph)
         nodes = [node for node in graph.graph.nodes if node in live]
@@ -175,8 +179,11 @@ class Walk:
             if weight in self._fixed:
                 self._followed[use] = columns
         args = fx.map_arg(bound, lambda node: columns if node is weight else value(node))
-        for met in meet(use.use.op, use.use.arg, args, columns):
-            self._take(use.fqn, met)
+        try:
+            for met in meet(use.use.op, use.use.arg, args, columns):
+                self._take(use.fqn, met)
+        except UnsupportedUse as reason:
+            self._refuse(use.fqn, str(reason))
 
     def _follow(self, node: fx.Node, fqn: str, value: Callable[[fx.Node], Any]) -> Any:
         """Which column of a weight each element of a node belongs to; None where it is not in it.

@@ -7,13 +7,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from fx_sparsity.calibration.batches import Batch
+from fx_sparsity.calibration.inputs import bias_argument
 from fx_sparsity.calibration.plan import Plan
 from fx_sparsity.calibration.walk import Meeting
 from fx_sparsity.graph.capture import call_arguments
 from fx_sparsity.graph.operators import bind
-
-_BIAS = {"addmm": "self", "baddbmm": "self"}
-"""Operator -> its argument that is added; `bias` for the others."""
 
 
 def find_biases(
@@ -28,7 +26,7 @@ def find_biases(
         mine = [use for use in uses if use.fqn == fqn]
         if len(mine) != 1 or plan.table or mine[0].use.slice is not None:
             continue
-        node = bind(mine[0].node).get(_BIAS.get(mine[0].use.op, "bias"))
+        node = bind(mine[0].node).get(bias_argument(mine[0].use.op))
         if not isinstance(node, fx.Node) or node.op != "get_attr" or len(node.users) > 1:
             continue
         bias = operator.attrgetter(str(node.target))(graph)

@@ -49,16 +49,6 @@ class Collector:
         return replace(self._sums, tokens=self._sums.tokens.round().long())
 
     @property
-    def columns(self) -> Tensor:
-        """Column of each element, numbered through all groups: int64, of the weight's shape.
-
-        Takes no memory along `out`.
-        """
-        groups, out, size = self.form.sizes
-        numbers = self._numbers.view(groups, 1, size)
-        return self.form.from_matrix(numbers.expand(groups, out, size))
-
-    @property
     def nbytes(self) -> int:
         """Bytes that the sums take."""
         return sum(t.nbytes for t in vars(self._sums).values() if t is not None)

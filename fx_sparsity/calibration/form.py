@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from fx_sparsity.patterns import PatternError, Role, Tiling
@@ -93,6 +94,15 @@ class MatrixForm:
             lengths.append(length)
         matrix = Tiling(tuple(lengths), tiling.zeros, tiling.remainder)
         return cls(tuple(split), tuple(order), tuple(sizes), matrix, tuple(shape))  # type: ignore[arg-type]
+
+    def columns(self, device: torch.device) -> Tensor:
+        """Column of each element, numbered through all groups: int64, of the weight's shape.
+
+        Takes no memory along `out`.
+        """
+        groups, out, size = self.sizes
+        numbers = torch.arange(groups * size, device=device).view(groups, 1, size)
+        return self.from_matrix(numbers.expand(groups, out, size))
 
     def to_matrix(self, weight: Tensor) -> Tensor:
         """[groups, out, in] of a tensor of the weight's shape; a view where that is possible."""

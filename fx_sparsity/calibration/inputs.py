@@ -72,6 +72,11 @@ def groups_of(op: str, args: Arguments) -> tuple[Role, int]:
     return "in" if transposed else "out", groups
 
 
+def bias_argument(op: str) -> str:
+    """Name of the argument that an operator adds to its product."""
+    return "self" if op in ("addmm", "baddbmm") else "bias"
+
+
 def _product(x: Tensor, columns: Tensor) -> Iterator[Met]:
     """`x @ W`, as `torch.matmul` broadcasts it.
 

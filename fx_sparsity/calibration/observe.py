@@ -35,7 +35,7 @@ def observe(
         model: in the mode that it is to run in.
         batches: to run.
         weights: FQN -> tensor beneath any mask, of every weight that is wanted.
-        columns: FQN -> the column of every element of a weight (`Collector.columns`).
+        columns: FQN -> the column of every element of a weight (`MatrixForm.columns`).
         take: receives what meets the weights.
         refuse: is told of each weight where that is not possible.
 

@@ -1,10 +1,13 @@
 """What is to be done with each weight, decided before anything is changed."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+
+from torch import fx
 
 from fx_sparsity.calibration.form import MatrixForm
-from fx_sparsity.calibration.inputs import groups_of, supports
+from fx_sparsity.calibration.inputs import bias_argument, groups_of, supports
 from fx_sparsity.calibration.walk import Meeting
 from fx_sparsity.graph.operators import bind
 from fx_sparsity.graph.weight_map import Use, WeightSite
@@ -81,6 +84,36 @@ def groups_in(uses: Sequence[Meeting]) -> tuple[Role, int]:
     if len(wide) > 1 or (wide and len(found) > 1):
         raise Unreachable("convolutions of different groups use it")
     return wide.pop() if wide else ("out", 1)
+
+
+def shared_inputs(
+    order: Sequence[str], uses: Sequence[Meeting], plans: Mapping[str, Plan]
+) -> dict[str, str]:
+    """FQN -> the weight right before it, where both are used once and meet the same inputs.
+
+    So do the projections of one attention, and the gate of an MLP beside it.
+    """
+    met: dict[str, list[Meeting]] = {}
+    for use in uses:
+        met.setdefault(use.fqn, []).append(use)
+    return {
+        fqn: before
+        for before, fqn in pairwise(order)
+        if len(met[before]) == len(met[fqn]) == 1
+        and _key(met[before][0], plans[before]) == _key(met[fqn][0], plans[fqn])
+    }
+
+
+def _key(use: Meeting, plan: Plan) -> tuple[object, ...]:
+    """What the statistics of a weight follow from, for one use of a whole weight."""
+    bound = bind(use.node)
+    weight = bound.pop(use.use.arg, None)
+    bound.pop(bias_argument(use.use.op), None)
+    whole = isinstance(weight, fx.Node) and weight.op == "get_attr"
+    outer = zip(plan.form.shape, plan.roles, strict=True)
+    inner = tuple(size if role not in ("out", "dim") else None for size, role in outer)
+    form = (plan.roles, inner, plan.form.order)
+    return (use.use.op, use.use.arg, sorted(bound.items(), key=str), form, whole or use.fqn)
 
 
 def only_scales(uses: Sequence[Meeting]) -> bool:

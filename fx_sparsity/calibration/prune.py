@@ -13,7 +13,14 @@ from fx_sparsity.calibration.batches import Batch, Captured, capture, read_batch
 from fx_sparsity.calibration.bias import estimate_batch_norms, find_biases
 from fx_sparsity.calibration.gradients import Gradients, Loss, collect_gradients
 from fx_sparsity.calibration.observe import groups_of_module, observe
-from fx_sparsity.calibration.plan import Plan, Unreachable, groups_in, make_plan, only_scales
+from fx_sparsity.calibration.plan import (
+    Plan,
+    Unreachable,
+    groups_in,
+    make_plan,
+    only_scales,
+    shared_inputs,
+)
 from fx_sparsity.calibration.progress import progress as show_progress
 from fx_sparsity.calibration.pruner import DONE, CalibrationError, Pruner
 from fx_sparsity.calibration.report import PruningReport
@@ -273,12 +280,16 @@ def _complete(
         yield from todo.plans
         return
     named = canonical_names(frame.weights)
-    walks = []
+    walks: list[Walk] = []
+    shared: list[dict[str, str]] = []
     for captured, uses in zip(frame.captured, frame.uses, strict=True):
         counted = [u for u in uses if u.fqn in todo.plans and todo.plans[u.fqn].counts(u.use)]
         arguments = (named, pruner.columns, pruner.read, pruner.take, pruner.refuse)
         walks.append(Walk(captured.graph, captured.batches, counted, *arguments))
+        shared.append(shared_inputs(walks[-1].order, counted, todo.plans))
     _check_orders(walks, frame.captured)
+    if sequential:
+        pruner.shares = dict(set.intersection(*(set(found.items()) for found in shared)))
     steps = zip(*walks, strict=True)
     if sequential:
         yield from (fqns[0] for fqns in steps)

@@ -38,6 +38,7 @@ class Pruner:
         mask: puts masks on the model; called once, right before the first weight is written.
 
     Attributes:
+        shares: FQN -> the one right before it, which meets the same inputs.
         pruned: what has been done.
         peak: the most bytes that statistics took at a time.
     """
@@ -54,20 +55,23 @@ class Pruner:
         self.sparsifier, self.plans, self.pruned = sparsifier, plans, list[PrunedWeight]()
         self._weights, self._gradients = weights, gradients
         self._biases, self._mask = biases, mask
+        self.shares: Mapping[str, str] = {}
         self._masked = False
         self._refused: dict[str, str] = {}
+        self._last: Collector | None = None
         self._collectors: dict[str, Collector] = {}
         self._needs = frozenset(sparsifier.needs)
         self._held = sum(g.total.nbytes + g.squares.nbytes for g in gradients.values())
         self.peak = self._held
 
     def columns(self, fqn: str) -> Tensor:
-        """See `Collector.columns`."""
-        return self._collector(fqn).columns
+        """See `MatrixForm.columns`."""
+        return self.plans[fqn].form.columns(self._weights[fqn].device)
 
     def take(self, fqn: str, met: Met) -> None:
-        """Take in what met a weight."""
-        self._collector(fqn).add(met)
+        """Take in what met a weight, unless it shares the statistics of the one before."""
+        if fqn not in self.shares:
+            self._collector(fqn).add(met)
 
     def read(self, fqn: str, tensor: Tensor) -> Tensor:
         """A tensor of the model as it is now: through its mask, where it has one."""
@@ -90,12 +94,10 @@ class Pruner:
             CalibrationError: the statistics are not finite, or the solution is none.
         """
         start = time.perf_counter()
-        plan, seen = self.plans[fqn], fqn in self._collectors
-        weight, stats = self._weights[fqn], self._collector(fqn).statistics
-        del self._collectors[fqn]
+        plan, weight, stats = self.plans[fqn], self._weights[fqn], self._statistics(fqn)
         if fqn in self._refused:
             return self._refused[fqn]
-        if not seen and self._needs - {"gradient", "gradient_norm"}:
+        if self._needs - {"gradient", "gradient_norm"} and not bool(stats.tokens.any()):
             return "no input of it was seen"
         self._add_gradients(plan, stats)
         _check(fqn, stats)
@@ -106,8 +108,7 @@ class Pruner:
         except ValueError as error:
             error.add_note(f"while pruning {fqn}")
             raise
-        _check_solution(fqn, dense, solution)
-        kept = torch.where(solution.mask, solution.weight, 0)
+        kept = _kept(fqn, dense, solution)
         notes = [*plan.notes, *_told(plan, stats), *solution.notes]
         bias = self._correction(fqn, dense - kept, stats, notes)
         if not self._masked:
@@ -127,10 +128,21 @@ class Pruner:
         )
         return None
 
+    def _statistics(self, fqn: str) -> Statistics:
+        """What was collected; held on to where the next weight shares it."""
+        if fqn not in self.shares:
+            self._last = self._collector(fqn)
+            del self._collectors[fqn]
+        assert self._last is not None
+        found = self._last.statistics
+        if fqn not in self.shares.values():
+            self._last = None
+        return found
+
     def _collector(self, fqn: str) -> Collector:
         if fqn not in self._collectors:
             needs: set[Statistic] = {*self._needs}
-            if self._biases and fqn in self._biases:
+            if self._biases is not None:
                 needs.add("input_mean")
             plan = self.plans[fqn]
             device = self._weights[fqn].device
@@ -190,7 +202,8 @@ def _check(fqn: str, stats: Statistics) -> None:
             )
 
 
-def _check_solution(fqn: str, dense: Tensor, solution: Solution) -> None:
+def _kept(fqn: str, dense: Tensor, solution: Solution) -> Tensor:
+    """The weight of a solution, zeros and all, if it is one."""
     for what, found, dtype in (
         ("mask", solution.mask, torch.bool),
         ("weight", solution.weight, torch.float32),
@@ -200,8 +213,10 @@ def _check_solution(fqn: str, dense: Tensor, solution: Solution) -> None:
                 f"{fqn}: expected a {what} of shape {tuple(dense.shape)} and {dtype} from the "
                 f"method, found {tuple(found.shape)} and {found.dtype}"
             )
-    if not bool(solution.weight[solution.mask].isfinite().all()):
+    kept = torch.where(solution.mask, solution.weight, 0)
+    if not bool(kept.isfinite().all()):
         raise CalibrationError(f"{fqn}: the method made NaN or infinite values of kept weights")
+    return kept
 
 
 def _told(plan: Plan, stats: Statistics) -> list[str]:

@@ -76,7 +76,7 @@ class Walk:
         batches: that it takes.
         uses: of the weights that are wanted, in this graph.
         named: every name of a weight -> its FQN.
-        columns: FQN -> the column of every element of the weight (`Collector.columns`).
+        columns: FQN -> the column of every element of the weight (`MatrixForm.columns`).
         read: gives tensors of the model.
         take: receives what meets the weights.
         refuse: is told where that is not possible.

@@ -56,3 +56,25 @@ class Everything(Method):
     def solve(self, weight, stats, tiling, level):
         self.shown.append((weight, stats, tiling))
         return Solution(compute_mask(weight.abs(), tiling, level), weight)
+
+
+class Recording:
+    """A method that keeps what it is shown, in the order of the graph."""
+
+    needs = frozenset({"input_norm", "gram"})
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.grams = []
+
+    def solve(self, weight, stats, tiling, level):
+        self.grams.append(None if stats.gram is None else stats.gram.clone())
+        return super().solve(weight, stats, tiling, level)
+
+
+class Recorded(Recording, TinyWanda):
+    pass
+
+
+class RecordedSquares(Recording, LeastSquares):
+    pass

@@ -8,7 +8,7 @@ from torch import nn
 
 import fx_sparsity as fxs
 from fx_sparsity import prune
-from tests.calibration.methods import Everything, LeastSquares, TinyWanda
+from tests.calibration.methods import Everything, LeastSquares, Recorded, RecordedSquares, TinyWanda
 from tests.coverage import architectures
 from tests.models import make, make_bert
 
@@ -52,28 +52,6 @@ def matmul_modules(model):
     found = {n: m for n, m in model.named_modules() if type(m).__name__ in kinds}
     assert found
     return found
-
-
-class Recording:
-    """A method that keeps what it is shown, in the order of the graph."""
-
-    needs = frozenset({"input_norm", "gram"})
-
-    def __init__(self, *args):
-        super().__init__(*args)
-        self.grams = []
-
-    def solve(self, weight, stats, tiling, level):
-        self.grams.append(None if stats.gram is None else stats.gram.clone())
-        return super().solve(weight, stats, tiling, level)
-
-
-class Recorded(Recording, TinyWanda):
-    pass
-
-
-class RecordedSquares(Recording, LeastSquares):
-    pass
 
 
 def build(name):
@@ -298,7 +276,7 @@ def test_what_lives_is_what_is_needed_later(monkeypatch):
 
     def watched(self):
         for fqn in plain(self):
-            lives.append([len([v for v in values.values()]) for values in self._values])
+            lives.append([len(values) for values in self._values])
             yield fqn
 
     monkeypatch.setattr(walk.Walk, "__iter__", watched)

@@ -1,6 +1,7 @@
 """Find, mask, quantize and prove weight sparsity in any PyTorch model, from its graph."""
 
 from fx_sparsity import quantization
+from fx_sparsity.calibration import CalibrationError, PrunedWeight, PruningReport, prune
 from fx_sparsity.graph import (
     CaptureError,
     InputError,
@@ -52,6 +53,7 @@ from fx_sparsity.sparsifier import (
     module_to_fqn,
     take_over_pruned,
 )
+from fx_sparsity.sparsifier.calibrated import CalibratedSparsifier
 from fx_sparsity.storage import load, save
 
 __all__ = [
@@ -61,6 +63,8 @@ __all__ = [
     "BaseScheduler",
     "BaseSparsifier",
     "Block",
+    "CalibratedSparsifier",
+    "CalibrationError",
     "CaptureError",
     "Channels",
     "CubicSL",
@@ -75,6 +79,8 @@ __all__ = [
     "NearlyDiagonalSparsifier",
     "Pattern",
     "PatternError",
+    "PrunedWeight",
+    "PruningReport",
     "Rows",
     "SparsityConfig",
     "SparsityLostError",
@@ -95,6 +101,7 @@ __all__ = [
     "module_to_fqn",
     "post_training_sparse_quantize",
     "prepare",
+    "prune",
     "quantization",
     "save",
     "squash",

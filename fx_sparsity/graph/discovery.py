@@ -75,6 +75,18 @@ def find_weights(
     return _read_module(subject, example_inputs, dynamic_shapes)
 
 
+def read_graph(model: nn.Module, graph: fx.GraphModule) -> WeightMap:
+    """The map of a module, where the graph that was exported of it is at hand.
+
+    Args:
+        model: the module, which tells names and owners.
+        graph: its `torch.export.export(...).module()`.
+    """
+    search = _Search.of(model)
+    search.read((graph, module_source(graph)))
+    return search.result("torch.export")
+
+
 @dataclass
 class _Search:
     """What is known so far about the tensors of a model.

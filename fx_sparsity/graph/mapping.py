@@ -166,6 +166,11 @@ class SparsityMapping:
             raise MappingError("\n".join(misfits))
         return Assignment(configs, dense, tuple(self._unmatched(weights)))
 
+    def names(self, site: WeightSite) -> bool:
+        """Whether an entry of `set_module_name` speaks of a weight or its owner."""
+        fqns = {site.fqn, *site.aliases}
+        return not self._names.keys().isdisjoint(fqns | {f.rpartition(".")[0] for f in fqns})
+
     def _lookup(self, site: WeightSite) -> tuple[SparsityConfig | None, str]:
         fqns = {site.fqn, *site.aliases}
         for names in (fqns, {fqn.rpartition(".")[0] for fqn in fqns}):

@@ -1,0 +1,363 @@
+"""The verb `prune`: from calibration batches to masks and updated weights, in one call."""
+
+import logging
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fx_sparsity.calibration.batches import Batch, Captured, capture, read_batches
+from fx_sparsity.calibration.bias import estimate_batch_norms, find_biases
+from fx_sparsity.calibration.gradients import Gradients, Loss, collect_gradients
+from fx_sparsity.calibration.observe import groups_of_module, observe
+from fx_sparsity.calibration.plan import (
+    Plan,
+    Unreachable,
+    groups_in,
+    make_plan,
+    only_scales,
+    shared_inputs,
+)
+from fx_sparsity.calibration.progress import progress as show_progress
+from fx_sparsity.calibration.pruner import DONE, CalibrationError, Pruner
+from fx_sparsity.calibration.report import PruningReport
+from fx_sparsity.calibration.walk import Meeting, Walk, canonical_names, find_meetings
+from fx_sparsity.graph.capture import CaptureError, ExampleInputs, named_tensors
+from fx_sparsity.graph.discovery import find_weights, read_graph
+from fx_sparsity.graph.mapping import SparsityMapping
+from fx_sparsity.graph.prepare import group_entry, mask_weights
+from fx_sparsity.graph.uses import canonical_fqn
+from fx_sparsity.graph.weight_map import WeightMap
+from fx_sparsity.masks import contains_nan
+from fx_sparsity.patterns import SparsityConfig
+from fx_sparsity.sparsifier import Mask
+from fx_sparsity.sparsifier.calibrated import CalibratedSparsifier
+from fx_sparsity.sparsifier.target import MaskError, check_maskable, check_memory, mask_on
+
+_log = logging.getLogger(__name__)
+_Model = TypeVar("_Model", bound=nn.Module)
+_GRADIENTS = frozenset({"gradient", "gradient_norm"})
+
+
+def prune(
+    model: _Model,
+    sparsifier: CalibratedSparsifier,
+    batches: Iterable[ExampleInputs],
+    mapping: SparsityMapping | None = None,
+    *,
+    sequential: bool = True,
+    dynamic_shapes: Any = None,
+    loss: Loss | None = None,
+    correct_bias: bool = False,
+    progress: bool | None = None,
+) -> tuple[_Model, PruningReport]:
+    """Prune a model in one shot, each weight by what really meets it.
+
+    The batches walk through the model's graph. Where all that meets a weight is known, the
+    sparsifier chooses its mask and the values of what it keeps, both are written, and the batches
+    go on with what the pruned layer gives out. A weight that is used several times sums over its
+    uses and is pruned at the last. In memory are the activations that are needed later and the
+    statistics of one weight (of a tied one, from its first use to its last).
+
+    Where no graph can be captured, the operators of the running model are observed instead, all
+    weights at once, and the report says so.
+
+    One weight is the unit of change: after an interruption or an error the weights that are done
+    stay pruned and the others are untouched; calling again with the same sparsifier, or one that
+    loaded its `state_dict`, goes on with the others. Whatever is raised before the first weight is
+    done, nothing was changed.
+
+    Args:
+        model: changed in place: masks as by `prepare`, beneath them the updated weights. Runs in
+            eval mode; mode, buffers and random state are as before afterwards.
+        sparsifier: chooses masks and values; a fresh one, or one that is bound to this model.
+        batches: each a tuple of positional, or a dict of keyword arguments, or one tensor, on the
+            model's device. All are held at once. Sizes may differ: they become dynamic, or take
+            a graph each.
+        mapping: which weight gets which pattern and level. None gives every weight the
+            sparsifier's defaults.
+        sequential: False takes all statistics from the dense model, in one pass, and holds them
+            at once.
+        dynamic_shapes: as `torch.export.export` takes it, in place of sizes that differ.
+        loss: (what the model returns, the batch) -> scalar; for methods that need gradients, which
+            are those of the dense model.
+        correct_bias: add to the bias of each layer the mean of what pruning took from its
+            outputs, and measure batch norms anew at the end.
+        progress: a bar, see `fx_sparsity.calibration.progress`.
+
+    Returns:
+        `model`, and what was done to each weight.
+
+    Raises:
+        InputError: there is no batch, one lies on another device, or the model rejects it.
+        MappingError: an unknown name, or a weight that cannot take its pattern.
+        PatternError: a pattern without a matrix form for a weight.
+        MaskError: a weight that cannot be masked, or that holds NaN or no data.
+        CalibrationError: NaN or infinite inputs of a weight, or shapes whose graphs meet the
+            weights in different orders.
+        ValueError: the method needs gradients and there is no loss.
+    """
+    start = time.perf_counter()
+    if not isinstance(sparsifier, CalibratedSparsifier):
+        raise TypeError(
+            f"sparsifier: expected a CalibratedSparsifier, found {type(sparsifier).__name__}, "
+            "which needs no data; call prepare and step"
+        )
+    if sparsifier.needs & _GRADIENTS and loss is None:
+        raise ValueError(
+            f"{type(sparsifier).__name__} needs gradients: "
+            "pass loss=, a function of what the model returns and the batch"
+        )
+    read = read_batches(model, batches)
+    if sparsifier.model is None and sparsifier.names:
+        sparsifier.attach(model)
+    with _evaluating(model):
+        with _buffers_kept(model):
+            frame = _capture(model, read, dynamic_shapes)
+            todo = _decide(model, sparsifier, frame, mapping)
+            tensors = {canonical_fqn(name): tensor for name, tensor in named_tensors(model)}
+            weights = {fqn: tensors[fqn] for fqn in todo.plans}
+            _check_weights(model, weights)
+            gradients: Mapping[str, Gradients] = {}
+            if loss is not None and sparsifier.needs & _GRADIENTS:
+                gradients = collect_gradients(model, read, loss, weights)
+            biases = _biases(frame, todo) if correct_bias else None
+            pruner = Pruner(
+                *(sparsifier, todo.plans, weights, gradients, biases),
+                mask=lambda: _mask(model, sparsifier, frame.weights, todo.plans),
+            )
+            try:
+                with torch.no_grad(), show_progress(len(todo.plans), progress) as advance:
+                    for fqn in _complete(model, frame, pruner, todo, weights, read, sequential):
+                        why = pruner.prune(fqn)
+                        if why is not None:
+                            todo.dense[fqn] = why
+                            _log.warning("%s is not pruned: %s", fqn, why)
+                        advance(fqn)
+            except BaseException as error:
+                _tell(error, pruner, len(todo.plans))
+                raise
+        if correct_bias:
+            estimate_batch_norms(model, read)
+    walked = bool(frame.captured)
+    return model, PruningReport(
+        weights=tuple(pruner.pruned),
+        dense=todo.dense,
+        sequential=walked and sequential,
+        why=frame.why if sequential or not walked else "asked for",
+        batches=len(read),
+        statistics_bytes=pruner.peak,
+        seconds=time.perf_counter() - start,
+    )
+
+
+class _Frame(NamedTuple):
+    """A model as it was captured.
+
+    Attributes:
+        weights: of the model.
+        captured: graphs; none where no graph can be captured.
+        uses: of the weights, graph by graph.
+        why: how the statistics come about.
+    """
+
+    weights: WeightMap
+    captured: Sequence[Captured]
+    uses: Sequence[Sequence[Meeting]]
+    why: str
+
+
+class _Todo(NamedTuple):
+    """What is pruned, and what is not.
+
+    Attributes:
+        plans: FQN -> how.
+        dense: FQN -> why not.
+    """
+
+    plans: dict[str, Plan]
+    dense: dict[str, str]
+
+
+def _capture(model: nn.Module, batches: Sequence[Batch], dynamic_shapes: Any) -> _Frame:
+    try:
+        captured = capture(model, batches, dynamic_shapes)
+    except CaptureError as error:
+        _log.warning("statistics of all weights are taken at once: %s", error)
+        weights = find_weights(model, batches[0].inputs)
+        return _Frame(weights, (), (), f"no graph, the running model was observed: {error}")
+    weights = read_graph(model, captured[0].graph)
+    uses = [find_meetings(found.graph, weights) for found in captured]
+    count = len(captured)
+    return _Frame(weights, captured, uses, f"{count} graph{'' if count == 1 else 's'}")
+
+
+def _decide(
+    model: nn.Module,
+    sparsifier: CalibratedSparsifier,
+    frame: _Frame,
+    mapping: SparsityMapping | None,
+) -> _Todo:
+    dense = {u.fqn: f"{u.reason} {u.detail}".strip() for u in frame.weights.unclaimed}
+    wishes: Mapping[str, SparsityConfig | None] = dict.fromkeys(frame.weights)
+    if mapping is not None:
+        wishes = assignment = mapping.resolve(frame.weights)
+        dense |= assignment.dense
+        for entry in assignment.unmatched:
+            _log.warning("no weight matches %s of the mapping", entry)
+    plans: dict[str, Plan] = {}
+    for fqn, wish in wishes.items():
+        site = frame.weights[fqn]
+        uses = [use for use in frame.uses[0] if use.fqn == fqn] if frame.uses else []
+        try:
+            if fqn in sparsifier.names and DONE in sparsifier.state[fqn]:
+                raise Unreachable("pruned already by this sparsifier")
+            if uses and only_scales(uses) and not (mapping and mapping.names(site)):
+                raise Unreachable("only a factor of constants; name it in the mapping to prune it")
+            if any(use.node.graph is not frame.captured[0].graph.graph for use in uses):
+                raise Unreachable("used in a subgraph, whose inputs are not seen")
+            groups = groups_in(uses) if frame.uses else groups_of_module(model, site)
+            plans[fqn] = make_plan(site, _config(sparsifier, fqn, wish), groups)
+        except Unreachable as reason:
+            dense[fqn] = str(reason)
+    for fqn, why in dense.items():
+        _log.info("%s is not pruned: %s", fqn, why)
+    return _Todo(plans, dense)
+
+
+def _biases(frame: _Frame, todo: _Todo) -> dict[str, Tensor]:
+    if not frame.captured:
+        return {}
+    return find_biases(frame.captured[0].graph, frame.uses[0], todo.plans)
+
+
+def _config(
+    sparsifier: CalibratedSparsifier, fqn: str, wish: SparsityConfig | None
+) -> SparsityConfig:
+    """Pattern and level as the sparsifier reads them."""
+    entry = {} if wish is None else group_entry(wish)
+    found = sparsifier.pattern_of({**sparsifier.defaults, **entry})
+    if found is None:
+        raise MaskError(
+            f"{fqn}: {type(sparsifier).__name__} has no default pattern; pass a mapping"
+        )
+    pattern, level = found
+    return SparsityConfig(pattern, level if pattern.implied_level is None else None)
+
+
+def _check_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Raise `MaskError` for weights that could not be masked, or not be ranked."""
+    for fqn, weight in weights.items():
+        path, _, attribute = fqn.rpartition(".")
+        owner = model.get_submodule(path)
+        if mask_on(owner, attribute) is None:
+            check_maskable(fqn, owner, attribute)
+        if weight.is_meta:
+            raise MaskError(f"{fqn} has no data, it is on the meta device; load the model first")
+    check_memory(model, {id(weight): fqn for fqn, weight in weights.items()})
+    if weights and contains_nan(*weights.values()):
+        bad = next(fqn for fqn, weight in weights.items() if contains_nan(weight))
+        raise MaskError(f"{bad} contains NaN; it cannot be ranked")
+
+
+def _complete(
+    model: nn.Module,
+    frame: _Frame,
+    pruner: Pruner,
+    todo: _Todo,
+    weights: Mapping[str, Tensor],
+    batches: Sequence[Batch],
+    sequential: bool,
+) -> Iterator[str]:
+    """FQN after FQN, each when all that meets the weight has been taken in."""
+    if not todo.plans:
+        return
+    if not frame.captured:
+        observe(model, batches, weights, pruner.columns, pruner.take, pruner.refuse)
+        yield from todo.plans
+        return
+    named = canonical_names(frame.weights)
+    walks: list[Walk] = []
+    shared: list[dict[str, str]] = []
+    for captured, uses in zip(frame.captured, frame.uses, strict=True):
+        counted = [u for u in uses if u.fqn in todo.plans and todo.plans[u.fqn].counts(u.use)]
+        arguments = (named, pruner.columns, pruner.read, pruner.take, pruner.refuse)
+        walks.append(Walk(captured.graph, captured.batches, counted, *arguments))
+        shared.append(shared_inputs(walks[-1].order, counted, todo.plans))
+    _check_orders(walks, frame.captured)
+    if sequential:
+        pruner.shares = dict(set.intersection(*(set(found.items()) for found in shared)))
+    steps = zip(*walks, strict=True)
+    if sequential:
+        yield from (fqns[0] for fqns in steps)
+    else:
+        yield from [fqns[0] for fqns in steps]
+
+
+def _check_orders(walks: Sequence[Walk], captured: Sequence[Captured]) -> None:
+    first = walks[0].order
+    for walk, found in zip(walks, captured, strict=True):
+        if walk.order != first:
+            differ = sorted({*first} ^ {*walk.order}) or [
+                a for a, b in zip(first, walk.order, strict=True) if a != b
+            ]
+            raise CalibrationError(
+                f"batches {captured[0].batches[0].number} and {found.batches[0].number} take "
+                f"graphs that meet the weights differently, from {differ[0]} on; "
+                "calibrate with batches of one shape"
+            )
+
+
+def _mask(
+    model: nn.Module,
+    sparsifier: CalibratedSparsifier,
+    weights: WeightMap,
+    plans: Mapping[str, Plan],
+) -> None:
+    configs = {fqn: plan.config for fqn, plan in plans.items()}
+    mask_weights(model, sparsifier, weights, configs)
+
+
+def _tell(error: BaseException, pruner: Pruner, total: int) -> None:
+    """Add to an error what has been done so far."""
+    done = len(pruner.pruned)
+    if done:
+        note = (
+            f"{done} of {total} weights are pruned, the last of them {pruner.pruned[-1].fqn}; "
+            "the others are untouched. Call prune again with the same sparsifier to go on."
+        )
+        error.add_note(note)
+        _log.warning("%s", note)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode and a random state of its own, with operators that show their weights."""
+    training = [module for module in model.modules() if module.training]
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    model.eval()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def _buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Buffers that the model writes when it runs are put back; masks are not among them."""
+    masks = {id(b) for m in model.modules() if isinstance(m, Mask) for b in m.buffers()}
+    before = [(b, b.clone()) for b in model.buffers() if id(b) not in masks]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in before:
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)

@@ -1,0 +1,243 @@
+"""One weight is the unit of change: its statistics, its solution, and the writing of it."""
+
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from fx_sparsity.calibration.collect import Collector
+from fx_sparsity.calibration.gradients import Gradients
+from fx_sparsity.calibration.inputs import Met
+from fx_sparsity.calibration.plan import Plan
+from fx_sparsity.calibration.report import PrunedWeight
+from fx_sparsity.sparsifier.calibrated import (
+    CalibratedSparsifier,
+    Solution,
+    Statistic,
+    Statistics,
+)
+
+DONE = "calibrated"
+"""Counter in a sparsifier's state of a weight that has been pruned."""
+
+
+class CalibrationError(ValueError):
+    """Calibration data, or what a method makes of it, cannot be used; the weight is named."""
+
+
+class Pruner:
+    """Collects statistics of weights, and prunes each when it is told to.
+
+    Args:
+        sparsifier: the method.
+        plans: FQN -> plan of every weight that is to be pruned.
+        weights: FQN -> tensor of each, not masked.
+        gradients: of each, where the method needs them.
+        biases: FQN -> the bias that makes up for the mean error of the weight; empty for none.
+        mask: puts masks on the model; called once, right before the first weight is written.
+
+    Attributes:
+        shares: FQN -> the one right before it, which meets the same inputs.
+        pruned: what has been done.
+        peak: the most bytes that statistics took at a time.
+    """
+
+    def __init__(
+        self,
+        sparsifier: CalibratedSparsifier,
+        plans: Mapping[str, Plan],
+        weights: Mapping[str, Tensor],
+        gradients: Mapping[str, Gradients],
+        biases: Mapping[str, Tensor] | None,
+        mask: Callable[[], None],
+    ) -> None:
+        self.sparsifier, self.plans, self.pruned = sparsifier, plans, list[PrunedWeight]()
+        self._weights, self._gradients = weights, gradients
+        self._biases, self._mask = biases, mask
+        self.shares: Mapping[str, str] = {}
+        self._masked = False
+        self._refused: dict[str, str] = {}
+        self._last: Collector | None = None
+        self._collectors: dict[str, Collector] = {}
+        self._needs = frozenset(sparsifier.needs)
+        self._held = sum(g.total.nbytes + g.squares.nbytes for g in gradients.values())
+        self.peak = self._held
+
+    def columns(self, fqn: str) -> Tensor:
+        """See `MatrixForm.columns`."""
+        return self.plans[fqn].form.columns(self._weights[fqn].device)
+
+    def take(self, fqn: str, met: Met) -> None:
+        """Take in what met a weight, unless it shares the statistics of the one before."""
+        if fqn not in self.shares:
+            self._collector(fqn).add(met)
+
+    def read(self, fqn: str, tensor: Tensor) -> Tensor:
+        """A tensor of the model as it is now: through its mask, where it has one."""
+        if fqn in self.sparsifier.names:
+            return self.sparsifier.get_data(fqn, return_original=False)
+        return tensor
+
+    def refuse(self, fqn: str, why: str) -> None:
+        """Leave a weight dense: what meets it cannot be told."""
+        self._refused[fqn] = why
+
+    @torch.no_grad()
+    def prune(self, fqn: str) -> str | None:
+        """Solve one weight and write it, or leave everything as it was.
+
+        Returns:
+            Why the weight is left dense; None where it is pruned.
+
+        Raises:
+            CalibrationError: the statistics are not finite, or the solution is none.
+        """
+        start = time.perf_counter()
+        plan, weight, stats = self.plans[fqn], self._weights[fqn], self._statistics(fqn)
+        if fqn in self._refused:
+            return self._refused[fqn]
+        if self._needs - {"gradient", "gradient_norm"} and not bool(stats.tokens.any()):
+            return "no input of it was seen"
+        self._add_gradients(plan, stats)
+        _check(fqn, stats)
+        dense = plan.form.to_matrix(weight.detach()).float().contiguous()
+        tiling, level = plan.form.tiling, plan.config.level
+        try:
+            solution = self.sparsifier.solve(dense.clone(), stats, tiling, level)
+        except ValueError as error:
+            error.add_note(f"while pruning {fqn}")
+            raise
+        kept = _kept(fqn, dense, solution)
+        notes = [*plan.notes, *_told(plan, stats), *solution.notes]
+        bias = self._correction(fqn, dense - kept, stats, notes)
+        if not self._masked:
+            self._mask()
+            self._masked = True
+        self._write(plan, solution, bias)
+        self.pruned.append(
+            PrunedWeight(
+                fqn=fqn,
+                pattern=str(plan.config.pattern),
+                level=plan.config.level,
+                tokens=int(stats.tokens.sum()),
+                error=_error(dense, kept, stats.gram),
+                seconds=time.perf_counter() - start,
+                notes=tuple(notes),
+            )
+        )
+        return None
+
+    def _statistics(self, fqn: str) -> Statistics:
+        """What was collected; held on to where the next weight shares it."""
+        if fqn not in self.shares:
+            self._last = self._collector(fqn)
+            del self._collectors[fqn]
+        assert self._last is not None
+        found = self._last.statistics
+        if fqn not in self.shares.values():
+            self._last = None
+        return found
+
+    def _collector(self, fqn: str) -> Collector:
+        if fqn not in self._collectors:
+            needs: set[Statistic] = {*self._needs}
+            if self._biases is not None:
+                needs.add("input_mean")
+            plan = self.plans[fqn]
+            device = self._weights[fqn].device
+            self._collectors[fqn] = Collector(plan.form, needs, device, plan.table)
+            bytes_now = sum(collector.nbytes for collector in self._collectors.values())
+            self.peak = max(self.peak, self._held + bytes_now)
+        return self._collectors[fqn]
+
+    def _add_gradients(self, plan: Plan, stats: Statistics) -> None:
+        found = self._gradients.get(plan.fqn)
+        if found is None:
+            return
+        if "gradient" in self._needs:
+            stats.gradients = plan.form.to_matrix(found.total)
+        if "gradient_norm" in self._needs:
+            stats.gradient_squares = plan.form.to_matrix(found.squares)
+
+    def _correction(
+        self, fqn: str, lost: Tensor, stats: Statistics, notes: list[str]
+    ) -> tuple[Tensor, Tensor] | None:
+        """A bias, and what it has to become."""
+        if self._biases is None:
+            return None
+        if fqn not in self._biases:
+            notes.append("no bias of its own to correct")
+            return None
+        assert stats.sums is not None
+        mean = stats.sums / stats.tokens.clamp(min=1).unsqueeze(1)
+        bias = self._biases[fqn]
+        missing = (lost @ mean.unsqueeze(-1)).reshape(bias.shape)
+        return bias, (bias.float() + missing).to(bias.dtype)
+
+    def _write(self, plan: Plan, solution: Solution, bias: tuple[Tensor, Tensor] | None) -> None:
+        """Write mask, weight and bias; after an interruption, none of them."""
+        weight, mask = self._weights[plan.fqn], self.sparsifier.get_mask(plan.fqn)
+        keep = plan.form.from_matrix(solution.mask)
+        value = torch.where(keep, plan.form.from_matrix(solution.weight).to(weight.dtype), weight)
+        written = [(weight, value), (mask, keep.to(mask.dtype))] + ([bias] if bias else [])
+        before = [tensor.clone() for tensor, _ in written]
+        try:
+            for tensor, new in written:
+                tensor.copy_(new)
+            self.sparsifier.state[plan.fqn][DONE] = True
+        except BaseException:
+            for (tensor, _), old in zip(written, before, strict=True):
+                tensor.copy_(old)
+            raise
+
+
+def _check(fqn: str, stats: Statistics) -> None:
+    sums = (stats.squares, stats.sums, stats.gram, stats.gradients, stats.gradient_squares)
+    for found in sums:
+        if found is not None and not bool(found.isfinite().all()):
+            raise CalibrationError(
+                f"{fqn}: the calibration data bring NaN or infinite values to its inputs; "
+                "look for the batch, or for a layer before it that overflows"
+            )
+
+
+def _kept(fqn: str, dense: Tensor, solution: Solution) -> Tensor:
+    """The weight of a solution, zeros and all, if it is one."""
+    for what, found, dtype in (
+        ("mask", solution.mask, torch.bool),
+        ("weight", solution.weight, torch.float32),
+    ):
+        if found.shape != dense.shape or found.dtype != dtype:
+            raise CalibrationError(
+                f"{fqn}: expected a {what} of shape {tuple(dense.shape)} and {dtype} from the "
+                f"method, found {tuple(found.shape)} and {found.dtype}"
+            )
+    kept = torch.where(solution.mask, solution.weight, 0)
+    if not bool(kept.isfinite().all()):
+        raise CalibrationError(f"{fqn}: the method made NaN or infinite values of kept weights")
+    return kept
+
+
+def _told(plan: Plan, stats: Statistics) -> list[str]:
+    """What to know of the data that a weight saw."""
+    notes = []
+    groups, _, size = plan.form.sizes
+    idle = (stats.tokens == 0).nonzero().flatten().tolist()
+    if idle and groups > 1:
+        first = ", ".join(map(str, idle[:8])) + (", ..." if len(idle) > 8 else "")
+        notes.append(f"{len(idle)} of {groups} groups got no input: {first}")
+    fewest = int(stats.tokens[stats.tokens > 0].min()) if len(idle) < groups else 0
+    if stats.gram is not None and fewest < size:
+        notes.append(f"{fewest} inputs for {size} columns: the Gram matrix is singular")
+    return notes
+
+
+def _error(dense: Tensor, kept: Tensor, gram: Tensor | None) -> float | None:
+    """`||(W - W') X|| / ||W X||`: with G = X X^T, a squared norm is tr(W G W^T)."""
+    if gram is None:
+        return None
+    lost = dense - kept
+    whole = float(((dense @ gram) * dense).sum(dtype=torch.float64))
+    missing = float(((lost @ gram) * lost).sum(dtype=torch.float64))
+    return (max(missing, 0.0) / whole) ** 0.5 if whole > 0 else 0.0

@@ -10,9 +10,10 @@ sequences of 256 bytes, and is judged by its perplexity on files that were never
 import argparse
 import copy
 import math
+import sys
 import sysconfig
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -109,3 +110,90 @@ def perplexity(model: nn.Module, text: Tensor) -> float:
     sequences = sample(text, 128, torch.Generator().manual_seed(1))
     losses = [loss_of(model, batch).item() for batch in sequences.split(32)]
     return math.exp(sum(losses) / len(losses))
+
+
+METHODS: dict[str, Callable[[], fxs.CalibratedSparsifier]] = {
+    "magnitude": fxs.MagnitudeSparsifier,
+    "Wanda": fxs.WandaSparsifier,
+    "SparseGPT": fxs.SparseGPTSparsifier,
+    "SparseGPT + exact": lambda: fxs.Pipeline(fxs.SparseGPTSparsifier(), fxs.ExactUpdate()),
+    "SparseGPT + swaps + exact": lambda: fxs.Pipeline(
+        fxs.SparseGPTSparsifier(), fxs.Swaps(), fxs.ExactUpdate()
+    ),
+    "ALPS mask + exact": lambda: fxs.Pipeline(fxs.ADMMSparsifier(), fxs.ExactUpdate()),
+}
+PATTERNS = ("unstructured 50%", "unstructured 60%", "unstructured 70%", "2:4", "4:8")
+
+
+class Measured(fxs.Pipeline):
+    """A method that also asks for the Gram matrix, so that the report has its layers' errors."""
+
+    def __init__(self, method: fxs.CalibratedSparsifier) -> None:
+        super().__init__(method)
+        self.needs = method.needs | {"gram"}
+
+
+def layer_errors(model: nn.Module, batches: list[Tensor], mapping: fxs.SparsityMapping) -> Table:
+    """Errors of single layers at 2:4, all on the inputs of the dense model."""
+    reports = {
+        name: fxs.prune(
+            copy.deepcopy(model), Measured(method()), batches, mapping, sequential=False
+        )[1]
+        for name, method in METHODS.items()
+    }
+    table = Table(title="\nErrors of single layers at 2:4, same inputs", title_justify="left")
+    for column in (
+        "method",
+        "mean squared error, SparseGPT = 1",
+        "layers where SparseGPT is better",
+    ):
+        table.add_column(column, justify="left" if column == "method" else "right")
+    base = reports["SparseGPT"]
+    for name, report in reports.items():
+        ratios = [(report[f].error or 0) ** 2 / (base[f].error or 1) ** 2 for f in report]
+        worse = sum(ratio > 1 for ratio in ratios)
+        table.add_row(name, f"{sum(ratios) / len(ratios):.3f}", f"{worse} of {len(ratios)}")
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--minutes", type=float, default=3.0, help="of training")
+    arguments = parser.parse_args()
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    text, held_out = load_text()
+    torch.manual_seed(0)
+    model = LanguageModel()
+    console.print(
+        f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(text):,} bytes; "
+        f"training for {arguments.minutes:g} minutes"
+    )
+    for step, loss in enumerate(train(model, text, arguments.minutes)):
+        if step % 100 == 0:
+            console.print(f"step {step}: {loss:.3f} nats a byte")
+    model.eval().requires_grad_(False)
+    calibration = sample(text, 32, torch.Generator().manual_seed(2))[:, :-1]
+    batches = list(calibration.split(8))
+
+    results = Table(
+        title=f"\nPerplexity a byte on unseen files (dense: {perplexity(model, held_out):.3f})",
+        title_justify="left",
+    )
+    results.add_column("method")
+    for column in (*PATTERNS, "seconds at 2:4", "statistics MiB"):
+        results.add_column(column, justify="right")
+    for name, method in METHODS.items():
+        cells, took = [], {}
+        for pattern in PATTERNS:
+            mapping = fxs.SparsityMapping().set_module_name_regex("blocks", pattern)
+            pruned, took[pattern] = fxs.prune(copy.deepcopy(model), method(), batches, mapping)
+            cells.append(f"{perplexity(pruned, held_out):.3f}")
+        memory = took["2:4"].statistics_bytes / 2**20
+        results.add_row(name, *cells, f"{took['2:4'].seconds:.1f}", f"{memory:.1f}")
+    console.print(results)
+    mapping = fxs.SparsityMapping().set_module_name_regex("blocks", "2:4")
+    console.print(layer_errors(model, batches, mapping))
+
+
+if __name__ == "__main__":
+    main()

@@ -188,7 +188,8 @@ def _capture(model: nn.Module, batches: Sequence[Batch], dynamic_shapes: Any) ->
     except CaptureError as error:
         _log.warning("statistics of all weights are taken at once: %s", error)
         weights = find_weights(model, batches[0].inputs)
-        return _Frame(weights, (), (), f"no graph, the running model was observed: {error}")
+        cause = type(error.__cause__).__name__
+        return _Frame(weights, (), (), f"no graph ({cause}), the running model was observed")
     weights = read_graph(model, captured[0].graph)
     uses = [find_meetings(found.graph, weights) for found in captured]
     count = len(captured)
@@ -276,7 +277,8 @@ def _complete(
     if not todo.plans:
         return
     if not frame.captured:
-        observe(model, batches, weights, pruner.columns, pruner.take, pruner.refuse)
+        tables = {fqn for fqn, plan in todo.plans.items() if plan.table}
+        observe(model, batches, weights, tables, pruner.columns, pruner.take, pruner.refuse)
         yield from todo.plans
         return
     named = canonical_names(frame.weights)

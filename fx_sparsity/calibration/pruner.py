@@ -101,6 +101,7 @@ class Pruner:
             return "no input of it was seen"
         self._add_gradients(plan, stats)
         _check(fqn, stats)
+        # May share the weight's memory: not to be read any more once that is written.
         dense = plan.form.to_matrix(weight.detach()).float().contiguous()
         tiling, level = plan.form.tiling, plan.config.level
         try:
@@ -110,6 +111,7 @@ class Pruner:
             raise
         kept = _kept(fqn, dense, solution)
         notes = [*plan.notes, *_told(plan, stats), *solution.notes]
+        relative = _error(dense, kept, stats.gram)
         bias = self._correction(fqn, dense - kept, stats, notes)
         if not self._masked:
             self._mask()
@@ -121,7 +123,7 @@ class Pruner:
                 pattern=str(plan.config.pattern),
                 level=plan.config.level,
                 tokens=int(stats.tokens.sum()),
-                error=_error(dense, kept, stats.gram),
+                error=relative,
                 seconds=time.perf_counter() - start,
                 notes=tuple(notes),
             )

@@ -102,7 +102,7 @@ def capture(
         graph = _export(model, left[0], shapes, given=dynamic_shapes is not None)
         fitting = [batch for batch in alike if _fits(graph, batch)]
         if left[0] not in fitting:
-            raise AssertionError(f"the graph of batch {left[0].number} does not take that batch")
+            raise CaptureError(f"the graph of batch {left[0].number} does not take that batch")
         captured.append(Captured(graph, tuple(fitting)))
         taken = {batch.number for batch in fitting}
         left = [batch for batch in left if batch.number not in taken]

@@ -1,7 +1,7 @@
 """Calibration batches, and the graphs that take them."""
 
 import logging
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,14 +36,6 @@ class Batch:
     inputs: ExampleInputs
     leaves: tuple[Any, ...]
     spec: pytree.TreeSpec
-
-    @property
-    def signature(self) -> Hashable:
-        """What a graph may depend on: nesting, shapes, dtypes, and values that are no tensors."""
-        return str(self.spec), tuple(
-            (tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else repr(leaf)
-            for leaf in self.leaves
-        )
 
 
 @dataclass(frozen=True)

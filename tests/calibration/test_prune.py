@@ -404,6 +404,7 @@ def test_an_interruption_leaves_whole_weights(error, caplog):
         assert torch.equal(model[layer].weight, whole[layer].weight)
     for layer in (4, 6):
         assert torch.equal(model[layer].weight, dense[f"{layer}.weight"])
+    assert sparsifier.names == ["0.weight", "2.weight"]
     sparsifier.left = 9
     _, report = prune(model, sparsifier, batches)
     assert list(report) == ["4.weight", "6.weight"]

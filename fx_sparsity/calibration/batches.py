@@ -1,7 +1,7 @@
 """Calibration batches, and the graphs that take them."""
 
 import logging
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,14 +36,6 @@ class Batch:
     inputs: ExampleInputs
     leaves: tuple[Any, ...]
     spec: pytree.TreeSpec
-
-    @property
-    def signature(self) -> Hashable:
-        """What a graph may depend on: nesting, shapes, dtypes, and values that are no tensors."""
-        return str(self.spec), tuple(
-            (tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else repr(leaf)
-            for leaf in self.leaves
-        )
 
 
 @dataclass(frozen=True)
@@ -102,7 +94,7 @@ def capture(
         graph = _export(model, left[0], shapes, given=dynamic_shapes is not None)
         fitting = [batch for batch in alike if _fits(graph, batch)]
         if left[0] not in fitting:
-            raise AssertionError(f"the graph of batch {left[0].number} does not take that batch")
+            raise CaptureError(f"the graph of batch {left[0].number} does not take that batch")
         captured.append(Captured(graph, tuple(fitting)))
         taken = {batch.number for batch in fitting}
         left = [batch for batch in left if batch.number not in taken]

@@ -160,6 +160,13 @@ def _bilinear(args: Arguments, arg: str, columns: Tensor) -> Iterator[Met]:
     yield Met(mine.unsqueeze(0), flat, None, flat.shape[1], out)
 
 
+def _trilinear(args: Arguments, arg: str, columns: Tensor) -> Iterator[Met]:
+    """What `bilinear` consists of; any other sum of three factors is unknown here."""
+    if [args[f"expand{i}"] for i in (1, 2, 3)] != [[1, 3], [0], [1, 2]]:
+        raise UnsupportedUse("a product of three factors that is not bilinear")
+    return _bilinear({"input1": args["i1"], "input2": args["i3"]}, arg, columns)
+
+
 def _einsum(args: Arguments, arg: str, columns: Tensor) -> Iterator[Met]:
     """The other operands, multiplied and arranged as [batch, tokens, in] of the weight."""
     place = int(arg.removeprefix("tensors[").removesuffix("]"))
@@ -272,7 +279,10 @@ def _lookup(columns: Tensor, rows: Tensor, coefficients: Tensor | None = None) -
         coefficients: float32, of its shape.
     """
     mine, out = _outputs(columns.mT)
-    rows = rows.reshape(-1).remainder(len(mine))
+    rows, last = rows.reshape(-1), len(mine) - 1
+    if len(rows) and not -last - 1 <= int(rows.min()) <= int(rows.max()) <= last:
+        raise IndexError(f"rows {int(rows.min())} to {int(rows.max())} of a table of {last + 1}")
+    rows = rows.remainder(len(mine))
     ones = torch.ones_like(rows, dtype=torch.float32)
     flat = ones if coefficients is None else coefficients.reshape(-1)
     counts = flat.new_zeros(2, 1, len(mine))
@@ -347,6 +357,7 @@ MEETINGS: dict[str, Meeting] = {
     "bmm": _either(mat2=_right("self"), self=_left("mat2")),
     "baddbmm": _either(batch2=_right("batch1"), batch1=_left("batch2")),
     "bilinear": _bilinear,
+    "_trilinear": _trilinear,
     "grouped_mm": _grouped("mat_a", "offs"),
     "_grouped_mm": _grouped("self", "offs"),
     "grouped_mm_fallback": _grouped("input", "offs"),
@@ -361,4 +372,4 @@ MEETINGS: dict[str, Meeting] = {
     **_CONVOLUTIONS,
 }
 """Operator -> what meets its weights. Rows of the operator table that are missing: recurrent ones,
-fused attention, and products of three factors, whose inner activations no argument shows."""
+and fused attention, whose inner activations no argument shows."""

@@ -1,6 +1,6 @@
 """Without a graph: the operators of a running model, observed below everything that wraps them."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +22,7 @@ def observe(
     model: nn.Module,
     batches: Sequence[Batch],
     weights: Mapping[str, Tensor],
+    tables: Set[str],
     columns: Callable[[str], Tensor],
     take: Take,
     refuse: Refuse,
@@ -35,6 +36,7 @@ def observe(
         model: in the mode that it is to run in.
         batches: to run.
         weights: FQN -> tensor beneath any mask, of every weight that is wanted.
+        tables: those that count as looked up; lookups in others pick matrices of a stack.
         columns: FQN -> the column of every element of a weight (`MatrixForm.columns`).
         take: receives what meets the weights.
         refuse: is told of each weight where that is not possible.
@@ -45,7 +47,7 @@ def observe(
     for batch in batches:
         args, kwargs = call_arguments(batch.inputs)
         try:
-            with _Observer(weights, columns, take, refuse):
+            with _Observer(weights, tables, columns, take, refuse):
                 model(*args, **kwargs)
         except Exception as error:
             raise InputError(
@@ -81,12 +83,14 @@ class _Observer(TorchDispatchMode):
     def __init__(
         self,
         weights: Mapping[str, Tensor],
+        tables: Set[str],
         columns: Callable[[str], Tensor],
         take: Take,
         refuse: Refuse,
     ) -> None:
         super().__init__()
         self._weights, self._columns, self._take, self._refuse = weights, columns, take, refuse
+        self._tables = tables
         self._fqns = {_memory(tensor): fqn for fqn, tensor in weights.items()}
         self._known: dict[int, _Known] = {}
 
@@ -98,12 +102,14 @@ class _Observer(TorchDispatchMode):
         row = OPERATORS.get(name)
         for arg, value, axes in row.find(bound) if row is not None and supports(name) else ():
             found = self._find(value)
-            if found is not None and _varies(found[1], axes):
-                try:
-                    for met in meet(name, arg, bound, found[1]):
+            if found is None or not _varies(found[1], axes):
+                continue
+            try:
+                for met in meet(name, arg, bound, found[1]):
+                    if (met.x is None) == (found[0] in self._tables):
                         self._take(found[0], met)
-                except UnsupportedUse as reason:
-                    self._refuse(found[0], str(reason))
+            except UnsupportedUse as reason:
+                self._refuse(found[0], str(reason))
         result = func(*args, **kwargs)
         if name in _FOLLOWED and isinstance(result, Tensor):
             self._follow(func, name, args, kwargs, result)

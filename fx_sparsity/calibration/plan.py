@@ -9,7 +9,7 @@ from torch import fx
 from fx_sparsity.calibration.form import MatrixForm
 from fx_sparsity.calibration.inputs import bias_argument, groups_of, supports
 from fx_sparsity.calibration.walk import Meeting
-from fx_sparsity.graph.operators import bind
+from fx_sparsity.graph.operators import bind, writes
 from fx_sparsity.graph.weight_map import Use, WeightSite
 from fx_sparsity.patterns import PatternError, Role, SparsityConfig
 
@@ -110,6 +110,8 @@ def _key(use: Meeting, plan: Plan) -> tuple[object, ...]:
     weight = bound.pop(use.use.arg, None)
     bound.pop(bias_argument(use.use.op), None)
     whole = isinstance(weight, fx.Node) and weight.op == "get_attr"
+    others = (node for node in use.node.all_input_nodes if node is not weight)
+    whole = whole and not any(writes(user) for node in others for user in node.users)
     outer = zip(plan.form.shape, plan.roles, strict=True)
     inner = tuple(size if role not in ("out", "dim") else None for size, role in outer)
     form = (plan.roles, inner, plan.form.order)

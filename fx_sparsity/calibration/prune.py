@@ -112,8 +112,6 @@ def prune(
             "pass loss=, a function of what the model returns and the batch"
         )
     read = read_batches(model, batches)
-    if sparsifier.model is None and sparsifier.names:
-        sparsifier.attach(model)
     with _evaluating(model):
         with _buffers_kept(model):
             frame = _capture(model, read, dynamic_shapes)
@@ -121,13 +119,15 @@ def prune(
             tensors = {canonical_fqn(name): tensor for name, tensor in named_tensors(model)}
             weights = {fqn: tensors[fqn] for fqn in todo.plans}
             _check_weights(model, weights)
+            if sparsifier.model is None and sparsifier.names:
+                sparsifier.attach(model)
             gradients: Mapping[str, Gradients] = {}
             if loss is not None and sparsifier.needs & _GRADIENTS:
                 gradients = collect_gradients(model, read, loss, weights)
             biases = _biases(frame, todo) if correct_bias else None
             pruner = Pruner(
                 *(sparsifier, todo.plans, weights, gradients, biases),
-                mask=lambda: _mask(model, sparsifier, frame.weights, todo.plans),
+                mask=lambda fqn: _mask(model, sparsifier, frame.weights, todo.plans[fqn]),
             )
             try:
                 with torch.no_grad(), show_progress(len(todo.plans), progress) as advance:
@@ -188,7 +188,8 @@ def _capture(model: nn.Module, batches: Sequence[Batch], dynamic_shapes: Any) ->
     except CaptureError as error:
         _log.warning("statistics of all weights are taken at once: %s", error)
         weights = find_weights(model, batches[0].inputs)
-        return _Frame(weights, (), (), f"no graph, the running model was observed: {error}")
+        cause = type(error.__cause__ or error).__name__
+        return _Frame(weights, (), (), f"no graph ({cause}), the running model was observed")
     weights = read_graph(model, captured[0].graph)
     uses = [find_meetings(found.graph, weights) for found in captured]
     count = len(captured)
@@ -276,7 +277,8 @@ def _complete(
     if not todo.plans:
         return
     if not frame.captured:
-        observe(model, batches, weights, pruner.columns, pruner.take, pruner.refuse)
+        tables = {fqn for fqn, plan in todo.plans.items() if plan.table}
+        observe(model, batches, weights, tables, pruner.columns, pruner.take, pruner.refuse)
         yield from todo.plans
         return
     named = canonical_names(frame.weights)
@@ -312,13 +314,9 @@ def _check_orders(walks: Sequence[Walk], captured: Sequence[Captured]) -> None:
 
 
 def _mask(
-    model: nn.Module,
-    sparsifier: CalibratedSparsifier,
-    weights: WeightMap,
-    plans: Mapping[str, Plan],
+    model: nn.Module, sparsifier: CalibratedSparsifier, weights: WeightMap, plan: Plan
 ) -> None:
-    configs = {fqn: plan.config for fqn, plan in plans.items()}
-    mask_weights(model, sparsifier, weights, configs)
+    mask_weights(model, sparsifier, weights, {plan.fqn: plan.config})
 
 
 def _tell(error: BaseException, pruner: Pruner, total: int) -> None:

@@ -35,7 +35,7 @@ class Pruner:
         weights: FQN -> tensor of each, not masked.
         gradients: of each, where the method needs them.
         biases: FQN -> the bias that makes up for the mean error of the weight; empty for none.
-        mask: puts masks on the model; called once, right before the first weight is written.
+        mask: puts a mask on a weight of the model; called right before the weight is written.
 
     Attributes:
         shares: FQN -> the one right before it, which meets the same inputs.
@@ -50,13 +50,12 @@ class Pruner:
         weights: Mapping[str, Tensor],
         gradients: Mapping[str, Gradients],
         biases: Mapping[str, Tensor] | None,
-        mask: Callable[[], None],
+        mask: Callable[[str], None],
     ) -> None:
         self.sparsifier, self.plans, self.pruned = sparsifier, plans, list[PrunedWeight]()
         self._weights, self._gradients = weights, gradients
         self._biases, self._mask = biases, mask
         self.shares: Mapping[str, str] = {}
-        self._masked = False
         self._refused: dict[str, str] = {}
         self._last: Collector | None = None
         self._collectors: dict[str, Collector] = {}
@@ -101,6 +100,7 @@ class Pruner:
             return "no input of it was seen"
         self._add_gradients(plan, stats)
         _check(fqn, stats)
+        # May share the weight's memory: not to be read any more once that is written.
         dense = plan.form.to_matrix(weight.detach()).float().contiguous()
         tiling, level = plan.form.tiling, plan.config.level
         try:
@@ -110,10 +110,9 @@ class Pruner:
             raise
         kept = _kept(fqn, dense, solution)
         notes = [*plan.notes, *_told(plan, stats), *solution.notes]
+        relative = _error(dense, kept, stats.gram)
         bias = self._correction(fqn, dense - kept, stats, notes)
-        if not self._masked:
-            self._mask()
-            self._masked = True
+        self._mask(fqn)
         self._write(plan, solution, bias)
         self.pruned.append(
             PrunedWeight(
@@ -121,7 +120,7 @@ class Pruner:
                 pattern=str(plan.config.pattern),
                 level=plan.config.level,
                 tokens=int(stats.tokens.sum()),
-                error=_error(dense, kept, stats.gram),
+                error=relative,
                 seconds=time.perf_counter() - start,
                 notes=tuple(notes),
             )

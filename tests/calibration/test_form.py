@@ -50,7 +50,7 @@ def form_of(shape, roles, pattern, grouped):
         assume(False)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(weights(), st.sampled_from([0.0, 0.25, 0.5, 0.8, 1.0]), st.integers(0, 99))
 def test_masks_are_those_of_storage(weight, level, seed):
     """Scores without ties have the same mask, whether they are ranked in storage or as a matrix."""
@@ -63,7 +63,7 @@ def test_masks_are_those_of_storage(weight, level, seed):
     assert torch.equal(form.from_matrix(mask), expected)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(weights())
 def test_there_and_back(weight):
     shape, roles, _, grouped = weight

@@ -16,7 +16,7 @@ from fx_sparsity.graph.operators import OPERATORS
 from tests.calibration.methods import Everything
 from tests.coverage.test_operators import RECURRENT, ROWS, Function, cases
 
-UNSEEN = {*RECURRENT, "_trilinear", "_native_multi_head_attention"}
+UNSEEN = {*RECURRENT, "_native_multi_head_attention"}
 UNSEEN |= {"_transformer_encoder_layer_fwd", "multi_head_attention_forward"}
 UNSEEN |= {"getitem"}  # which exported graphs do not have
 UNSEEN |= {name for name in OPERATORS if name.endswith("_cell")}
@@ -186,7 +186,7 @@ def test_operators_without_inputs_are_few_and_named():
     assert MEETINGS.keys() <= OPERATORS.keys()
 
 
-@pytest.mark.parametrize("name", ["lstm", "gru_cell", "_trilinear"])
+@pytest.mark.parametrize("name", ["lstm", "gru_cell", "_native_multi_head_attention"])
 def test_weights_whose_inputs_are_not_seen_are_left_alone(name):
     if name in RECURRENT:
         model, x = RECURRENT[name], torch.randn(3, 2, 8)

@@ -189,14 +189,20 @@ def test_batches_of_other_nesting_take_a_graph_of_their_own():
             super().__init__()
             self.a = nn.Linear(4, 4)
 
-        def forward(self, x, scale=None):
-            return self.a(x if scale is None else x * scale)
+        def forward(self, x, scale=None, twice=False):
+            return self.a(x if scale is None else x * scale * (1 + twice))
 
     method = Recorded()
     x = torch.randn(3, 4)
-    _, report = prune(Optional(), method, [{"x": x}, {"x": x, "scale": torch.tensor(2.0)}, x])
-    assert report.why == "3 graphs"
-    assert torch.allclose(method.grams[0][0], 6 * x.T @ x, rtol=1e-4)
+    one = torch.tensor(1.0)
+    batches = [
+        *({"x": x, "scale": one * 2, "twice": False}, {"x": x, "scale": None, "twice": False}),
+        *({"x": x, "scale": one, "twice": True}, x),
+    ]
+    _, report = prune(Optional(), method, batches)
+    assert report.why == "4 graphs"
+    assert report.sequential
+    assert torch.allclose(method.grams[0][0], 10 * x.T @ x, rtol=1e-4)
 
 
 def test_graphs_that_meet_weights_in_other_orders_are_refused():
@@ -282,3 +288,49 @@ def test_what_lives_is_what_is_needed_later(monkeypatch):
     monkeypatch.setattr(walk.Walk, "__iter__", watched)
     prune(model, TinyWanda(), batches)
     assert lives == [[1, 1, 1]] * 4
+
+
+def test_weights_inside_a_subgraph_are_left_dense():
+    class Conditional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return torch.cond(x.sum() > 0, lambda x: self.b(x), lambda x: x + 1, (self.a(x),))
+
+    _, report = prune(Conditional(), TinyWanda(), [(torch.randn(3, 4),)])
+    assert list(report) == ["a.weight"]
+    assert report.dense == {"b.weight": "used in a subgraph, whose inputs are not seen"}
+
+
+def test_values_that_are_written_into_are_not_taken_for_the_same():
+    class InPlace(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            x = x + 0
+            y = self.a(x)
+            x.mul_(2)
+            return y + self.b(x)
+
+    x, method = torch.randn(9, 4), Recorded()
+    prune(InPlace(), method, [(x,)])
+    assert torch.allclose(method.grams[0][0], x.T @ x, rtol=1e-4)
+    assert torch.allclose(method.grams[1][0], 4 * x.T @ x, rtol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_as_on_a_cpu():
+    torch.manual_seed(0)
+    model, batches = Deep().eval(), [(torch.randn(size, 12),) for size in (30, 40)]
+    on_gpu = copy.deepcopy(model).cuda()
+    method, other = RecordedSquares(), RecordedSquares()
+    prune(model, method, batches)
+    prune(on_gpu, other, [(x.cuda(),) for (x,) in batches])
+    for found, expected in zip(other.grams, method.grams, strict=True):
+        assert found.is_cuda
+        assert torch.allclose(found.cpu(), expected, rtol=1e-3, atol=1e-3)

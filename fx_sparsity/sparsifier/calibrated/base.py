@@ -42,7 +42,8 @@ class CalibratedSparsifier(BaseSparsifier):
 
         Args:
             weight: float32, [groups, out, in]. Not changed.
-            stats: with everything that `needs` names.
+            stats: with everything that `needs` names. Not changed either: weights that meet the
+                same inputs share them.
             tiling: the pattern for this matrix form.
             level: share to prune, in [0, 1].
         """

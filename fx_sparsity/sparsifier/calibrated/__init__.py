@@ -1,5 +1,6 @@
 """Sparsifiers that look at what a weight is used for, and not at the weight alone."""
 
+from fx_sparsity.sparsifier.calibrated import allocation
 from fx_sparsity.sparsifier.calibrated.admm import ADMMSparsifier
 from fx_sparsity.sparsifier.calibrated.base import CalibratedSparsifier, Solution
 from fx_sparsity.sparsifier.calibrated.criterion import (
@@ -48,4 +49,5 @@ __all__ = [
     "Swaps",
     "TaylorSparsifier",
     "WandaSparsifier",
+    "allocation",
 ]

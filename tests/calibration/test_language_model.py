@@ -1,0 +1,59 @@
+"""The methods on a language model that has learned a little: the order that papers report."""
+
+import copy
+import statistics
+
+import pytest
+import torch
+
+import fx_sparsity as fxs
+from examples.prune_language_model import (
+    METHODS,
+    LanguageModel,
+    Measured,
+    load_text,
+    perplexity,
+    sample,
+    train,
+)
+
+MAPPING = fxs.SparsityMapping().set_module_name_regex("blocks", "2:4")
+BEST = "SparseGPT + swaps + exact"
+
+
+@pytest.fixture(scope="module")
+def learned():
+    """(a small model after 60 steps of training, calibration batches, unseen text)."""
+    text, held_out = load_text()
+    torch.manual_seed(0)
+    model = LanguageModel(dim=96, layers=3, heads=4)
+    for _ in zip(range(60), train(model, text, minutes=1), strict=False):
+        pass
+    model.eval().requires_grad_(False)
+    tokens = sample(text, 16, torch.Generator().manual_seed(2))[:, :-1]
+    return model, list(tokens.split(8)), held_out
+
+
+def test_layer_errors_at_two_of_four(learned):
+    model, batches, _ = learned
+    errors = {}
+    for name in ("magnitude", "Wanda", "SparseGPT", BEST):
+        method = Measured(METHODS[name]())
+        _, report = fxs.prune(copy.deepcopy(model), method, batches, MAPPING, sequential=False)
+        errors[name] = {fqn: row.error**2 for fqn, row in report.items()}
+    assert len(errors[BEST]) == 15
+    for fqn, error in errors["SparseGPT"].items():
+        assert error < errors["Wanda"][fqn], fqn
+        assert errors[BEST][fqn] < error, fqn
+    ratios = [errors[BEST][fqn] / error for fqn, error in errors["SparseGPT"].items()]
+    assert statistics.mean(ratios) <= 0.8
+
+
+def test_perplexity_follows(learned):
+    model, batches, held_out = learned
+    found = {"dense": perplexity(model, held_out)}
+    for name in ("magnitude", "SparseGPT", BEST):
+        pruned, _ = fxs.prune(copy.deepcopy(model), METHODS[name](), batches, MAPPING)
+        found[name] = perplexity(pruned, held_out)
+    assert found["dense"] < min(found[BEST], found["SparseGPT"])
+    assert max(found[BEST], found["SparseGPT"]) < found["magnitude"]

@@ -228,14 +228,15 @@ def _is_meant(prepared: fx.GraphModule, fqn: str, qat: bool) -> bool:
     if not (owner in called or (last == "0" and parent in called)):
         return False
     module = _submodule(prepared, owner)
+    swapped = module if owner in called else _submodule(prepared, parent)
     qconfig = getattr(module, "qconfig", None)
     if qconfig is None or not quantizes(qconfig):
         return False
     if qat:
-        return _trains(module)
+        return _trains(swapped)
     if is_dynamic(qconfig):
-        return type(module) in tq.get_default_dynamic_quant_module_mappings()
-    return type(module) in tq.get_default_static_quant_module_mappings()
+        return type(swapped) in tq.get_default_dynamic_quant_module_mappings()
+    return type(swapped) in tq.get_default_static_quant_module_mappings()
 
 
 def _read_packed(model: fx.GraphModule, fqn: str, where: str, operator: str) -> StoredWeight:

@@ -126,6 +126,16 @@ def test_modules_fused_for_training_are_named(backend):
         flow(model, IMAGES, "qat", backend, calibrate=lambda prepared: None)
 
 
+def test_fx_does_not_mean_what_was_fused_for_training_and_is_not_trained():
+    model = tq.fuse_modules_qat(Fused().train(), [["conv", "bn", "relu"]]).eval()
+    _, verification = flow(model, IMAGES, "sparsify_first", "fx")
+    verification.raise_if_lost()
+    assert {row.fqn: row.meant for row in verification} == {
+        "conv.0.weight": False,
+        "fc.weight": True,
+    }
+
+
 @pytest.mark.parametrize("order", POST_TRAINING)
 def test_a_linear_that_is_the_model_itself(order):
     torch.manual_seed(0)

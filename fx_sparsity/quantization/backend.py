@@ -1,17 +1,19 @@
 """What a quantization backend is: a prepare and a convert, and how to read what is stored."""
 
+import copy
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fx_sparsity.graph import WeightMap
-from fx_sparsity.graph.capture import ExampleInputs, call_arguments
+from fx_sparsity.graph.capture import CaptureError, ExampleInputs, InputError, call_arguments
 from fx_sparsity.quantization.stored import StoredWeight
 from fx_sparsity.sparsifier.mask import GRAPH_MASKS, Mask
 
@@ -54,6 +56,8 @@ class Quantized(NamedTuple):
 class Backend(ABC):
     """One way to quantize. A new backend is one file with one subclass, and one line in `BACKENDS`.
 
+    Neither `prepare` nor `convert` changes torch's random state.
+
     Attributes:
         name: as users give it.
         observes: whether there is anything to calibrate between prepare and convert.
@@ -73,7 +77,7 @@ class Backend(ABC):
         dynamic_shapes: Any = None,
         qat: bool = False,
     ) -> Prepared:
-        """The backend's own prepare, on a copy.
+        """The backend's own prepare, on a copy; in inference mode unless it is to be trained.
 
         Args:
             model: in float, without live masks. Not changed.
@@ -85,15 +89,16 @@ class Backend(ABC):
             qat: fake quantization to train with, instead of observers to calibrate.
 
         Raises:
-            BackendError: live masks, or a model or configuration that it cannot take.
+            BackendError: live masks, or a model or configuration that it cannot take; with torch's
+                words, where it was torch that refused.
         """
 
     @abstractmethod
     def convert(self, prepared: Prepared, example_inputs: ExampleInputs) -> Quantized:
-        """The backend's own convert; `prepared` is used up.
+        """The backend's own convert; `prepared` is used up. Gives a model in inference mode.
 
         Raises:
-            BackendError: what comes out does not run on the example inputs.
+            BackendError: torch refuses, or what comes out does not run on the example inputs.
         """
 
     @abstractmethod
@@ -168,10 +173,15 @@ def loaded_backends() -> Iterable[Backend]:
 def run_calibration(
     model: nn.Module, example_inputs: ExampleInputs, calibrate: Calibrate | None
 ) -> None:
-    """Let the user's function run the observed model; on the example inputs where there is none."""
+    """Let the user's function run the observed model; on the example inputs where there is none.
+
+    Raises:
+        BackendError: the observers fail on the example inputs.
+    """
     with torch.no_grad():
         if calibrate is None:
-            run_example(model, example_inputs)
+            with refusing("calibration on example_inputs", model):
+                run_example(model, example_inputs)
         else:
             calibrate(model)
 
@@ -180,6 +190,56 @@ def run_example(model: nn.Module, example_inputs: ExampleInputs) -> None:
     """Run a model on its example inputs."""
     args, kwargs = call_arguments(example_inputs)
     model(*args, **kwargs)
+
+
+@contextmanager
+def refusing(step: str, model: nn.Module) -> Iterator[None]:
+    """Where torch raises, raise in its words, saying which step it was, and of which model.
+
+    Raises:
+        BackendError: for whatever torch raises; what this library raises stays as it is.
+    """
+    try:
+        yield
+    except (BackendError, InputError, CaptureError):
+        raise
+    except Exception as error:
+        raise BackendError(
+            f"{step} does not take this {type(model).__name__}: {type(error).__name__}: {error}; "
+            "exclude the modules concerned in `config`, or use another backend"
+        ) from error
+
+
+def copied(model: nn.Module, *, training: bool | None = False) -> nn.Module:
+    """A copy of a model to quantize.
+
+    Args:
+        model: not changed.
+        training: its mode; None keeps that of `model`.
+
+    Raises:
+        BackendError: it cannot be copied, since weights are computed, as by a pruning hook; it
+            names them.
+    """
+    try:
+        copy_of = copy.deepcopy(model)
+    except RuntimeError as error:
+        computed = [
+            f"{name}.{attribute}".removeprefix(".")
+            for name, module in model.named_modules()
+            for attribute, value in vars(module).items()
+            if isinstance(value, Tensor) and not value.is_leaf
+        ]
+        raise BackendError(
+            f"this {type(model).__name__} cannot be copied, since {', '.join(computed) or 'it'} "
+            "holds what was computed; for weights that torch.nn.utils.prune masks, call "
+            "prune.remove(module, name), or fx_sparsity.take_over_pruned to go on with those "
+            f"masks ({error})"
+        ) from error
+    if training is not None:
+        # Not `.train()`, which exported graphs refuse: their mode is in their operators.
+        nn.Module.train(copy_of, training)
+    return copy_of
 
 
 @torch.no_grad()
@@ -214,14 +274,22 @@ def check_unmasked(model: nn.Module) -> None:
         raise BackendError(f"{', '.join(masked)} still masked; squash before quantizing")
 
 
-def check_float32(model: nn.Module, fqns: Iterable[str]) -> None:
+def check_float32(
+    model: nn.Module, fqns: Iterable[str], *, or_dtypes: Iterable[torch.dtype] = ()
+) -> None:
     """Raise if weights that are to be quantized are not float32, which torch's kernels need.
+
+    Args:
+        model: that holds them.
+        fqns: of those weights.
+        or_dtypes: what is taken besides float32.
 
     Raises:
         BackendError: naming every such weight.
     """
     held = dict(model.named_parameters(remove_duplicate=False))
-    other = {f: held[f].dtype for f in fqns if f in held and held[f].dtype != torch.float32}
+    taken = (torch.float32, *or_dtypes)
+    other = {f: held[f].dtype for f in fqns if f in held and held[f].dtype not in taken}
     if other:
         found = ", ".join(f"{fqn} ({dtype})" for fqn, dtype in sorted(other.items()))
         raise BackendError(

@@ -109,6 +109,8 @@ def quantize_table(
     source.qconfig = qconfig  # type: ignore[assignment]
     kind = nnq.EmbeddingBag if isinstance(module, nn.EmbeddingBag) else nnq.Embedding
     quantized = kind.from_float(source)
+    # Torch's class method forgets it for 4-bit lookups, which then read two codes as one.
+    quantized.dtype = quantized._packed_params.dtype = quantized.weight().dtype
     if _torch_stands_in(module):
         match_float_forward(quantized, module)
         return quantized

@@ -25,6 +25,8 @@ from fx_sparsity.quantization.backend import (
     check_float32,
     check_runs,
     check_unmasked,
+    copied,
+    refusing,
 )
 from fx_sparsity.quantization.embeddings import (
     check_quantizable,
@@ -34,9 +36,12 @@ from fx_sparsity.quantization.embeddings import (
 )
 from fx_sparsity.quantization.modules import (
     check_engine,
+    check_fused,
     is_dynamic,
+    quantizes,
     quiet,
     read_affine,
+    unreadable,
 )
 from fx_sparsity.quantization.stored import StoredWeight
 
@@ -69,6 +74,7 @@ class FXBackend(Backend):
 
     name = "fx"
 
+    @torch.random.fork_rng()
     def prepare(
         self,
         model: nn.Module,
@@ -82,16 +88,22 @@ class FXBackend(Backend):
         """See `Backend.prepare`. Gives a GraphModule.
 
         Raises:
-            BackendError: live masks, weights that are not float32, no quantized engine, or a model
-                that cannot be traced.
+            BackendError: live masks, something else than a mapping, weights that are not float32,
+                no quantized engine, or a model that cannot be traced.
         """
         del dynamic_shapes
         check_unmasked(model)
         check_engine()
-        mapping = copy.deepcopy(config) if config else default_qconfig_mapping(qat=qat)
-        copied = copy.deepcopy(model).train(qat)
+        if not (config is None or isinstance(config, tq.QConfigMapping)):
+            raise BackendError(
+                f"config: expected None or a torch.ao.quantization.QConfigMapping, found {config!r}"
+            )
+        mapping = default_qconfig_mapping(qat=qat) if config is None else copy.deepcopy(config)
+        own = copied(model, training=qat)
         tables = {}
-        for name, module in copied.named_modules():
+        for name, module in own.named_modules():
+            if qat:
+                check_fused(name, module)
             if is_float_embedding(module):
                 qconfig = _qconfig_of(name, module, mapping)
                 if qconfig is not None:
@@ -100,14 +112,9 @@ class FXBackend(Backend):
                 mapping.set_module_name(name, None)
         prepare = quantize_fx.prepare_qat_fx if qat else quantize_fx.prepare_fx
         args, kwargs = call_arguments(example_inputs)
-        try:
-            with quiet():
-                prepared = prepare(copied, mapping, (*args, *kwargs.values()))
-        except Exception as error:  # whatever the model's own code raises on proxies
-            raise BackendError(
-                f"{prepare.__name__} does not take this {type(model).__name__}: "
-                f"{type(error).__name__}: {error}; use backend 'pt2e' or 'eager'"
-            ) from error
+        # Whatever the model's own code raises on proxies, too.
+        with refusing("prepare_qat_fx" if qat else "prepare_fx", model), quiet():
+            prepared = prepare(own, mapping, (*args, *kwargs.values()))
         moved = dict(_moved(prepared, weights))
         AnnotateWeights(weights.renamed(moved))(prepared)
         observed = {
@@ -126,26 +133,41 @@ class FXBackend(Backend):
         check_float32(model, meant)
         return Prepared(prepared, meant, moved, config=tables)
 
+    @torch.random.fork_rng()
     def convert(self, prepared: Prepared, example_inputs: ExampleInputs) -> Quantized:
         """See `Backend.convert`. Gives a GraphModule of torch's quantized modules."""
         model = convert_tables(prepared.model.eval(), prepared.config)
         assert isinstance(model, fx.GraphModule)
-        with quiet():
+        with refusing("convert_fx", model), quiet():
             converted = quantize_fx.convert_fx(model)
+        converted.eval()
         check_runs(converted, example_inputs)
         return Quantized(converted, prepared.meant)
 
     def read(self, model: nn.Module) -> Iterator[StoredWeight]:
         """See `Backend.read`: functional operators with packed weights.
 
+        Where nobody annotated the graph, they have the names of what holds them.
+
         Quantized modules are those of eager mode, and read there.
         """
         if not isinstance(model, fx.GraphModule):
             return
         for node in model.graph.nodes:
-            noted = node.meta.get(WEIGHT_META, {})
-            if "weight" in noted and str(node.target).startswith("quantized."):
-                yield _read_packed(model, noted["weight"].fqn, node)
+            if not str(node.target).startswith("quantized."):
+                continue
+            packed = next(
+                (
+                    a
+                    for a in node.all_input_nodes
+                    if a.op == "get_attr" and "packed" in str(a.target)
+                ),
+                None,
+            )
+            if packed is not None:
+                noted = node.meta.get(WEIGHT_META, {}).get("weight")
+                fqn = str(packed.target) if noted is None else noted.fqn
+                yield _read_packed(model, fqn, str(packed.target), str(node.target))
 
 
 def _qconfig_of(name: str, module: nn.Module, mapping: tq.QConfigMapping) -> tq.QConfig | None:
@@ -170,45 +192,67 @@ def _moved(prepared: nn.Module, weights: WeightMap) -> Iterator[tuple[str, str]]
     for site in weights.sites:
         for fqn in (site.fqn, *site.aliases):
             owner, _, attribute = fqn.rpartition(".")
-            try:
-                module = prepared.get_submodule(owner)
-            except AttributeError:  # a functional operator's: its path holds no module now
-                continue
+            parent, _, last = owner.rpartition(".")
+            module = _submodule(prepared, owner)
+            above = _submodule(prepared, parent)
+            if module is None and last == "0" and _trains(above) and hasattr(above, attribute):
+                # It was fused beforehand, and what is trained holds the weight itself.
+                yield fqn, f"{parent}.{attribute}".removeprefix(".")
             fused = isinstance(module, nn.Sequential) and "0" in module._modules
-            if fused and hasattr(module.get_submodule("0"), attribute):
+            if fused and hasattr(_submodule(module, "0"), attribute):
                 yield fqn, f"{owner}.0.{attribute}"
 
 
-def _is_meant(prepared: nn.Module, fqn: str, qat: bool) -> bool:
-    """Whether prepare gave the owner of a weight a qconfig, and torch has a quantized class."""
+def _submodule(model: nn.Module | None, name: str) -> nn.Module | None:
+    """None where there is none, as at the path of a functional operator."""
     try:
-        module = prepared.get_submodule(fqn.rpartition(".")[0])
+        return None if model is None else model.get_submodule(name)
     except AttributeError:
+        return None
+
+
+def _trains(module: nn.Module | None) -> bool:
+    """Whether prepare put a module in the place of a float one, to train it."""
+    return type(module) in tq.get_default_qat_module_mappings().values()
+
+
+def _is_meant(prepared: fx.GraphModule, fqn: str, qat: bool) -> bool:
+    """Whether prepare gave the owner of a weight a qconfig, and convert will find and swap it.
+
+    Modules within others that tracing takes as one, such as the output of multi-head attention,
+    are given a qconfig as well; convert looks at those that the graph calls.
+    """
+    owner = fqn.rpartition(".")[0]
+    parent, _, last = owner.rpartition(".")
+    called = {str(node.target) for node in prepared.graph.find_nodes(op="call_module")}
+    if not (owner in called or (last == "0" and parent in called)):
         return False
+    module = _submodule(prepared, owner)
+    swapped = module if owner in called else _submodule(prepared, parent)
     qconfig = getattr(module, "qconfig", None)
-    if qconfig is None:
+    if qconfig is None or not quantizes(qconfig):
         return False
     if qat:
-        return type(module) in tq.get_default_qat_module_mappings().values()
+        return _trains(swapped)
     if is_dynamic(qconfig):
-        return type(module) in tq.get_default_dynamic_quant_module_mappings()
-    return type(module) in tq.get_default_static_quant_module_mappings()
+        return type(swapped) in tq.get_default_dynamic_quant_module_mappings()
+    return type(swapped) in tq.get_default_static_quant_module_mappings()
 
 
-def _read_packed(model: fx.GraphModule, fqn: str, node: fx.Node) -> StoredWeight:
+def _read_packed(model: fx.GraphModule, fqn: str, where: str, operator: str) -> StoredWeight:
     """The weight of a functional operator: a packed attribute that can only be rebuilt."""
-    packed = next(
-        a for a in node.all_input_nodes if a.op == "get_attr" and "packed" in str(a.target)
-    )
-    where = str(packed.target)
-    (kind,) = re.findall(r"^quantized\.(linear|conv\dd)", str(node.target))
+    found = re.match(r"quantized\.(linear|conv\dd)", operator)
+    if found is None:
+        return unreadable(fqn, where, operator, ())
+    kind = found[1]
     ops = torch.ops.quantized
-    weight, bias = getattr(ops, f"{kind}_unpack")(getattr(model, where))
+    half = "_fp16" if "fp16" in operator else ""
+    held: Any = getattr(model, where)
+    weight, bias = getattr(ops, f"{kind}_unpack{half}")(held)
 
     def rebuild(new: Tensor) -> None:
-        held = getattr(model, where)
         if kind == "linear":
-            made = ops.linear_prepack(new, bias)
+            made = getattr(ops, f"linear_prepack{half}")(new, bias)
         else:
             geometry = (held.stride(), held.padding(), held.dilation(), held.groups())
             made = getattr(ops, f"{kind}_prepack")(new, bias, *geometry)

@@ -7,16 +7,18 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.ao.nn.intrinsic as nni
 import torch.ao.nn.intrinsic.quantized as nniq
 import torch.ao.nn.intrinsic.quantized.dynamic as nniqd
 import torch.ao.nn.quantized as nnq
+import torch.ao.nn.quantized.dynamic as nnqd
 from torch import Tensor, nn
 from torch.ao.quantization import QConfig, QuantWrapper
 
 from fx_sparsity.patterns import Role
 from fx_sparsity.quantization.backend import BackendError
 from fx_sparsity.quantization.codes import CodedWeight
-from fx_sparsity.quantization.stored import StoredWeight
+from fx_sparsity.quantization.stored import StoredWeight, float_weight
 
 _CONV: tuple[Role, ...] = ("out", "in", "kernel", "kernel", "kernel")
 _CONV_TRANSPOSED: tuple[Role, ...] = ("in", "out", "kernel", "kernel", "kernel")
@@ -39,6 +41,18 @@ _FUSED = (
     nniqd.LinearReLU,
 )
 """Those of them that were a sequence in float, and held the weight in its first member."""
+_RECURRENT = (nnqd.LSTM, nnqd.GRU, nnqd.LSTMCell, nnqd.GRUCell, nnqd.RNNCell)
+"""Modules with several packed weights, that no operator of torch unpacks."""
+_WITH_NORM = (
+    nni.ConvBn1d,
+    nni.ConvBn2d,
+    nni.ConvBn3d,
+    nni.ConvBnReLU1d,
+    nni.ConvBnReLU2d,
+    nni.ConvBnReLU3d,
+    nni.LinearBn1d,
+)
+"""What `fuse_modules_qat` makes."""
 
 
 @contextmanager
@@ -68,6 +82,31 @@ def is_dynamic(qconfig: QConfig) -> bool:
     return bool(getattr(qconfig.activation(), "is_dynamic", False))
 
 
+def quantizes(qconfig: QConfig) -> bool:
+    """Whether weights become integer codes, and not float16."""
+    return not qconfig.weight().dtype.is_floating_point
+
+
+def fused_owner(module: nn.Module) -> nn.Module | None:
+    """Of modules that were fused beforehand, the one that holds the weight; None of all others."""
+    fused = type(module).__module__.startswith(f"{nni.__name__}.modules.")
+    return module[0] if isinstance(module, nn.Sequential) and fused else None
+
+
+def check_fused(name: str, module: nn.Module) -> None:
+    """Raise if a module was fused with its batch norm, to be trained.
+
+    Raises:
+        BackendError: its weight is not the one that is quantized, which has the norm folded in.
+    """
+    if isinstance(module, _WITH_NORM):
+        raise BackendError(
+            f"{name}: expected a model that is not fused yet, found a {type(module).__name__}, "
+            "which torch.ao.quantization.fuse_modules_qat made; leave that step out, or call "
+            "fuse_modules on the model in eval mode instead"
+        )
+
+
 def read_modules(model: nn.Module) -> Iterator[StoredWeight]:
     """Weights of quantized modules, a shared module under each of its names."""
     wrappers = {
@@ -82,6 +121,11 @@ def read_modules(model: nn.Module) -> Iterator[StoredWeight]:
             yield replace(
                 module._weight_codes.stored(fqn), where=f"{name}.weight".removeprefix(".")
             )
+            continue
+        if isinstance(module, _RECURRENT):
+            for attribute, weight in module.get_weight().items():
+                fqn = f"{path}.{attribute}".removeprefix(".")
+                yield unreadable(fqn, fqn, type(module).__name__, weight.shape)
             continue
         roles = next((axes for kind, axes in _KINDS.items() if isinstance(module, kind)), None)
         if roles is not None:
@@ -108,6 +152,42 @@ def _read_module(fqn: str, where: str, module: nn.Module, roles: tuple[Role, ...
     return read_affine(fqn, where, weight, rebuild, roles[: weight.ndim], aliases)
 
 
+def unreadable(fqn: str, where: str, kind: str, shape: tuple[int, ...]) -> StoredWeight:
+    """A quantized weight of which nothing but its shape is known.
+
+    Args:
+        fqn: name of the weight in the float model.
+        where: what stores it.
+        kind: of what stores it, for messages.
+        shape: of the weight.
+    """
+
+    def refuse(values: Tensor) -> None:
+        raise BackendError(f"{fqn}: codes of a {kind} cannot be written")
+
+    return StoredWeight(
+        fqn,
+        where,
+        kind,
+        "layout of its own",
+        torch.full((), torch.nan).expand(shape),
+        refuse,
+        scale=torch.ones(()),
+        zero_point=torch.zeros(()),
+        obstacle=f"codes of a {kind} cannot be read",
+    )
+
+
+def _codes_of(weight: Tensor) -> Tensor:
+    """One integer an element, of the shape of a quantized tensor."""
+    if weight.dtype != torch.quint4x2:
+        return weight.int_repr()
+    # Two in a byte, the first in its lower half, and no padding between rows.
+    packed = weight.int_repr()
+    pairs = torch.stack((packed & 15, packed >> 4), -1)
+    return pairs.flatten()[: weight.numel()].view(weight.shape)
+
+
 def read_affine(
     fqn: str,
     where: str,
@@ -121,12 +201,16 @@ def read_affine(
     Args:
         fqn: name of the weight in the float model.
         where: what stores it.
-        weight: a quantized tensor of torch's own kind, unpacked.
+        weight: a quantized tensor of torch's own kind, unpacked; or a float one, which kernels for
+            float16 give back.
         rebuild: packs another such tensor in its place.
         roles: of its axes.
         aliases: what else it may have been called.
     """
-    codes = weight.int_repr()
+    if not weight.is_quantized:
+        stored = float_weight(fqn, where, weight.to(torch.float16))
+        return replace(stored, write=rebuild, roles=roles, aliases=aliases)
+    codes = _codes_of(weight)
     if weight.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
         scheme = "per-tensor affine"
         scale = torch.tensor(weight.q_scale())
@@ -152,11 +236,12 @@ def read_affine(
             )
         else:
             rebuilt = torch.quantize_per_channel(values, scales, zero_points, axis, weight.dtype)
-        if not torch.equal(rebuilt.int_repr(), new):
+        if not torch.equal(_codes_of(rebuilt), new):
             raise RuntimeError(f"{fqn}: requantizing with its own scales changed other codes")
         rebuild(rebuilt)
 
     info = torch.iinfo(codes.dtype)
+    code_range = (0, 15) if weight.dtype == torch.quint4x2 else (info.min, info.max)
     dtype = str(weight.dtype).removeprefix("torch.")
     return StoredWeight(
         fqn,
@@ -167,7 +252,7 @@ def read_affine(
         write,
         scale,
         zero_point,
-        (info.min, info.max),
+        code_range,
         roles=roles,
         aliases=aliases,
     )

@@ -1,6 +1,5 @@
 """torchao's pt2e: `prepare_pt2e` and `convert_pt2e` on an exported graph."""
 
-import copy
 import operator
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -9,7 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
-from torchao.quantization.pt2e import FakeQuantize
+from torchao.quantization.pt2e import (
+    FakeQuantize,
+    allow_exported_model_train_eval,
+    move_exported_model_to_eval,
+)
 from torchao.quantization.pt2e.observer import PerChannelMinMaxObserver
 from torchao.quantization.pt2e.quantize_pt2e import (
     convert_pt2e,
@@ -34,11 +37,14 @@ from fx_sparsity.graph.operators import OPERATORS, SAME_VALUES, bind, is_view, o
 from fx_sparsity.graph.passes import WEIGHT_META, SeenWeight, seen_weights, weight_arguments
 from fx_sparsity.quantization.backend import (
     Backend,
+    BackendError,
     Prepared,
     Quantized,
     check_float32,
     check_runs,
     check_unmasked,
+    copied,
+    refusing,
 )
 from fx_sparsity.quantization.observers import (
     EMBEDDING_SPEC,
@@ -118,10 +124,15 @@ def default_quantizer(
 
 
 class PT2EBackend(Backend):
-    """`config` is a pt2e `Quantizer`; None is `default_quantizer()`, static where it trains."""
+    """`config` is a pt2e `Quantizer`; None is `default_quantizer()`, static where it trains.
+
+    Between prepare and convert, `train()` and `eval()` switch dropout and batch norm, which is all
+    that torchao can switch in a graph.
+    """
 
     name = "pt2e"
 
+    @torch.random.fork_rng()
     def prepare(
         self,
         model: nn.Module,
@@ -135,13 +146,20 @@ class PT2EBackend(Backend):
         """See `Backend.prepare`. Gives a GraphModule.
 
         Raises:
-            BackendError: live masks, or training with weights that are not float32.
+            BackendError: live masks, something else than a quantizer, float64 weights, or training
+                with weights that are not float32.
         """
         check_unmasked(model)
+        if not (config is None or isinstance(config, Quantizer)):
+            raise BackendError(
+                "config: expected None or a Quantizer of torchao.quantization.pt2e, "
+                f"found {config!r}"
+            )
         if qat:
             check_float32(model, weights)
         # A copy, since the graph shares its weights, and masks may be baked into them.
-        program = export_model(copy.deepcopy(model), example_inputs, dynamic_shapes)
+        own = copied(model, training=None if qat else False)
+        program = export_model(own, example_inputs, dynamic_shapes)
         graph_module = program.module()
         assert isinstance(graph_module, fx.GraphModule)
         # The x86 quantizer fails on operators whose result nobody reads, such as an unused pooler.
@@ -149,18 +167,24 @@ class PT2EBackend(Backend):
         graph_module.recompile()
         name_sources(graph_module)
         AnnotateWeights(weights)(graph_module)
-        if qat:
-            quantizer = config or default_quantizer(dynamic=False, qat=True)
-            prepared = prepare_qat_pt2e(graph_module, quantizer)
-        else:
-            prepared = prepare_pt2e(graph_module, config or default_quantizer())
+        quantizer = config or default_quantizer(dynamic=not qat, qat=qat)
+        prepare = prepare_qat_pt2e if qat else prepare_pt2e
+        with refusing(prepare.__name__, model):
+            prepared = prepare(graph_module, quantizer)
+        allow_exported_model_train_eval(prepared)
         meant = frozenset(_annotated_weights(prepared))
+        check_float32(own, meant, or_dtypes=(torch.bfloat16, torch.float16))
         return Prepared(prepared, meant, dict(_one_name(prepared, weights)))
 
+    @torch.random.fork_rng()
     def convert(self, prepared: Prepared, example_inputs: ExampleInputs) -> Quantized:
         """See `Backend.convert`. Gives a GraphModule, ready for `torch.compile`."""
         assert isinstance(prepared.model, fx.GraphModule)
-        converted = drop_unread(convert_pt2e(prepared.model))
+        with refusing("convert_pt2e", prepared.model):
+            converted = drop_unread(convert_pt2e(prepared.model))
+            # After and not before, since new operators have lost what the quantizer noted.
+            move_exported_model_to_eval(converted)
+        nn.Module.train(converted, False)
         check_runs(converted, example_inputs)
         return Quantized(converted, prepared.meant)
 

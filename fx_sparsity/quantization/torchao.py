@@ -1,6 +1,5 @@
 """torchao's `quantize_`: weights become tensors that hold codes, modules stay what they are."""
 
-import copy
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -29,6 +28,7 @@ from fx_sparsity.quantization.backend import (
     Quantized,
     check_runs,
     check_unmasked,
+    copied,
 )
 from fx_sparsity.quantization.stored import StoredWeight
 
@@ -90,6 +90,7 @@ class TorchAOBackend(Backend):
     name = "torchao"
     observes = False
 
+    @torch.random.fork_rng()
     def prepare(
         self,
         model: nn.Module,
@@ -111,20 +112,21 @@ class TorchAOBackend(Backend):
         """
         del dynamic_shapes
         check_unmasked(model)
-        copied = copy.deepcopy(model)
-        plan = _plan(copied, _by_key(config, QAT_CONFIGS if qat else DEFAULT_CONFIGS))
+        prepared = copied(model, training=None if qat else False)
+        plan = _plan(prepared, _by_key(config, QAT_CONFIGS if qat else DEFAULT_CONFIGS))
         planned = {name for names in plan for name in names}
         meant = frozenset(
             fqn for fqn, site in weights.items() if planned.issuperset({fqn, *site.aliases})
         )
         if qat:
-            check_runs(_quantized(copy.deepcopy(copied), plan), example_inputs)
+            check_runs(_quantized(copied(prepared), plan), example_inputs)
             for names, base in plan.items():
-                _check_replaceable(names[0], copied.get_submodule(names[0].rpartition(".")[0]))
-                copied = _apply(copied, names, QATConfig(base, step="prepare"))
+                _check_replaceable(names[0], prepared.get_submodule(names[0].rpartition(".")[0]))
+                prepared = _apply(prepared, names, QATConfig(base, step="prepare"))
             plan = {names: QATConfig(base, step="convert") for names, base in plan.items()}
-        return Prepared(copied, meant, config=plan)
+        return Prepared(prepared, meant, config=plan)
 
+    @torch.random.fork_rng()
     def convert(self, prepared: Prepared, example_inputs: ExampleInputs) -> Quantized:
         """See `Backend.convert`.
 
@@ -133,6 +135,7 @@ class TorchAOBackend(Backend):
                 weight, its configuration, and torchao's reason. Or what comes out does not run.
         """
         model = _quantized(prepared.model, prepared.config)
+        nn.Module.train(model, False)  # not `.eval()`, which exported graphs refuse
         check_runs(model, example_inputs)
         return Quantized(model, prepared.meant)
 

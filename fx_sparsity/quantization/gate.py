@@ -12,6 +12,7 @@ from torch.export import ExportedProgram
 from torch.nn.utils import parametrize
 
 from fx_sparsity.graph import find_weights
+from fx_sparsity.graph.operators import operator_name
 from fx_sparsity.graph.passes import WEIGHT_META
 from fx_sparsity.masks import tightest_pattern, tiling_holds
 from fx_sparsity.quantization.backend import loaded_backends
@@ -19,6 +20,9 @@ from fx_sparsity.quantization.codes import Codes
 from fx_sparsity.quantization.stored import StoredWeight, by_name, float_weight, is_float
 from fx_sparsity.sparsifier import Mask, MaskRecord
 from fx_sparsity.tables import format_table
+
+_SCALING = ("quantize_", "dequantize_")
+"""What reads scales and zero points, which are no weights."""
 
 
 class SparsityLostError(RuntimeError):
@@ -82,7 +86,9 @@ class VerifiedWeight:
         """What is wrong, in words; empty where all is well."""
         if not self.where:
             return ("not found in the model",)
-        faults = [self.obstacle] if self.obstacle else []
+        if self.obstacle:
+            return (self.obstacle,)
+        faults = []
         if self.zero_in_code != self.wanted:
             faults.append(f"{self.wanted - self.zero_in_code} of {self.wanted} zeros lost")
         if self.zero_dequantized < self.zero_in_code:
@@ -191,7 +197,11 @@ def read_weights(model: nn.Module | ExportedProgram) -> list[StoredWeight]:
     ):
         return stored + rest
     # Convert leaves tensors behind that nothing reads, and others that are not read as weights.
-    reads = {str(node.target) for node in model.graph.find_nodes(op="get_attr") if node.users}
+    reads = {
+        str(node.target)
+        for node in model.graph.find_nodes(op="get_attr")
+        if any(not operator_name(user).startswith(_SCALING) for user in node.users)
+    }
     calls = tuple(f"{node.target}." for node in model.graph.find_nodes(op="call_module"))
     stored += [replace(weight, aside=True) for weight in rest if weight.where in reads]
     return stored + [weight for weight in rest if weight.where.startswith(calls)]

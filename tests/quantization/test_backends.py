@@ -359,11 +359,12 @@ def test_random_state_is_left_alone(backend):
     chosen = get_backend(backend)
     state = torch.get_rng_state()
     prepared = chosen.prepare(model, ROWS, weights, qat=True)
-    prepared.model(*ROWS) if chosen.observes else None
+    assert torch.equal(torch.get_rng_state(), state)
+    if chosen.observes:
+        prepared.model(*ROWS)
     torch.set_rng_state(state)
     chosen.convert(prepared, ROWS)
     assert torch.equal(torch.get_rng_state(), state)
-    chosen.prepare(model, ROWS, weights, qat=True)
     chosen.quantize(model, ROWS, weights)
     assert torch.equal(torch.get_rng_state(), state)
 

@@ -24,6 +24,7 @@ from torch.ao.pruning import WeightNormSparsifier as ReferenceWeightNorm
 from torch.ao.pruning._experimental.data_sparsifier import DataNormSparsifier as ReferenceDataNorm
 
 import fx_sparsity
+from fx_sparsity._native import Library
 from fx_sparsity.masks.native import LIBRARY
 
 TABLE = Path(__file__).with_name("masks.txt")
@@ -217,17 +218,17 @@ def verdicts(results: list[Result]) -> Iterator[str]:
     yield bar("at most 0.7 of the weight in extra memory", f"{most:.2f}", heavy)
 
 
-def machine() -> str:
-    """The processor by name, its cores, torch, and the path of the masks."""
+def machine(library: Library = LIBRARY, unit: str = "milliseconds") -> str:
+    """The processor by name, its cores, torch, and which path is measured."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     facts = {key.strip(): value.strip() for key, _, value in (x.partition(":") for x in lines)}
     name = (
         f"{facts.get('model name')} (family {facts.get('cpu family')}, model {facts.get('model')})"
     )
-    path = "C++ kernels" if LIBRARY.ready() else LIBRARY.state()[1]
+    path = "C++ kernels" if library.ready() else library.state()[1]
     return (
         f"{name}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads; "
-        f"torch {torch.__version__}; {path}; times in milliseconds; "
+        f"torch {torch.__version__}; {path}; times in {unit}; "
         f"load {os.getloadavg()[0]:.1f} from elsewhere at the start"
     )
 

@@ -1,4 +1,4 @@
-"""The Hessian of a layer's reconstruction error, H = X X^T + damping, and its inverse's factor."""
+"""The Hessian of a layer's reconstruction error, H = X X^T + damping, and its root."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,8 @@ from torch import Tensor
 _DEAD = 1e-9
 """Damping of an input that is always zero, as a share of the mean diagonal: any that vanishes
 against a live input's, so that its weights go first, among themselves by magnitude."""
-_BASE = 256  # below this size LAPACK's own triangular inverse is fastest
+_BASE = 512  # size up to which LAPACK's Cholesky factor is fastest
+_PADDING = 16
 
 
 @dataclass(frozen=True)
@@ -33,58 +34,66 @@ class Hessian:
             ValueError: it holds NaN, infinities or a negative diagonal, and is no Gram matrix.
         """
         diagonal = gram.diagonal()
-        if not bool(torch.isfinite(gram).all()) or bool((diagonal < 0).any()):
+        if not bool(torch.isfinite(gram.sum())) or bool((diagonal < 0).any()):
             raise ValueError("the Gram matrix holds NaN, infinities or a negative diagonal")
         dead = int((diagonal == 0).sum())
         text = f"{dead} of {len(diagonal)} inputs are always zero; their weights go first"
         return Hessian(gram, damping, (text,) if dead else ())
 
-    def matrix(self) -> Tensor:
-        """H itself, [in, in]."""
+    def diagonal(self) -> Tensor:
+        """Of H, [in]."""
         diagonal = self.gram.diagonal()
         shares = torch.where(diagonal == 0, _DEAD, self.damping)
-        matrix = self.gram.clone()
-        matrix.diagonal().add_(shares * diagonal.mean())
+        return diagonal + shares * diagonal.mean()
+
+    def matrix(self) -> Tensor:
+        """H itself, [in, in]; rows are padded in memory."""
+        width = len(self.gram)
+        # Rows of 2^k elements alone would all fall into the same few sets of a cache.
+        matrix = self.gram.new_empty(width, width + _PADDING)[:, :width].copy_(self.gram)
+        matrix.diagonal().copy_(self.diagonal())
         return matrix
 
     def permuted(self, order: Tensor) -> "Hessian":
         """The same inputs in another order."""
         return Hessian(self.gram[order][:, order], self.damping, self.notes)
 
-    def inverse_factor(self) -> tuple[Tensor, "Hessian"]:
-        """The upper triangular U with U^T U = H^-1 (arXiv 2301.00774, section 3.3).
+    def root(self) -> tuple[Tensor, "Hessian"]:
+        """The upper triangular R with R R^T = H, so that U = R^-1 is the factor of H^-1 = U^T U.
 
-        Turning H by 180 degrees turns its Cholesky factor's inverse into U, so that H^-1 itself is
-        never needed.
+        Neither H^-1 nor the whole of U (arXiv 2301.00774, section 3.3) is ever needed: see `sweep`.
 
         Returns:
-            U, [in, in], and the Hessian that it belongs to: with more damping, and a note on it,
-            where this one is not positive definite in float32.
+            R, [in, in], where what lies below the diagonal means nothing; and the Hessian that it
+            belongs to: with more damping, and a note on it, where this one is not positive definite
+            in float32.
         """
-        lower, failed = torch.linalg.cholesky_ex(self.matrix().flip(0, 1))
-        if not bool(failed):
-            return _triangular_inverse(lower).flip(0, 1).contiguous(), self
+        matrix = self.matrix()
+        if _take_root(matrix):
+            return matrix, self
         raised = max(10 * self.damping, 1e-6)
         note = (
             f"the Hessian is not positive definite with a damping of {self.damping:g} of the mean "
             f"diagonal; raised to {raised:g}"
         )
-        return Hessian(self.gram, raised, (*self.notes, note)).inverse_factor()
+        return Hessian(self.gram, raised, (*self.notes, note)).root()
 
 
-def _triangular_inverse(lower: Tensor) -> Tensor:
-    """Inverse of a lower triangular matrix, by halves: a third of a general solve's work."""
-    size = len(lower)
+def _take_root(matrix: Tensor) -> bool:
+    """Turn a symmetric matrix into its R, in place; False where it is not positive definite.
+
+    By halves: [[A, B], [B^T, C]] has R = [[R1, X], [0, R2]] with R2 R2^T = C, X R2^T = B and
+    R1 R1^T = A - X X^T. A small R is a Cholesky factor turned by 180 degrees.
+    """
+    size = len(matrix)
     if size <= _BASE:
-        eye = torch.eye(size, dtype=lower.dtype, device=lower.device)
-        return torch.linalg.solve_triangular(lower, eye, upper=False)
+        lower, failed = torch.linalg.cholesky_ex(matrix.flip(0, 1))
+        matrix.copy_(lower.flip(0, 1))
+        return not bool(failed)
     half = size // 2
-    first, second = (
-        _triangular_inverse(lower[:half, :half]),
-        _triangular_inverse(lower[half:, half:]),
-    )
-    inverse = torch.zeros_like(lower)
-    inverse[:half, :half] = first
-    inverse[half:, half:] = second
-    torch.mm(second @ lower[half:, :half], -first, out=inverse[half:, :half])
-    return inverse
+    first, beside, second = matrix[:half, :half], matrix[:half, half:], matrix[half:, half:]
+    if not _take_root(second):
+        return False
+    beside.copy_(torch.linalg.solve_triangular(second.mT, beside, upper=False, left=False))
+    first.addmm_(beside, beside.mT, alpha=-1)
+    return _take_root(first)

@@ -79,7 +79,7 @@ def layers(
             squares, note = torch.ones_like(squares), UNSEEN
         elif gram is None:
             note = "its inputs never go together, so nothing is updated"
-        elif not bool(gram.any()):
+        elif not bool(squares.any()):
             squares = torch.ones_like(squares)
             note = "every input is zero, so it is ranked by magnitude and not updated"
         else:
@@ -90,6 +90,8 @@ def layers(
 def stacked(parts: Sequence[Solution]) -> Solution:
     """Solutions of single groups as that of the whole weight."""
     notes = [n for group, part in enumerate(parts) for n in about(group, len(parts), part.notes)]
+    if len(parts) == 1:  # not copied
+        return Solution(parts[0].mask[None], parts[0].weight[None], tuple(notes))
     masks, weights = [part.mask for part in parts], [part.weight for part in parts]
     return Solution(torch.stack(masks), torch.stack(weights), tuple(notes))
 

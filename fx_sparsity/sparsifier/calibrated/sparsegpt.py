@@ -47,25 +47,28 @@ class SparseGPTSparsifier(GramSparsifier):
             mask = compute_mask((weight @ hessian.matrix()) * weight, tiling, level)
             return Solution(mask, torch.where(mask, weight, 0.0), hessian.notes)
         order, budget = self.plan(layer, hessian)
-        factor, used = hessian.permuted(order).inverse_factor()
-        mask, kept = sweep(weight[:, order], factor, tiling, level, budget, self.block_size)
-        back = order.argsort()
-        return Solution(mask[:, back], kept[:, back], used.notes)
+        if order is not None:
+            weight, hessian = weight[:, order], hessian.permuted(order)
+        root, used = hessian.root()
+        mask, kept = sweep(weight, root, tiling, level, budget, self.block_size)
+        if order is not None:
+            back = order.argsort()
+            mask, kept = mask[:, back], kept[:, back]
+        return Solution(mask, kept, used.notes)
 
-    def plan(self, layer: Layer, hessian: Hessian) -> tuple[Tensor, Tensor]:
+    def plan(self, layer: Layer, hessian: Hessian) -> tuple[Tensor | None, Tensor]:
         """In which order columns are swept, and how much goes from where.
 
         Returns:
-            A permutation of the columns that keeps blocks together, int64 [in], and the budget of
-            the permuted columns, see `sweep`: here the columns as they are, and shares that add up
-            to the level.
+            A permutation of the columns that keeps blocks together, int64 [in], or None for the
+            order that they have; and the budget of the columns in that order, see `sweep`. Here
+            that is as equal as can be.
         """
-        width = layer.weight.shape[1]
         rows, columns = layer.tiling.grid(layer.weight.shape)
-        if by_row(layer.tiling, width):
-            rows, columns = 1, width
+        if by_row(layer.tiling, layer.weight.shape[1]):
+            rows, columns = 1, layer.weight.shape[1]
         ends = (torch.arange(columns + 1, dtype=torch.float64) * rows * layer.level).round().long()
-        return torch.arange(width, device=layer.weight.device), ends.diff()
+        return None, ends.diff()
 
 
 class ReorderedSparseGPTSparsifier(SparseGPTSparsifier):
@@ -78,11 +81,11 @@ class ReorderedSparseGPTSparsifier(SparseGPTSparsifier):
     each stretch gives what the mask beforehand takes from it, and not the same share.
     """
 
-    def plan(self, layer: Layer, hessian: Hessian) -> tuple[Tensor, Tensor]:
+    def plan(self, layer: Layer, hessian: Hessian) -> tuple[Tensor | None, Tensor]:
         """See `SparseGPTSparsifier.plan`."""
         weight, tiling = layer.weight, layer.tiling
         width = weight.shape[1]
-        costs = weight.square() * hessian.matrix().diagonal()
+        costs = weight.square() * hessian.diagonal()
         gone = ~compute_mask(costs, tiling, layer.level)
         unit = 1 if by_row(tiling, width) else tiling.extents[1]
         whole = width // unit * unit

@@ -45,7 +45,11 @@ class Swaps(Refinement):
         if not cell:
             note = "weights go in whole blocks, so none are exchanged"
             return found._replace(notes=(note,))
-        matrix, mask, values = hessian.matrix(), found.mask.clone(), found.weight.clone()
+        matrix, mask, values = (
+            hessian.matrix().contiguous(),
+            found.mask.clone(),
+            found.weight.clone(),
+        )
         gradient = (layer.weight - values) @ matrix
         if native.covers(matrix, mask, values):
             torch.ops.fx_sparsity_calibrated.swap(

@@ -43,13 +43,17 @@ def by_row(tiling: Tiling, width: int) -> bool:
 
 
 def sweep(
-    weight: Tensor, factor: Tensor, tiling: Tiling, level: float, budget: Tensor, block_size: int
+    weight: Tensor, root: Tensor, tiling: Tiling, level: float, budget: Tensor, block_size: int
 ) -> tuple[Tensor, Tensor]:
     """Prune from left to right, updating what is still to come (arXiv 2301.00774, algorithm 1).
 
+    Within a stretch of columns this is the published loop over U = R^-1, of which only the
+    stretch's own corner is computed. The loop's update of all later columns is put off until it
+    is their turn: with D = W - V, the change of all earlier ones, it adds D R U to a stretch.
+
     Args:
         weight: float32 [out, in]; not changed.
-        factor: upper triangular U with U^T U = H^-1, float32 [in, in].
+        root: upper triangular R with R R^T = H, float32 [in, in].
         tiling: of [out, in].
         level: share of blocks that go.
         budget: int64; how many blocks each column of blocks gives, [columns of blocks], and where
@@ -61,50 +65,53 @@ def sweep(
         The mask, and the updated weight with zeros where it prunes.
     """
     width = weight.shape[1]
-    kept, mask = weight.clone(), torch.ones_like(weight, dtype=torch.bool)
+    kept, change = torch.empty_like(weight), torch.empty_like(weight)
+    mask = torch.empty_like(weight, dtype=torch.bool)
     groups = Groups.of(tiling, width, level)
     extent = 1 if by_row(tiling, width) else tiling.extents[1]
     stretch = -(-block_size // extent) * extent
     for start in range(0, width, stretch):
-        stop = min(start + stretch, width)
+        columns = slice(start, min(start + stretch, width))
+        corner = root[columns, columns]
+        eye = torch.eye(len(corner), device=root.device)
+        inverse = torch.linalg.solve_triangular(corner, eye, upper=True)
+        earlier = change[:, :start] @ root[:start, columns]
+        part = torch.addmm(weight[:, columns], earlier, inverse)
+        part_mask = torch.empty_like(part, dtype=torch.bool)
         if not groups.size:
-            scaled = kept[:, start:stop] / factor.diagonal()[start:stop]
-            count = budget[..., start // extent : -(-stop // extent)].sum(-1)
-            mask[:, start:stop] = _choose(scaled, tiling, level, count, by_row(tiling, width))
-        # A block may be far wider than what is best updated at a time.
-        step = stretch if groups.size or stretch < 2 * block_size else block_size
-        for first in range(start, stop, step):
-            columns = slice(first, min(first + step, stop))
-            part, part_mask = kept[:, columns].contiguous(), mask[:, columns].contiguous()
-            errors = _sweep_columns(part, part_mask, factor[columns, columns].contiguous(), groups)
-            kept[:, columns], mask[:, columns] = part, part_mask
-            if columns.stop < width:
-                kept[:, columns.stop :].addmm_(errors, factor[columns, columns.stop :], alpha=-1)
+            count = budget[..., start // extent : -(-columns.stop // extent)].sum(-1)
+            scaled = part * corner.diagonal()
+            part_mask = _choose(scaled, tiling, level, count, by_row(tiling, width))
+        _sweep_columns(part, part_mask, inverse.contiguous(), groups)
+        kept[:, columns], mask[:, columns] = part, part_mask
+        torch.sub(weight[:, columns], part, out=change[:, columns])
     return mask, kept
 
 
 def _choose(scaled: Tensor, tiling: Tiling, level: float, count: Tensor, rows: bool) -> Tensor:
-    """The mask of one stretch, from w / U_jj: the square is what pruning w costs."""
+    """The mask of one stretch, from w R_jj = w / U_jj: the square is what pruning w costs."""
     if rows:
-        return ~k_smallest_per_row(scaled.abs(), count if count.dim() else int(count))
+        gone = k_smallest_per_row(scaled.abs(), count if count.dim() else int(count))
+        return (~gone).contiguous()
     blocks = torch.Size(tiling.grid(scaled.shape)).numel()
     if tiling.zeros != "level" and blocks:
         level = int(count) / blocks
     return compute_mask(scaled, tiling, level, Rank.SQUARE)
 
 
-def _sweep_columns(weight: Tensor, mask: Tensor, factor: Tensor, groups: Groups) -> Tensor:
-    """Sweep neighbouring columns; `weight` is updated, and where groups are given `mask` written.
+def _sweep_columns(weight: Tensor, mask: Tensor, factor: Tensor, groups: Groups) -> None:
+    """Sweep neighbouring columns in place; where there are groups `mask` is written, else read.
 
-    Returns:
-        w / U_jj of what was pruned, else 0; float32 [out, columns].
+    Args:
+        weight: float32 [out, columns].
+        mask: boolean [out, columns].
+        factor: the corner of U that belongs to these columns.
+        groups: see `Groups`.
     """
     if native.covers(weight, mask, factor):
-        errors = torch.zeros_like(weight)
-        torch.ops.fx_sparsity_calibrated.sweep(weight, mask, factor, *groups, errors)
-        return errors
+        torch.ops.fx_sparsity_calibrated.sweep(weight, mask, factor, *groups)
+        return
     columns, keep = weight.t().contiguous(), mask.t().contiguous()
-    errors = torch.zeros_like(columns)
     diagonal = factor.diagonal()
     for j, column in enumerate(columns):
         if groups.size and j % groups.size == 0:
@@ -112,9 +119,8 @@ def _sweep_columns(weight: Tensor, mask: Tensor, factor: Tensor, groups: Groups)
             zeros = groups.zeros if group.stop - j == groups.size else groups.last
             scores = (columns[group] / diagonal[group, None]).square().t()
             keep[group] = ~k_smallest_per_row(scores, zeros).t()
-        errors[j] = torch.where(keep[j], 0.0, column / diagonal[j])
-        columns[j + 1 :].addr_(factor[j, j + 1 :], errors[j], alpha=-1)
+        error = torch.where(keep[j], 0.0, column / diagonal[j])
+        columns[j + 1 :].addr_(factor[j, j + 1 :], error, alpha=-1)
         column.masked_fill_(~keep[j], 0.0)
     weight.copy_(columns.t())
     mask.copy_(keep.t())
-    return errors.t().contiguous()

@@ -23,11 +23,10 @@ T* write(const Tensor& x) {
 }
 
 void sweep(
-    Tensor weight, Tensor mask, Tensor factor, int64_t group, int64_t zeros, int64_t last,
-    Tensor errors) {
+    Tensor weight, Tensor mask, Tensor factor, int64_t group, int64_t zeros, int64_t last) {
   fx::sweep(
       write<float>(weight), write<uint8_t>(mask), read(factor), weight.size(0), weight.size(1),
-      fx::Groups{group, zeros, last}, write<float>(errors));
+      fx::Groups{group, zeros, last});
 }
 
 void swap(
@@ -43,8 +42,8 @@ void swap(
 
 STABLE_TORCH_LIBRARY(fx_sparsity_calibrated, m) {
   m.def(
-      "sweep(Tensor(a!) weight, Tensor(b!) mask, Tensor factor, int group, int zeros, int last, "
-      "Tensor(c!) errors) -> ()");
+      "sweep(Tensor(a!) weight, Tensor(b!) mask, Tensor factor, int group, int zeros, int last) "
+      "-> ()");
   m.def(
       "swap(Tensor(a!) values, Tensor(b!) mask, Tensor(c!) gradient, Tensor matrix, int cell, "
       "int passes, int narrow, float least) -> ()");

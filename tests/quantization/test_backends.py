@@ -352,7 +352,10 @@ def test_what_was_trained_comes_out_for_inference(backend):
     assert torch.equal(quantized(*ROWS), quantized(*ROWS))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "backend",
+    [pytest.param(b, marks=pytest.mark.exhaustive) if b == "pt2e" else b for b in BACKENDS],
+)
 def test_random_state_is_left_alone(backend):
     model = Noisy().eval()
     weights = fxs.find_weights(model, ROWS)

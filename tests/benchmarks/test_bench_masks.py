@@ -1,8 +1,11 @@
 """The benchmark runs; how fast depends on the machine, and is not for a test to say."""
 
+import pytest
+
 from tests.benchmarks import bench_masks
 
 
+@pytest.mark.exhaustive
 def test_it_runs(capsys):
     results = bench_masks.main(["--small", "--runs", "1", "--reference-runs", "1"])
     assert len(results) == 22

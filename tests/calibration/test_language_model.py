@@ -17,6 +17,7 @@ from examples.prune_language_model import (
     train,
 )
 
+pytestmark = pytest.mark.exhaustive
 MAPPING = fxs.SparsityMapping().set_module_name_regex("blocks", "2:4")
 BEST = "SparseGPT + swaps + exact"
 

@@ -1,5 +1,7 @@
 """`python -m fx_sparsity.env`."""
 
+import pytest
+
 from tests.native.test_library import environment, start
 
 
@@ -21,6 +23,7 @@ def test_build_says_why_it_cannot(tmp_path):
     assert err == "masks: the C++ compiler in $CXX, '/no/compiler', was not found\n"
 
 
+@pytest.mark.exhaustive
 def test_build_then_run_without_a_compiler(tmp_path):
     """The portable code, too: the compiler is told to leave the vector instructions out."""
     env = environment(tmp_path, CXX="c++ -mno-avx512f")

@@ -88,7 +88,16 @@ def test_cannot_lock(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [target]
 
 
-@pytest.mark.parametrize("variable", ["HOME", "XDG_CACHE_HOME", "FX_SPARSITY_CACHE"])
+@pytest.mark.parametrize(
+    "variable",
+    [
+        "HOME",
+        *(
+            pytest.param(v, marks=pytest.mark.exhaustive)
+            for v in ("XDG_CACHE_HOME", "FX_SPARSITY_CACHE")
+        ),
+    ],
+)
 def test_nowhere_to_write_but_the_temporary_folder(tmp_path, variable):
     env = environment(tmp_path, **{variable: UNWRITABLE})
     reason, logged = finish(start(env))

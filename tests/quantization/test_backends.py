@@ -335,7 +335,10 @@ def test_a_model_in_training_mode_is_quantized_for_inference(backend):
     torch.testing.assert_close(quantized(*ROWS), expected, rtol=0.1, atol=0.1)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+SLOW_PT2E = [pytest.param(b, marks=pytest.mark.exhaustive) if b == "pt2e" else b for b in BACKENDS]
+
+
+@pytest.mark.parametrize("backend", SLOW_PT2E)
 def test_what_was_trained_comes_out_for_inference(backend):
     torch.manual_seed(0)
     model = Noisy().eval()
@@ -352,10 +355,7 @@ def test_what_was_trained_comes_out_for_inference(backend):
     assert torch.equal(quantized(*ROWS), quantized(*ROWS))
 
 
-@pytest.mark.parametrize(
-    "backend",
-    [pytest.param(b, marks=pytest.mark.exhaustive) if b == "pt2e" else b for b in BACKENDS],
-)
+@pytest.mark.parametrize("backend", SLOW_PT2E)
 def test_random_state_is_left_alone(backend):
     model = Noisy().eval()
     weights = fxs.find_weights(model, ROWS)

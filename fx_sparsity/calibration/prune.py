@@ -254,14 +254,15 @@ def _decide(
         site = frame.weights[fqn]
         uses = [use for use in frame.uses[0] if use.fqn == fqn] if frame.uses else []
         try:
-            if store.is_done(fqn):
-                raise Unreachable("pruned already by this sparsifier")
             if uses and only_scales(uses) and not (mapping and mapping.names(site)):
                 raise Unreachable("only a factor of constants; name it in the mapping to prune it")
             if any(use.node.graph is not frame.captured[0].graph.graph for use in uses):
                 raise Unreachable("used in a subgraph, whose inputs are not seen")
             groups = groups_in(uses) if frame.uses else groups_of_module(model, site)
-            plans[fqn] = make_plan(site, _config(sparsifier, fqn, wish), groups)
+            plan = make_plan(site, _config(sparsifier, fqn, wish), groups)
+            if store.is_done(plan):
+                raise Unreachable("pruned already by this sparsifier")
+            plans[fqn] = plan
         except Unreachable as reason:
             dense[fqn] = str(reason)
     for fqn, why in dense.items():

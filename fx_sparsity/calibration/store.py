@@ -25,7 +25,7 @@ class Store(Protocol):
 
     how_to_go_on: str
 
-    def is_done(self, fqn: str) -> bool:
+    def is_done(self, plan: Plan) -> bool:
         """Whether a weight has been pruned before."""
 
     def begin(
@@ -71,9 +71,9 @@ class MaskStore:
         self._plans: Mapping[str, Plan] = {}
         self._tensors: Mapping[str, Tensor] = {}
 
-    def is_done(self, fqn: str) -> bool:
+    def is_done(self, plan: Plan) -> bool:
         """See `Store.is_done`."""
-        return fqn in self._sparsifier.names and DONE in self._sparsifier.state[fqn]
+        return plan.fqn in self._sparsifier.names and DONE in self._sparsifier.state[plan.fqn]
 
     def begin(
         self, weights: WeightMap, plans: Mapping[str, Plan], tensors: Mapping[str, Tensor]

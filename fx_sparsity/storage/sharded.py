@@ -1,4 +1,4 @@
-"""Checkpoints as model hubs publish them: a directory of safetensors files, with or without index."""
+"""Checkpoints as model hubs publish them: directories of safetensors files, and an index."""
 
 import json
 import os
@@ -75,6 +75,8 @@ class CheckpointFiles:
             if not (target / name).exists():
                 temporary = target / f".{name}.copying"
                 shutil.copyfile(self.root / name, temporary)
+                with open(temporary, "rb") as file:
+                    os.fsync(file.fileno())
                 os.replace(temporary, target / name)
 
 

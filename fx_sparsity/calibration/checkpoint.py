@@ -246,7 +246,7 @@ class _CheckpointStore:
         self._files, self._held, self._loaded, self._sequential = files, held, loaded, sequential
         self._target, self._work = target, target.with_name(target.name + ".partial")
         self._asked = asked
-        self._written: list[str] = []
+        self._written: set[str] = set()
         self.done: dict[str, PrunedWeight] = {}
         self._records: dict[str, dict[str, Any]] = {}
         self._out: MappedCheckpoint
@@ -294,7 +294,7 @@ class _CheckpointStore:
             raise self._begun_otherwise(f"{added[0]} was to stay dense")
         self._out = MappedCheckpoint(self._files, self._work, writable=True)
         if resumed:
-            for name in self._out.keys() - {*self._written}:
+            for name in self._out.keys() - self._written:
                 if not _same_bits(self._out[name], self._held[name]):
                     self._out[name].copy_(self._held[name])
         for parameter in self._loaded.model.parameters():
@@ -313,8 +313,9 @@ class _CheckpointStore:
 
     def read(self, fqn: str, tensor: Tensor) -> Tensor:
         """See `Store.read`: from the source, where the walk is to see what is done as it was."""
-        if fqn in self.done and not self._sequential:
-            return self._held[self._loaded.by_fqn[fqn][0]]
+        names = self._loaded.by_fqn.get(fqn, ())
+        if not self._sequential and not self._written.isdisjoint(names):
+            return self._held[names[0]]
         return tensor
 
     def write(
@@ -333,7 +334,7 @@ class _CheckpointStore:
         self._masks[row.fqn + _ZEROS].copy_(pack_bits((value == 0) & keep))
         self._out.flush(*names)
         self._masks.flush(row.fqn, row.fqn + _ZEROS)
-        self._written += names
+        self._written.update(names)
         self.done[row.fqn] = row
         self._save()
 
@@ -364,7 +365,7 @@ class _CheckpointStore:
                 raise self._begun_otherwise(
                     f"{key} {found['asked'].get(key)!r} there, now {value!r}"
                 )
-        self._written, self._records = found["written"], found["records"]
+        self._written, self._records = {*found["written"]}, found["records"]
         rows = [PrunedWeight(**{**row, "notes": tuple(row["notes"])}) for row in found["done"]]
         self.done = {row.fqn: row for row in rows}
         _log.info("%s: going on after %d weights", self._work, len(rows))
@@ -379,7 +380,7 @@ class _CheckpointStore:
         """Write down what is done, whole or not at all."""
         state = {
             "asked": self._asked,
-            "written": self._written,
+            "written": sorted(self._written),
             "records": self._records,
             "done": [asdict(row) for row in self.done.values()],
         }

@@ -10,6 +10,7 @@ from torch.utils import _pytree as pytree
 
 from fx_sparsity.calibration.batches import Batch
 from fx_sparsity.calibration.inputs import Met, UnsupportedUse, meet
+from fx_sparsity.graph.blocks import run_node
 from fx_sparsity.graph.capture import module_source
 from fx_sparsity.graph.operators import (
     COMBINATIONS,
@@ -156,7 +157,7 @@ class Walk:
                         self._meet(use, value)
                 if position < stop and node.op == "call_function" and node not in self._fixed:
                     args, kwargs = fx.map_arg((node.args, node.kwargs), value)
-                    values[node] = node.target(*args, **kwargs)
+                    values[node] = run_node(node, args, kwargs)
             except Exception as error:
                 error.add_note(f"at {node.name}, in batch {batch.number} of the calibration data")
                 raise
@@ -175,7 +176,7 @@ class Walk:
                 self._state[node] = operator.attrgetter(str(node.target))(self._graph)
             else:
                 args, kwargs = fx.map_arg((node.args, node.kwargs), self._of_state)
-                self._state[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+                self._state[node] = run_node(node, args, kwargs)
         return self._state[node]
 
     def _meet(self, use: Meeting, value: Callable[[fx.Node], Any]) -> None:

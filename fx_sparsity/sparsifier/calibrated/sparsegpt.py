@@ -48,12 +48,12 @@ class SparseGPTSparsifier(GramSparsifier):
             return Solution(mask, torch.where(mask, weight, 0.0), hessian.notes)
         order, budget = self.plan(layer, hessian)
         if order is not None:
-            weight, hessian = weight[:, order], hessian.permuted(order)
+            weight, hessian = weight.index_select(1, order), hessian.permuted(order)
         root, used = hessian.root()
         mask, kept = sweep(weight, root, tiling, level, budget, self.block_size)
         if order is not None:
             back = order.argsort()
-            mask, kept = mask[:, back], kept[:, back]
+            mask, kept = mask.gather(1, back.expand_as(mask)), kept.index_select(1, back)
         return Solution(mask, kept, used.notes)
 
     def plan(self, layer: Layer, hessian: Hessian) -> tuple[Tensor | None, Tensor]:

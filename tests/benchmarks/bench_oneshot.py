@@ -42,7 +42,7 @@ METHODS: dict[str, CalibratedSparsifier] = {
     "Wanda": WandaSparsifier(),
     "SparseGPT": SparseGPTSparsifier(),
     "reordered": ReorderedSparseGPTSparsifier(),
-    "composed": Pipeline(ReorderedSparseGPTSparsifier(), Swaps(sweeps=1)),
+    "composed": Pipeline(ReorderedSparseGPTSparsifier(), Swaps()),
     "converged": Pipeline(ReorderedSparseGPTSparsifier(), Swaps(), ExactUpdate()),
     "ALPS": Pipeline(ADMMSparsifier(), ExactUpdate()),
 }

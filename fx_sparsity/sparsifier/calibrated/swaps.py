@@ -40,7 +40,7 @@ class Swaps(Refinement):
         damping: added to the Gram matrix's diagonal, as a share of its mean.
     """
 
-    def __init__(self, sweeps: int = 3, block_size: int = 128, damping: float = 0.01) -> None:
+    def __init__(self, sweeps: int = 2, block_size: int = 128, damping: float = 0.01) -> None:
         super().__init__(damping)
         if block_size < 1:
             raise ValueError(f"block_size: expected a positive number, found {block_size!r}")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fx_sparsity.calibration.batches import Batch, Captured, capture, read_batches
-from fx_sparsity.calibration.bias import estimate_batch_norms, find_biases
+from fx_sparsity.calibration.bias import estimate_batch_norms, find_biases, fits
 from fx_sparsity.calibration.gradients import Gradients, Loss, collect_gradients
 from fx_sparsity.calibration.observe import groups_of_module, observe
 from fx_sparsity.calibration.plan import (
@@ -230,6 +230,7 @@ def _decide(
 
 
 def _biases(frame: _Frame, todo: _Todo) -> dict[str, Tensor]:
+    """As the graph shows them; those of a running model are only known when it has run."""
     if not frame.captured:
         return {}
     return find_biases(frame.captured[0].graph, frame.uses[0], todo.plans)
@@ -278,7 +279,10 @@ def _complete(
         return
     if not frame.captured:
         tables = {fqn for fqn, plan in todo.plans.items() if plan.table}
-        observe(model, batches, weights, tables, pruner.columns, pruner.take, pruner.refuse)
+        arguments = (tables, pruner.columns, pruner.take, pruner.refuse)
+        found = observe(model, batches, weights, *arguments)
+        if pruner.biases is not None:
+            pruner.biases = {fqn: b for fqn, b in found.items() if fits(b, todo.plans[fqn])}
         yield from todo.plans
         return
     named = canonical_names(frame.weights)

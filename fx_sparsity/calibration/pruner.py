@@ -34,10 +34,11 @@ class Pruner:
         plans: FQN -> plan of every weight that is to be pruned.
         weights: FQN -> tensor of each, not masked.
         gradients: of each, where the method needs them.
-        biases: FQN -> the bias that makes up for the mean error of the weight; empty for none.
+        biases: see the attribute.
         mask: puts a mask on a weight of the model; called right before the weight is written.
 
     Attributes:
+        biases: FQN -> the bias that makes up for the mean error of the weight; None for none.
         shares: FQN -> the one right before it, which meets the same inputs.
         pruned: what has been done.
         peak: the most bytes that statistics took at a time.
@@ -54,7 +55,7 @@ class Pruner:
     ) -> None:
         self.sparsifier, self.plans, self.pruned = sparsifier, plans, list[PrunedWeight]()
         self._weights, self._gradients = weights, gradients
-        self._biases, self._mask = biases, mask
+        self.biases, self._mask = biases, mask
         self.shares: Mapping[str, str] = {}
         self._refused: dict[str, str] = {}
         self._last: Collector | None = None
@@ -141,7 +142,7 @@ class Pruner:
     def _collector(self, fqn: str) -> Collector:
         if fqn not in self._collectors:
             needs: set[Statistic] = {*self._needs}
-            if self._biases is not None:
+            if self.biases is not None:
                 needs.add("input_mean")
             plan = self.plans[fqn]
             device = self._weights[fqn].device
@@ -163,14 +164,14 @@ class Pruner:
         self, fqn: str, lost: Tensor, stats: Statistics, notes: list[str]
     ) -> tuple[Tensor, Tensor] | None:
         """A bias, and what it has to become."""
-        if self._biases is None:
+        if self.biases is None:
             return None
-        if fqn not in self._biases:
+        if fqn not in self.biases:
             notes.append("no bias of its own to correct")
             return None
         assert stats.sums is not None
         mean = stats.sums / stats.tokens.clamp(min=1).unsqueeze(1)
-        bias = self._biases[fqn]
+        bias = self.biases[fqn]
         missing = (lost @ mean.unsqueeze(-1)).reshape(bias.shape)
         return bias, (bias.float() + missing).to(bias.dtype)
 

@@ -130,13 +130,11 @@ class FloatLinear(Kind):
 
     def shell(self, module: Any) -> Any:
         """See `Kind`: the module without its parameters."""
-        shell = copy.copy(module)
-        shell._parameters = dict.fromkeys(module._parameters)
-        return shell
+        return _emptied(module)
 
     def restore(self, shell: Any, layer: DenseLinear) -> nn.Module:
         """See `Kind`."""
-        module = self.shell(shell)
+        module = _emptied(shell)
         module.weight = nn.Parameter(layer.weight, requires_grad=False)
         module.bias = layer.bias
         return module
@@ -299,6 +297,13 @@ def restore_torchao(
     """One of torchao's tensors, as it was before it was lowered."""
     kind, described = description
     return kind(qdata=codes, scale=scale.view(-1, 1), **described)
+
+
+def _emptied(module: nn.Module) -> Any:
+    """A copy without parameters."""
+    copied = copy.copy(module)
+    copied._parameters = dict.fromkeys(module._parameters)
+    return copied
 
 
 def _float_layer(weight: Tensor, bias: Tensor | None) -> DenseLinear:

@@ -9,14 +9,14 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from fx_sparsity.graph import InputError, find_weights
+from fx_sparsity.graph import InputError, WeightMap, find_weights
 from fx_sparsity.graph.capture import ExampleInputs, call_arguments, run_undisturbed
 from fx_sparsity.kernels.by_tokens import ByTokens
 from fx_sparsity.kernels.layers import KINDS, DenseLinear
 from fx_sparsity.kernels.lowered import LoweredLinear, Origin
 from fx_sparsity.kernels.places import ModulePlace, Place, module_places, replaced, watch
-from fx_sparsity.kernels.plan import Planned, choose, pack_all, rows_of
-from fx_sparsity.kernels.policy import AUTO, LoweringError, Policy, Rules
+from fx_sparsity.kernels.plan import Bytes, Planned, choose, layer_rows, other_rows, pack_all
+from fx_sparsity.kernels.policy import AUTO, LoweringError, Policy, Rules, checked_tokens
 from fx_sparsity.kernels.report import LoweringReport
 from fx_sparsity.kernels.rewrite import (
     LowerNodes,
@@ -25,6 +25,7 @@ from fx_sparsity.kernels.rewrite import (
     node_places,
     program_places,
 )
+from fx_sparsity.kernels.semi_structured import is_semi_structured, to_dense
 from fx_sparsity.quantization.backend import masked_weights
 from fx_sparsity.quantization.gate import verify
 from fx_sparsity.sparsifier.record import MaskRecord
@@ -76,7 +77,7 @@ def lower(
         Whatever is raised, nothing was changed.
     """
     rules = Policy(policy)
-    counts = None if tokens is None else _checked_tokens(tokens)
+    counts = checked_tokens(tokens)
     module = model.module() if isinstance(model, ExportedProgram) else model
     if masked := masked_weights(module):
         raise LoweringError(f"{', '.join(masked)} still masked: squash before lowering")
@@ -87,7 +88,7 @@ def lower(
         planned = choose(list(program_places(model)), rules, counts)
         _check_used(rules)
         packed = pack_all(planned)
-        report = LoweringReport(rows_of(planned, packed, module, weights))
+        report = _report(planned, packed, module, weights)
         return lower_program(model, packed), report  # type: ignore[return-value]
     modules = list(module_places(model))
     if modules and example_inputs is not None:
@@ -96,7 +97,7 @@ def lower(
     planned = choose([*modules, *nodes], rules, counts, keep_dense)
     _check_used(rules)
     packed = pack_all(planned)
-    report = LoweringReport(rows_of(planned, packed, model, weights))
+    report = _report(planned, packed, model, weights)
     return _put(model, planned, packed, example_inputs), report  # type: ignore[return-value]
 
 
@@ -123,6 +124,8 @@ def unlower(model: nn.Module) -> nn.Module:
             if id(module) not in dense:
                 dense[id(module)] = _restored(module, tied)
             model = replaced(model, path, dense[id(module)])
+        elif is_semi_structured(weight := getattr(module, "weight", None)):
+            module.weight = nn.Parameter(to_dense(weight), requires_grad=False)
     return model
 
 
@@ -149,6 +152,18 @@ def _restored(packed: LoweredLinear, tied: dict[int, DenseLinear]) -> nn.Module:
     weight = module._parameters.get("weight")
     tied[part] = layer if weight is None else replace(layer, weight=weight)
     return module.train(packed.training)
+
+
+def _report(
+    planned: Sequence[Planned],
+    packed: Mapping[Place, LoweredLinear],
+    model: nn.Module,
+    weights: WeightMap,
+) -> LoweringReport:
+    before, after = Bytes(), Bytes()
+    rows = layer_rows(planned, packed, before, after)
+    rows += other_rows(planned, model, weights, before, after)
+    return LoweringReport(tuple(rows))
 
 
 def _put(
@@ -189,17 +204,6 @@ def _put(
         assert isinstance(model, fx.GraphModule)
         LowerNodes(nodes)(model)
     return model
-
-
-def _checked_tokens(tokens: Sequence[int]) -> tuple[int, ...]:
-    """Numbers of tokens in ascending order.
-
-    Raises:
-        LoweringError: none, or one that is not positive.
-    """
-    if not tokens or any(not isinstance(count, int) or count < 1 for count in tokens):
-        raise LoweringError(f"tokens: expected positive integers, found {tokens!r}")
-    return tuple(sorted(set(tokens)))
 
 
 def _check_used(rules: Policy) -> None:

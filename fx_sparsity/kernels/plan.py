@@ -85,24 +85,34 @@ def pack_all(planned: Iterable[Planned]) -> dict[Place, LoweredLinear]:
     return packed
 
 
-def rows_of(
+class Bytes:
+    """Bytes that count once, however many rows speak of them."""
+
+    def __init__(self) -> None:
+        self._seen: set[int] = set()
+
+    def once(self, identity: int, nbytes: int) -> int:
+        """`nbytes` for an identity that is new, else 0."""
+        if identity in self._seen:
+            return 0
+        self._seen.add(identity)
+        return nbytes
+
+
+def layer_rows(
     planned: Sequence[Planned],
     packed: Mapping[Place, LoweredLinear],
-    model: nn.Module,
-    weights: WeightMap,
-) -> tuple[LoweredWeight, ...]:
-    """A row for every weight of a model, also for those that no kernel is for.
-
-    The bytes of a tied weight count once, with the first of its rows; those of its dense form also
-    where only one of its places keeps that.
+    before: Bytes,
+    after: Bytes,
+) -> list[LoweredWeight]:
+    """A row for every layer.
 
     Args:
-        planned: of its layers.
+        planned: the layers.
         packed: what these get.
-        model: not lowered yet.
-        weights: what discovery knows of it.
+        before: what counted already before lowering.
+        after: what counted already after it.
     """
-    before, after = _Counted(), _Counted()
     rows = []
     for plan in planned:
         place, choice, layer = plan.place, plan.choice, plan.layer
@@ -124,6 +134,26 @@ def rows_of(
                 choice.reason,
             )
         )
+    return rows
+
+
+def other_rows(
+    planned: Sequence[Planned],
+    model: nn.Module,
+    weights: WeightMap,
+    before: Bytes,
+    after: Bytes,
+) -> list[LoweredWeight]:
+    """A row for every weight that is no such layer, with the reason.
+
+    Args:
+        planned: the layers.
+        model: not lowered yet.
+        weights: what discovery knows of it.
+        before: what counted already before lowering.
+        after: what counted already after it.
+    """
+    rows = []
     named = {name for plan in planned for name in plan.place.names}
     sites = {name: site for site in weights.sites for name in (site.fqn, *site.aliases)}
     unclear = {u.fqn: u for u in weights.unclaimed if not u.reason.explained}
@@ -134,35 +164,21 @@ def rows_of(
         if stored.quantized:
             reason = f"no kernel for {stored.dtype}, {stored.scheme}"
         elif site is not None:
-            reason = _no_kernel(site.kind)
+            reason = no_kernel(site.kind)
         elif stored.fqn in unclear:
             reason = f"{unclear[stored.fqn].reason} {unclear[stored.fqn].detail}".strip()
         else:
             continue
         rows.append(_left(stored, reason, None if site is None else site.roles, before, after))
-    return tuple(rows)
-
-
-class _Counted:
-    """Bytes that count once."""
-
-    def __init__(self) -> None:
-        self._seen: set[int] = set()
-
-    def once(self, identity: int, nbytes: int) -> int:
-        """`nbytes` for an identity that is new, else 0."""
-        if identity in self._seen:
-            return 0
-        self._seen.add(identity)
-        return nbytes
+    return rows
 
 
 def _left(
     stored: StoredWeight,
     reason: str,
     roles: tuple[Role, ...] | None,
-    before: _Counted,
-    after: _Counted,
+    before: Bytes,
+    after: Bytes,
 ) -> LoweredWeight:
     """The row of a weight that no kernel is for."""
     pattern = density = None
@@ -188,7 +204,8 @@ def _left(
     )
 
 
-def _no_kernel(kind: str) -> str:
+def no_kernel(kind: str) -> str:
+    """Why a weight of a kind in the `WeightMap` has none."""
     if kind in ("linear", "matmul"):
         return "no module or node that lowering replaces holds it"
     return f"no kernel for weights of kind {kind}"

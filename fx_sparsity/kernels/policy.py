@@ -22,6 +22,19 @@ class LoweringError(ValueError):
     """A model, or what is wished for it, cannot be lowered. Nothing was changed."""
 
 
+def checked_tokens(tokens: Sequence[int] | None) -> tuple[int, ...] | None:
+    """Numbers of tokens in ascending order; None for None.
+
+    Raises:
+        LoweringError: none, or one that is not positive.
+    """
+    if tokens is None:
+        return None
+    if not tokens or any(not isinstance(count, int) or count < 1 for count in tokens):
+        raise LoweringError(f"tokens: expected positive integers, found {tokens!r}")
+    return tuple(sorted(set(tokens)))
+
+
 @dataclass(frozen=True)
 class Choice:
     """What becomes of one weight.

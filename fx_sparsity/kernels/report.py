@@ -124,7 +124,7 @@ class LoweringReport(Mapping[str, LoweredWeight]):
             "\n".join(
                 [
                     f"{len(done)} of {len(self)} weights lowered; "
-                    f"{before:.1f} MiB of weights before, {after:.1f} MiB after",
+                    f"{before:.3g} MiB of weights before, {after:.3g} MiB after",
                     *self.notes,
                 ]
             )

@@ -13,7 +13,7 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from fx_sparsity.graph.capture import Source, exported_source, module_source
 from fx_sparsity.graph.exported import replace_nodes
 from fx_sparsity.graph.operators import bind, operator_name
-from fx_sparsity.graph.passes import SeenWeight, seen_weights
+from fx_sparsity.graph.passes import WEIGHT_META, SeenWeight, seen_weights
 from fx_sparsity.kernels.layers import DenseLinear, read_torchao
 from fx_sparsity.kernels.lowered import LoweredLinear
 from fx_sparsity.kernels.places import Place
@@ -123,15 +123,16 @@ class NodePlace(Place):
 
 def node_places(graph_module: fx.GraphModule) -> Iterator[NodePlace]:
     """The nodes of a graph that compute a linear layer with weights of the graph itself."""
-    yield from _places(graph_module, module_source(graph_module))
+    yield from places_by(graph_module, module_source(graph_module))
 
 
 def program_places(program: ExportedProgram) -> Iterator[NodePlace]:
     """The nodes of a program that compute a linear layer."""
-    yield from _places(program.graph_module, exported_source(program))
+    yield from places_by(program.graph_module, exported_source(program))
 
 
-def _places(graph_module: fx.GraphModule, source: Source) -> Iterator[NodePlace]:
+def places_by(graph_module: fx.GraphModule, source: Source) -> Iterator[NodePlace]:
+    """The nodes of a graph that compute a linear layer, with the weights that `source` tells."""
     for node, arg, seen in seen_weights(graph_module, source):
         form = _FORMS.get(operator_name(node))
         args = bind(node)
@@ -144,8 +145,9 @@ def _places(graph_module: fx.GraphModule, source: Source) -> Iterator[NodePlace]
         dtypes = {value.dtype} if known else set()
         held = source(args[form.weight])
         tensor = held[1] if held is not None else seen
+        noted = node.meta.get(WEIGHT_META, {}).get(arg)
         yield NodePlace(
-            (seen.fqn,),
+            (seen.fqn,) if noted is None else (noted.fqn, seen.fqn),
             nn.Module,
             tensor,
             "",

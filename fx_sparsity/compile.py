@@ -94,7 +94,8 @@ def backend(
     _check_inference(example_inputs)
     with real_tensors(), torch.no_grad():
         lowered = _lowered(graph, example_inputs, chosen)
-    return compile_fx(lowered, list(example_inputs), config_patches=dict(chosen.inductor))
+    compiled: Any = compile_fx(lowered, list(example_inputs), config_patches=dict(chosen.inductor))
+    return compiled
 
 
 def _check_inference(example_inputs: Sequence[Any]) -> None:

@@ -283,7 +283,7 @@ def read_torchao(weight: Any) -> DenseLinear | str:
     return DenseLinear(codes, None, scale, quantize_input, input_dtype=weight.dtype)
 
 
-def describe_torchao(weight: Any) -> tuple[type[Tensor], dict[str, Any]]:
+def describe_torchao(weight: Any) -> tuple[Any, dict[str, Any]]:
     """What `restore_torchao` needs besides codes and scales."""
     names = (*weight.tensor_attribute_names, *weight.optional_tensor_attribute_names)
     described = {name: getattr(weight, name) for name in names}
@@ -291,9 +291,7 @@ def describe_torchao(weight: Any) -> tuple[type[Tensor], dict[str, Any]]:
     return type(weight), described
 
 
-def restore_torchao(
-    description: tuple[type[Tensor], dict[str, Any]], codes: Tensor, scale: Tensor
-) -> Any:
+def restore_torchao(description: tuple[Any, dict[str, Any]], codes: Tensor, scale: Tensor) -> Any:
     """One of torchao's tensors, as it was before it was lowered."""
     kind, described = description
     return kind(qdata=codes, scale=scale.view(-1, 1), **described)

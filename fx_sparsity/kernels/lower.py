@@ -149,8 +149,8 @@ def _restored(packed: LoweredLinear, tied: dict[int, DenseLinear]) -> nn.Module:
     if origin.tied is not None and torch.equal(origin.tied.detach(), layer.weight):
         layer = replace(layer, weight=origin.tied)
     module = KINDS[origin.kind].restore(origin.shell, layer)
-    weight = module._parameters.get("weight")
-    tied[part] = layer if weight is None else replace(layer, weight=weight)
+    restored = module._parameters.get("weight")
+    tied[part] = layer if restored is None else replace(layer, weight=restored)
     return module.train(packed.training)
 
 

@@ -1,5 +1,7 @@
 """2:4 on CUDA: torch's own semi-structured tensors, which run on cuSPARSELt or CUTLASS."""
 
+from typing import TypeGuard
+
 import torch
 from torch import Tensor, nn
 from torch.sparse import SparseSemiStructuredTensor, to_sparse_semi_structured
@@ -42,7 +44,7 @@ def put_semi_structured(module: nn.Linear) -> None:
     module.weight = nn.Parameter(weight, requires_grad=False)
 
 
-def is_semi_structured(tensor: object) -> bool:
+def is_semi_structured(tensor: object) -> TypeGuard[Tensor]:
     """Whether a weight is one of torch's semi-structured tensors."""
     return isinstance(tensor, SparseSemiStructuredTensor)
 

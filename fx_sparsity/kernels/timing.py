@@ -285,7 +285,7 @@ def _qlinear(example: Tensor) -> Make:
         scale, zeros = layer.scale, torch.zeros(len(layer.weight), dtype=torch.int64)
         packed = torch.ops.onednn.qlinear_prepack(layer.weight, list(example.shape))
         qlinear = torch.ops.onednn.qlinear_pointwise
-        rest = (scale, zeros, None, 1.0, 0, example.dtype, "none", [], "")
+        rest: tuple[Any, ...] = (scale, zeros, None, 1.0, 0, example.dtype, "none", [], "")
         return lambda x: qlinear(codes, one, zero, packed, *rest)
 
     return make

@@ -135,7 +135,8 @@ class FloatLinear(Kind):
     def restore(self, shell: Any, layer: DenseLinear) -> nn.Module:
         """See `Kind`."""
         module = _emptied(shell)
-        module.weight = nn.Parameter(layer.weight, requires_grad=False)
+        tied = isinstance(layer.weight, nn.Parameter)
+        module.weight = layer.weight if tied else nn.Parameter(layer.weight, requires_grad=False)
         module.bias = layer.bias
         return module
 

@@ -36,7 +36,8 @@ def prune_(model, level=0.6):
     generator = torch.Generator().manual_seed(1)
     for module in model.modules():
         for name in ("weight", "in_proj_weight"):
-            if (weight := getattr(module, name, None)) is not None and weight.ndim == 2:
+            weight = getattr(module, name, None)
+            if isinstance(weight, torch.Tensor) and weight.ndim == 2:
                 weight.data[torch.rand(weight.shape, generator=generator) < level] = 0
     return model
 
@@ -261,7 +262,7 @@ class Zoo(nn.Module):
         self.normed = parametrizations.weight_norm(nn.Linear(16, 16))
         self.read = nn.Linear(16, 16)
         self.unused = nn.Linear(16, 16)
-        self.half = nn.Linear(16, 16).half()
+        self.halved = nn.Linear(16, 16).half()
         self.conv = nn.Conv1d(16, 16, 1)
         self.bare = nn.Parameter(torch.randn(16, 16))
         self.experts = nn.Parameter(torch.randn(2, 16, 16))
@@ -269,7 +270,7 @@ class Zoo(nn.Module):
 
     def forward(self, x):
         x = self.hooked(self.own(self.plain(x))) + self.normed(x)
-        x = self.half(x.half()).float() + F.linear(x, self.read.weight) + x @ self.bare
+        x = self.halved(x.half()).float() + F.linear(x, self.read.weight) + x @ self.bare
         x = x + torch.bmm(x.expand(2, -1, -1), self.experts).sum(0)
         return self.attention(x, x, x)[0] + self.conv(x.mT).mT
 
@@ -301,7 +302,9 @@ class Expected(expecttest.TestCase):
                 row("c.weight", None, 1.0, None, {}, None, 4096, 4096, "not sparse enough"),
             )
         )
-        self.assertExpectedInline(str(report), """\
+        self.assertExpectedInline(
+            str(report),
+            """\
 lowered   pattern  density  kernel                  gain at tokens         bytes before  after
 --------  -------  -------  ----------------------  ---------------------  ------------  -----
 a.weight  2:4      50.0%    bitmask                 1.9x at 1, 1.5x at 4           4096   2304
@@ -311,7 +314,8 @@ left as it was  pattern  density  reason
 --------------  -------  -------  -----------------
 c.weight              -  100.0%   not sparse enough
 
-2 of 3 weights lowered; 0.0117 MiB of weights before, 0.0122 MiB after""")
+2 of 3 weights lowered; 0.0117 MiB of weights before, 0.0122 MiB after""",
+        )
         read = json.loads(report.to_json())
         assert read["weights"][0]["gain"] == {"1": 1.93, "4": 1.5}
 
@@ -432,10 +436,11 @@ def test_both_forms_may_be_kept(table):
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(lowered, backend=counter, fullgraph=True, dynamic=True)
     calls = []
-    lowered[0].packed.register_forward_hook(lambda *args: calls.append(len(args[1][0])))
+    watched = copy.deepcopy(lowered)
+    watched[0].packed.register_forward_hook(lambda *args: calls.append(len(args[1][0])))
     for tokens in (1, 2, 3, 4, 5, 16, 64):
         x = torch.randn(tokens, 64)
-        assert_same(lowered, model, x)
+        assert_same(watched, model, x)
         assert_same(compiled, model, x)
     assert set(calls) == {1, 2, 3, 4}
     assert counter.frame_count <= 3  # one token, some, many

@@ -16,12 +16,14 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from fx_sparsity.graph import SparsityMapping, WeightSite, find_weights
 from fx_sparsity.graph.capture import Source, compiled_source
 from fx_sparsity.graph.compiled import real_tensors
+from fx_sparsity.kernels.layers import DenseLinear
 from fx_sparsity.kernels.lowered import LoweredLinear
 from fx_sparsity.kernels.places import Place
 from fx_sparsity.kernels.plan import Bytes, Planned, choose, layer_rows, no_kernel
 from fx_sparsity.kernels.policy import AUTO, LoweringError, Policy, Rules, checked_tokens
 from fx_sparsity.kernels.report import LoweredWeight, LoweringReport
 from fx_sparsity.kernels.rewrite import LowerNodes, NodePlace, places_by
+from fx_sparsity.kernels.tables import Lookup
 from fx_sparsity.masks.bits import pack_bits, unpack_bits
 from fx_sparsity.masks.engine import compute_mask
 from fx_sparsity.masks.rank import Rank
@@ -145,7 +147,7 @@ class _Known:
 
     def packed(self, plan: Planned, config: SparsityConfig | None) -> LoweredLinear:
         """The layer that a plan asks for; layers of one weight share its packed parts."""
-        assert plan.layer is not None
+        assert isinstance(plan.layer, DenseLinear)
         assert plan.choice.packing is not None
         assert isinstance(plan.place, NodePlace)
         key = f"{config} {plan.place.seen.steps}", plan.choice.packing
@@ -189,7 +191,7 @@ def _lowered(
     planned = choose(
         list(places_by(graph, sparse)), Policy(options.policy), checked_tokens(options.tokens)
     )
-    packed: dict[Place, LoweredLinear] = {}
+    packed: dict[Place, LoweredLinear | Lookup] = {}
     for plan in planned:
         if plan.choice.packing is not None:
             fqn = plan.place.fqn

@@ -15,6 +15,8 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
 from fx_sparsity.kernels.lowered import LoweredLinear
+from fx_sparsity.kernels.packing import PACKINGS
+from fx_sparsity.patterns import Role
 from fx_sparsity.quantization.modules import read_quantized
 
 
@@ -48,6 +50,54 @@ class DenseLinear:
         """Share of values that are not zero."""
         count = self.weight.numel()
         return int(self.weight.count_nonzero()) / count if count else 0.0
+
+    @property
+    def zeros(self) -> Tensor:
+        """Boolean, [out, in]: what is zero."""
+        return self.weight == 0
+
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        """Of the axes of the weight."""
+        return "out", "in"
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the weight."""
+        return self.weight.shape
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weight lies."""
+        return self.weight.device
+
+    @property
+    def dtype(self) -> str:
+        """Of the weight, such as `float32`."""
+        return str(self.weight.dtype).removeprefix("torch.")
+
+    @property
+    def how(self) -> str:
+        """How codes meet their activations; empty for floating weights."""
+        return "" if self.scale is None else self.quantize_input
+
+    def takes(self, dtype: torch.dtype) -> bool:
+        """Whether kernels take activations of that dtype."""
+        return dtype in (torch.float32, torch.bfloat16)
+
+    def candidates(self) -> tuple[list[tuple[int, str]], list[str]]:
+        """(bytes, packing) of each packing that fits, and why the others do not."""
+        fitting, refusals = [], []
+        for name in PACKINGS:
+            if (refusal := self.refusal(name)) is None:
+                fitting.append((self.pack(name).nbytes, name))
+            else:
+                refusals.append(f"{name}: {refusal}")
+        return fitting, refusals
+
+    def refusal(self, packing: str) -> str | None:
+        """Why a packing cannot hold it; None if it can."""
+        return PACKINGS[packing].refusal(self.weight)
 
     def pack(self, packing: str, tied: LoweredLinear | None = None) -> LoweredLinear:
         """The same layer with its weight packed.
@@ -245,11 +295,14 @@ def kind_of(module: nn.Module) -> str | None:
 
 def read_module(module: nn.Module, kind: str) -> DenseLinear | str:
     """The layer that a module of a kind is; or, in words, why it cannot be replaced."""
+    return KINDS[kind].read(module)
+
+
+def computed_or_hooked(module: nn.Module) -> str:
+    """Why a module of any kind cannot be replaced: it computes its weight, or has hooks."""
     if parametrize.is_parametrized(module):
         return "its weight is computed anew at each call"
-    if any(getattr(module, name) for name in _HOOKS):
-        return "it has hooks"
-    return KINDS[kind].read(module)
+    return "it has hooks" if any(getattr(module, name) for name in _HOOKS) else ""
 
 
 _HOOKS = (

@@ -12,6 +12,7 @@ from torch.export import ExportedProgram
 from fx_sparsity.graph import InputError, WeightMap, find_weights
 from fx_sparsity.graph.capture import ExampleInputs, call_arguments, run_undisturbed
 from fx_sparsity.kernels.by_tokens import ByTokens
+from fx_sparsity.kernels.embedding import RowPrunedEmbedding, RowPrunedEmbeddingBag
 from fx_sparsity.kernels.layers import KINDS, DenseLinear
 from fx_sparsity.kernels.lowered import LoweredLinear, Origin
 from fx_sparsity.kernels.places import ModulePlace, Place, module_places, replaced, watch
@@ -26,6 +27,7 @@ from fx_sparsity.kernels.rewrite import (
     program_places,
 )
 from fx_sparsity.kernels.semi_structured import is_semi_structured, to_dense
+from fx_sparsity.kernels.tables import Lookup, dense_table
 from fx_sparsity.quantization.backend import masked_weights
 from fx_sparsity.quantization.gate import verify
 from fx_sparsity.sparsifier.record import MaskRecord
@@ -46,7 +48,8 @@ def lower(
     """Put sparse kernels in the place of layers where they pay; for inference.
 
     Linear layers are replaced: `nn.Linear`, the `Conv1D` of transformers, those that torchao or
-    `torch.ao` have quantized to 8 bits, and in graphs the nodes that compute them. Call it before
+    `torch.ao` have quantized to 8 bits, and in graphs the nodes that compute them; and embeddings
+    and bags with rows of zeros, quantized or not. Call it before
     `torch.compile`, `torch.export` and AOTInductor, which take what it returns.
 
     Args:
@@ -104,8 +107,9 @@ def lower(
 def unlower(model: nn.Module) -> nn.Module:
     """Undo `lower`: dense layers, exact for every kept value, with +0.0 for the others.
 
-    Layers are of the class that they had, quantized ones with the same codes and scales. What were
-    nodes of a graph are `nn.Linear` modules, whose weights are the values of the codes.
+    Linear layers are of the class that they had, quantized ones with the same codes and scales.
+    What were nodes of a graph are `nn.Linear` modules, and tables are `nn.Embedding` or
+    `nn.EmbeddingBag`, whose weights are the values of the codes.
 
     Args:
         model: changed in place.
@@ -123,6 +127,10 @@ def unlower(model: nn.Module) -> nn.Module:
         elif isinstance(module, LoweredLinear) and id(module) not in kept:
             if id(module) not in dense:
                 dense[id(module)] = _restored(module, tied)
+            model = replaced(model, path, dense[id(module)])
+        elif isinstance(module, RowPrunedEmbedding | RowPrunedEmbeddingBag):
+            if id(module) not in dense:
+                dense[id(module)] = dense_table(module)
             model = replaced(model, path, dense[id(module)])
         elif is_semi_structured(weight := getattr(module, "weight", None)):
             module.weight = nn.Parameter(to_dense(weight), requires_grad=False)
@@ -156,7 +164,7 @@ def _restored(packed: LoweredLinear, tied: dict[int, DenseLinear]) -> nn.Module:
 
 def _report(
     planned: Sequence[Planned],
-    packed: Mapping[Place, LoweredLinear],
+    packed: Mapping[Place, LoweredLinear | Lookup],
     model: nn.Module,
     weights: WeightMap,
 ) -> LoweringReport:
@@ -169,7 +177,7 @@ def _report(
 def _put(
     model: nn.Module,
     planned: Sequence[Planned],
-    packed: Mapping[Place, LoweredLinear],
+    packed: Mapping[Place, LoweredLinear | Lookup],
     example_inputs: ExampleInputs | None,
 ) -> nn.Module:
     """Replace modules and nodes; and put modules back if the model does not run then.
@@ -183,14 +191,16 @@ def _put(
     for place in lowered:
         new: nn.Module = packed[place]
         if (limit := up_to[place]) is not None:
-            new = ByTokens(place.module, packed[place], limit)
+            assert isinstance(new, LoweredLinear)
+            new = ByTokens(place.module, new, limit)
         new.train(place.module.training)
         for path in place.paths:
             model = replaced(model, path, new)
     held = {id(parameter) for parameter in model.parameters()}
     for place in lowered:
         shared = place.tensor if id(place.tensor) in held else None
-        packed[place].origin = Origin(place.kind, KINDS[place.kind].shell(place.module), shared)
+        if isinstance(new := packed[place], LoweredLinear):
+            new.origin = Origin(place.kind, KINDS[place.kind].shell(place.module), shared)
     try:
         if lowered and example_inputs is not None:
             args, kwargs = call_arguments(example_inputs)

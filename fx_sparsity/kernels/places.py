@@ -10,16 +10,28 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fx_sparsity.graph.capture import ExampleInputs, call_arguments, run_undisturbed
-from fx_sparsity.kernels.layers import DenseLinear, kind_of, read_module
+from fx_sparsity.kernels.layers import DenseLinear, computed_or_hooked, kind_of, read_module
+from fx_sparsity.kernels.tables import DenseTable, holds_table, read_table
 
-_INPUT_DTYPES = (torch.float32, torch.bfloat16)
-_COMMON = frozenset({"bias", "in_features", "out_features"})
+TABLE = "table"
+"""Kind of the modules that hold embedding tables, besides `layers.KINDS`."""
+_COMMON = frozenset(
+    {
+        "bias",
+        "in_features",
+        "out_features",
+        "num_embeddings",
+        "embedding_dim",
+        "padding_idx",
+        "mode",
+    }
+)
 """Attributes that a layer and its lowered form share."""
 
 
 @dataclass(eq=False)
 class Place(ABC):
-    """One linear layer of a model.
+    """One layer of a model: a linear one, or an embedding table.
 
     Attributes:
         names: every FQN of its weight, at this place.
@@ -42,17 +54,17 @@ class Place(ABC):
         return self.names[0]
 
     @abstractmethod
-    def look(self) -> DenseLinear | str:
+    def look(self) -> DenseLinear | DenseTable | str:
         """The layer; or, in words, why it cannot be replaced."""
 
-    def against(self, layer: DenseLinear) -> str:
+    def against(self, layer: DenseLinear | DenseTable) -> str:
         """Why the layer that was found here cannot be replaced; empty if it can."""
         if self.obstacle:
             return self.obstacle
-        if (device := layer.weight.device.type) != "cpu":
+        if (device := layer.device.type) != "cpu":
             return f"no kernel for {device}"
-        if strange := sorted(str(d) for d in self.dtypes.difference(_INPUT_DTYPES)):
-            return f"no kernel for activations of {', '.join(strange)}"
+        if strange := sorted(str(dtype) for dtype in self.dtypes if not layer.takes(dtype)):
+            return f"no kernel for inputs of {', '.join(strange)}"
         return ""
 
     @property
@@ -72,7 +84,7 @@ class ModulePlace(Place):
 
     Attributes:
         module: as it is in the model.
-        kind: of `KINDS`.
+        kind: of `layers.KINDS`, or `TABLE`.
     """
 
     module: nn.Module = field(kw_only=True)
@@ -83,8 +95,12 @@ class ModulePlace(Place):
         """Every FQN of the module."""
         return tuple(name.rpartition(".")[0] for name in self.names)
 
-    def look(self) -> DenseLinear | str:
+    def look(self) -> DenseLinear | DenseTable | str:
         """See `Place`."""
+        if obstacle := computed_or_hooked(self.module):
+            return obstacle
+        if self.kind == TABLE:
+            return read_table(self.module)
         return read_module(self.module, self.kind)
 
 
@@ -97,7 +113,7 @@ def module_places(model: nn.Module) -> Iterator[ModulePlace]:
             fused.update(map(id, module.modules()))
         found.setdefault(id(module), (module, []))[1].append(f"{path}.weight".removeprefix("."))
     for module, names in found.values():
-        if (kind := kind_of(module)) is not None:
+        if (kind := TABLE if holds_table(module) else kind_of(module)) is not None:
             tensor = module._parameters.get("weight", module)
             obstacle = "its weight is read by the module around it" if id(module) in fused else ""
             yield ModulePlace(
@@ -117,7 +133,11 @@ def watch(model: nn.Module, places: list[ModulePlace], example_inputs: ExampleIn
         InputError: the model rejects the inputs.
     """
     args, kwargs = call_arguments(example_inputs)
-    watched = [(place, _Watched(place.module)) for place in places if not place.obstacle]
+    watched = [
+        (place, _Watched(place.module, place.kind == TABLE))
+        for place in places
+        if not place.obstacle
+    ]
     subject = model
     try:
         for place, watcher in watched:
@@ -132,6 +152,8 @@ def watch(model: nn.Module, places: list[ModulePlace], example_inputs: ExampleIn
         place.tokens, place.dtypes = watcher.tokens, watcher.dtypes
         if watcher.read:
             place.obstacle = f"the model's own code reads its {', '.join(sorted(watcher.read))}"
+        elif watcher.keywords:
+            place.obstacle = "it is called with keyword arguments"
         elif not watcher.tokens:
             place.obstacle = "example_inputs never reach it"
 
@@ -139,17 +161,21 @@ def watch(model: nn.Module, places: list[ModulePlace], example_inputs: ExampleIn
 class _Watched(nn.Module):
     """Stands in for a module, and notes what it is called with and which attributes are read."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, table: bool) -> None:
         super().__init__()
         self.module = module
+        self.table = table
+        self.keywords = False
         self.tokens: set[int] = set()
         self.dtypes: set[torch.dtype] = set()
         self.read: set[str] = set()
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.tokens.add(x.shape[:-1].numel())
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        x = args[0] if args else kwargs["input"]
+        self.tokens.add(x.numel() if self.table else x.shape[:-1].numel())
         self.dtypes.add(x.dtype)
-        return self.module(x)
+        self.keywords = self.keywords or (bool(kwargs) and not self.table)
+        return self.module(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         try:

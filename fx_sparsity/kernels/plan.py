@@ -13,6 +13,7 @@ from fx_sparsity.kernels.lowered import LoweredLinear
 from fx_sparsity.kernels.places import Place
 from fx_sparsity.kernels.policy import Choice, Policy
 from fx_sparsity.kernels.report import LoweredWeight
+from fx_sparsity.kernels.tables import DenseTable, Lookup
 from fx_sparsity.masks.detect import tightest_pattern
 from fx_sparsity.patterns import Role
 from fx_sparsity.quantization.gate import read_weights
@@ -32,7 +33,7 @@ class Planned:
     """
 
     place: Place
-    layer: DenseLinear | None
+    layer: DenseLinear | DenseTable | None
     choice: Choice
 
 
@@ -48,7 +49,7 @@ def choose(
         LoweringError: a packing was asked for by name that a weight cannot have.
     """
     layers = {place: place.look() for place in places}
-    total = sum(layer.nbytes for layer in layers.values() if isinstance(layer, DenseLinear))
+    total = sum(layer.nbytes for layer in layers.values() if not isinstance(layer, str))
     planned = []
     for place, layer in layers.items():
         wish, why = rules.wish(place.names, place.owner)
@@ -73,15 +74,17 @@ def choose(
     return planned
 
 
-def pack_all(planned: Iterable[Planned]) -> dict[Place, LoweredLinear]:
+def pack_all(planned: Iterable[Planned]) -> dict[Place, LoweredLinear | Lookup]:
     """The packed form of each layer that gets one; tied weights are packed once."""
-    packed: dict[Place, LoweredLinear] = {}
+    packed: dict[Place, LoweredLinear | Lookup] = {}
     first: dict[tuple[int, str], LoweredLinear] = {}
     for plan in planned:
         if plan.layer is not None and plan.choice.packing is not None:
             key = id(plan.place.tensor), plan.choice.packing
             new = plan.layer.pack(plan.choice.packing, first.get(key))
-            packed[plan.place] = first[key] = new
+            packed[plan.place] = new
+            if isinstance(new, LoweredLinear):
+                first[key] = new
     return packed
 
 
@@ -101,7 +104,7 @@ class Bytes:
 
 def layer_rows(
     planned: Sequence[Planned],
-    packed: Mapping[Place, LoweredLinear],
+    packed: Mapping[Place, LoweredLinear | Lookup],
     before: Bytes,
     after: Bytes,
 ) -> list[LoweredWeight]:
@@ -120,11 +123,11 @@ def layer_rows(
         dense = _identity(place.tensor), nbytes
         new = packed.get(place)
         kept = after.once(*dense) if new is None or choice.up_to is not None else 0
-        part = 0 if new is None else after.once(id(next(iter(new.parts().values()))), new.nbytes)
+        part = 0 if new is None else after.once(id(next(new.buffers())), new.nbytes)
         rows.append(
             LoweredWeight(
                 place.fqn,
-                None if layer is None else _pattern(layer.weight == 0, ("out", "in")),
+                None if layer is None else _pattern(layer.zeros, layer.roles),
                 None if layer is None else layer.density,
                 choice.packing,
                 choice.gain,

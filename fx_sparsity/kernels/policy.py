@@ -10,6 +10,7 @@ from torch import nn
 from fx_sparsity.kernels import timing
 from fx_sparsity.kernels.layers import DenseLinear
 from fx_sparsity.kernels.packing import PACKINGS
+from fx_sparsity.kernels.tables import ROWS, DenseTable
 
 AUTO, ALWAYS = "auto", "always"
 Wish = str | None
@@ -69,7 +70,7 @@ class Policy:
         self.table = timing.read_table()
         self.measured: dict[str, timing.Timing] = {}
         self._used: set[str | type[nn.Module]] = set()
-        known = (AUTO, ALWAYS, *PACKINGS)
+        known = (AUTO, ALWAYS, *PACKINGS, ROWS)
         for key, wish in self.rules.items():
             if not (wish is None or wish in known):
                 raise LoweringError(
@@ -105,7 +106,7 @@ class Policy:
     def choose(
         self,
         fqn: str,
-        layer: DenseLinear,
+        layer: DenseLinear | DenseTable,
         wish: str,
         *,
         tokens: Sequence[int],
@@ -127,16 +128,14 @@ class Policy:
         Raises:
             LoweringError: a packing was asked for by name that this weight cannot have.
         """
-        if wish in PACKINGS:
-            if (refusal := PACKINGS[wish].refusal(layer.weight)) is not None:
+        linear = isinstance(layer, DenseLinear)
+        if wish not in (AUTO, ALWAYS):
+            if linear != (wish in PACKINGS):
+                return Choice(None, reason=f"{wish!r} is no packing for it")
+            if (refusal := layer.refusal(wish)) is not None:
                 raise LoweringError(f"{fqn}: packing {wish!r} cannot hold it: {refusal}")
             return Choice(wish)
-        fitting, refusals = [], []
-        for name, packing in PACKINGS.items():
-            if (refusal := packing.refusal(layer.weight)) is None:
-                fitting.append((layer.pack(name).nbytes, name))
-            else:
-                refusals.append(f"{name}: {refusal}")
+        fitting, refusals = layer.candidates()
         if not fitting:
             return Choice(None, reason="; ".join(refusals))
         fitting.sort()
@@ -155,9 +154,9 @@ class Policy:
             }
             for name in smaller
         }
-        return _fastest(timed, keep_dense)
+        return _fastest(timed, keep_dense and linear)
 
-    def _measure(self, case: timing.Case, layer: DenseLinear) -> timing.Timing:
+    def _measure(self, case: timing.Case, layer: DenseLinear | DenseTable) -> timing.Timing:
         if case.key not in self.table:
             self.measured[case.key] = timing.measure(case, layer, self.table)
         return self.table[case.key]

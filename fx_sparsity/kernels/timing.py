@@ -25,6 +25,7 @@ from torch.nn import functional
 
 from fx_sparsity._native import cache
 from fx_sparsity.kernels.layers import DenseLinear
+from fx_sparsity.kernels.tables import DenseTable
 from fx_sparsity.quantization.modules import quiet
 
 _log = logging.getLogger(__name__)
@@ -44,12 +45,12 @@ class Case:
 
     Attributes:
         dtype: of the weight.
-        outputs, inputs: of the layer.
-        quantize_input: how codes meet their activations.
-        input_dtype: of the activations.
+        outputs, inputs: of the layer; rows and columns of a table.
+        how: codes meet their activations, or bags reduce rows; empty where there is one way.
+        input_dtype: of the activations, or the indices.
         packing: what was measured against dense.
         percent: of values that are not zero, to the nearest five.
-        tokens: rows of activations in a call.
+        tokens: rows of activations in a call; indices, of a table.
         footprint: MiB of weights that a model reads between two calls of the layer, a power of two
             of at most 256: what decides whether the weight is still in a cache.
     """
@@ -57,7 +58,7 @@ class Case:
     dtype: str
     outputs: int
     inputs: int
-    quantize_input: str
+    how: str
     input_dtype: str
     packing: str
     percent: int
@@ -67,7 +68,7 @@ class Case:
     @classmethod
     def of(
         cls,
-        layer: DenseLinear,
+        layer: DenseLinear | DenseTable,
         packing: str,
         tokens: int,
         input_dtype: torch.dtype,
@@ -76,10 +77,10 @@ class Case:
         """The case of a layer in a model with that many bytes of weights."""
         mebibytes = max(min(model_bytes, _FOOTPRINT) >> 20, 1)
         return cls(
-            dtype=_name(layer.weight.dtype),
-            outputs=layer.weight.shape[0],
-            inputs=layer.weight.shape[1],
-            quantize_input=layer.quantize_input,
+            dtype=layer.dtype,
+            outputs=layer.shape[0],
+            inputs=layer.shape[1],
+            how=layer.how,
             input_dtype=_name(input_dtype),
             packing=packing,
             percent=5 * round(20 * layer.density),
@@ -90,9 +91,9 @@ class Case:
     @property
     def key(self) -> str:
         """In the table."""
-        codes = f" {self.quantize_input}" if self.dtype == "int8" else ""
+        how = f" {self.how}" if self.how else ""
         return (
-            f"{self.packing} {self.percent}% {self.dtype}{codes} {self.outputs}x{self.inputs}, "
+            f"{self.packing} {self.percent}% {self.dtype}{how} {self.outputs}x{self.inputs}, "
             f"{self.tokens} x {self.input_dtype}, in {self.footprint} MiB"
         )
 
@@ -125,7 +126,7 @@ Form = Callable[[Tensor], Tensor]
 """One copy of a layer, dense or packed: activations in, result out."""
 
 
-def measure(case: Case, layer: DenseLinear, table: dict[str, Timing]) -> Timing:
+def measure(case: Case, layer: DenseLinear | DenseTable, table: dict[str, Timing]) -> Timing:
     """The timing of a case; measured if `table` lacks it, and then put there.
 
     Dense is the fastest of what torch has for the dtype: eager, prepacked as a compiled and frozen
@@ -138,13 +139,23 @@ def measure(case: Case, layer: DenseLinear, table: dict[str, Timing]) -> Timing:
         table: case -> timing, of this machine.
     """
     if (known := table.get(case.key)) is None:
-        known = table[case.key] = _measure(case, layer)
+        forms, inputs = (
+            _linear_forms(case, layer)
+            if isinstance(layer, DenseLinear)
+            else _table_forms(case, layer)
+        )
+        known = table[case.key] = _compared(forms, inputs)
         _log.info("%s: %.3gx (at least %.3gx)", case.key, known.gain, known.at_least)
     return known
 
 
-@torch.no_grad()
-def _measure(case: Case, layer: DenseLinear) -> Timing:
+_PACKED = "packed"
+_BAG = 16
+"""Indices in a bag."""
+
+
+def _linear_forms(case: Case, layer: DenseLinear) -> tuple[dict[str, list[Form]], list[Tensor]]:
+    """Copies of each form of a layer, and what to call them with."""
     layer = replace(layer, bias=None, activation="none")
     x = torch.randn(case.tokens, case.inputs, dtype=getattr(torch, case.input_dtype))
 
@@ -157,13 +168,30 @@ def _measure(case: Case, layer: DenseLinear) -> Timing:
         forms[name] = [make(_copied(layer)) for _ in copies(dtype.itemsize)]
     packed = layer.pack(case.packing)
     forms[_PACKED] = [copy.deepcopy(packed) for _ in copies(layer.weight.itemsize)]
-    seconds = {name: [_round(form, x, 0)] for name, form in forms.items()}  # also warms up
+    return forms, [x]
+
+
+def _table_forms(case: Case, layer: DenseTable) -> tuple[dict[str, list[Form]], list[Tensor]]:
+    """The module as it is and packed, and lookups all over the table; bags have 16 indices."""
+    inputs = [
+        torch.randint(case.outputs, (case.tokens,), dtype=getattr(torch, case.input_dtype))
+        for _ in range(16)
+    ]
+    if case.how != "lookup":
+        inputs = [indices.view(-1, _BAG if case.tokens % _BAG == 0 else 1) for indices in inputs]
+    return {"eager": [layer.module], _PACKED: [layer.pack(case.packing)]}, inputs
+
+
+@torch.no_grad()
+def _compared(forms: dict[str, list[Form]], inputs: list[Tensor]) -> Timing:
+    """Packed against the fastest of the others; copies and inputs take turns."""
+    seconds = {name: [_round(form, inputs, 0)] for name, form in forms.items()}  # also warms up
     repeats = {name: max(1, round(_CALL / first[0])) for name, first in seconds.items()}
     for name in seconds:
         seconds[name].clear()
     for _ in range(ROUNDS):
         for name, form in forms.items():
-            seconds[name].append(_round(form, x, repeats[name]))
+            seconds[name].append(_round(form, inputs, repeats[name]))
     taken = seconds.pop(_PACKED)
     dense = min(seconds, key=lambda name: statistics.median(seconds[name]))
     ratios = sorted(d / p for d, p in zip(seconds[dense], taken, strict=True))
@@ -176,15 +204,12 @@ def _measure(case: Case, layer: DenseLinear) -> Timing:
     )
 
 
-_PACKED = "packed"
-
-
-def _round(copies: Sequence[Form], x: Tensor, repeats: int) -> float:
+def _round(copies: Sequence[Form], inputs: Sequence[Tensor], repeats: int) -> float:
     """Seconds a call, over `repeats` calls, or one through each copy; copies take turns."""
     count = repeats or min(len(copies), 4)
     start = time.perf_counter()
     for i in range(count):
-        copies[i % len(copies)](x)
+        copies[i % len(copies)](inputs[i % len(inputs)])
     return (time.perf_counter() - start) / count
 
 

@@ -6,6 +6,7 @@ import torch
 
 from fx_sparsity.kernels import timing
 from fx_sparsity.kernels.layers import DenseLinear
+from fx_sparsity.kernels.tables import read_table
 
 
 @pytest.fixture(autouse=True)
@@ -63,6 +64,17 @@ def test_a_measurement_tells_the_faster_one(monkeypatch):
         assert measured.dense == "fake"
         assert measured.faster is faster
         assert measured.at_least <= measured.gain
+
+
+def test_tables_are_measured_in_bags():
+    module = torch.nn.EmbeddingBag(64, 8, mode="sum")
+    module.weight.data[::2] = 0
+    table = read_table(module)
+    case = timing.Case.of(table, "rows", 32, torch.int64, 1)
+    assert case.key == "rows 50% float32 sum 64x8, 32 x int64, in 1 MiB"
+    measured = timing.measure(case, table, {})
+    assert measured.packed_us > 0
+    assert measured.dense == "eager"
 
 
 def test_the_table_is_read_back_merged_and_forgotten(folder):

@@ -245,5 +245,5 @@ def _left(site: WeightSite, weight: Tensor) -> LoweredWeight:
         None,
         weight.nbytes,
         weight.nbytes,
-        no_kernel(site.kind),
+        no_kernel(site),
     )

@@ -17,6 +17,7 @@ from torch.nn.utils import parametrize
 from fx_sparsity.kernels.lowered import LoweredLinear
 from fx_sparsity.kernels.packing import PACKINGS
 from fx_sparsity.patterns import Role
+from fx_sparsity.quantization.embeddings import FORWARD_HOOKS
 from fx_sparsity.quantization.modules import read_quantized
 
 
@@ -302,7 +303,9 @@ def computed_or_hooked(module: nn.Module) -> str:
     """Why a module of any kind cannot be replaced: it computes its weight, or has hooks."""
     if parametrize.is_parametrized(module):
         return "its weight is computed anew at each call"
-    return "it has hooks" if any(getattr(module, name) for name in _HOOKS) else ""
+    hooks = [hook for name in _HOOKS for hook in getattr(module, name).values()]
+    # Kernels for tables do by themselves what these make of quantized modules.
+    return "it has hooks" if any(hook not in FORWARD_HOOKS for hook in hooks) else ""
 
 
 _HOOKS = (

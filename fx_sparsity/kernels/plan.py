@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fx_sparsity.graph import WeightMap
+from fx_sparsity.graph import WeightMap, WeightSite
 from fx_sparsity.kernels.layers import DenseLinear
 from fx_sparsity.kernels.lowered import LoweredLinear
 from fx_sparsity.kernels.places import Place
@@ -167,7 +167,7 @@ def other_rows(
         if stored.quantized:
             reason = f"no kernel for {stored.dtype}, {stored.scheme}"
         elif site is not None:
-            reason = no_kernel(site.kind)
+            reason = no_kernel(site)
         elif stored.fqn in unclear:
             reason = f"{unclear[stored.fqn].reason} {unclear[stored.fqn].detail}".strip()
         else:
@@ -207,11 +207,11 @@ def _left(
     )
 
 
-def no_kernel(kind: str) -> str:
-    """Why a weight of a kind in the `WeightMap` has none."""
-    if kind in ("linear", "matmul"):
+def no_kernel(site: WeightSite) -> str:
+    """Why a weight that is no layer of a known kind has none."""
+    if len(site.shape) == 2 and site.kind in ("linear", "matmul", "embedding", "embedding_bag"):
         return "no module or node that lowering replaces holds it"
-    return f"no kernel for weights of kind {kind}"
+    return f"no kernel for weights of kind {site.kind} in {len(site.shape)} dimensions"
 
 
 def _pattern(zeros: Tensor, roles: Sequence[Role]) -> str | None:

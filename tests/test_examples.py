@@ -28,7 +28,9 @@ def test_the_real_encoder_keeps_every_zero():
     assert "lost" not in result.stdout
 
 
-@pytest.mark.parametrize("script", ["transform_script.py", "compile_pipeline.py"])
+@pytest.mark.parametrize(
+    "script", ["transform_script.py", "compile_pipeline.py", "fast_sparse_inference.py"]
+)
 def test_the_other_examples_run(script):
     result = run(script)
     assert result.returncode == 0, result.stderr

@@ -1,22 +1,20 @@
 """Files that shrink: tensors stored by the format that takes the fewest bytes."""
 
-from fx_sparsity.storage.files import load, save
-from fx_sparsity.storage.formats import (
-    FORMATS,
-    Bitmask,
-    Dense,
-    FileFormatError,
-    Format,
-    smallest_format,
-)
+from fx_sparsity.storage.container import FileFormatError, SafetensorsFile, SafetensorsWriter
+from fx_sparsity.storage.files import CompressedFile, load, save, verify
+from fx_sparsity.storage.formats import FORMATS, Contents, Format, sizes, smallest_format
 
 __all__ = [
     "FORMATS",
-    "Bitmask",
-    "Dense",
+    "CompressedFile",
+    "Contents",
     "FileFormatError",
     "Format",
+    "SafetensorsFile",
+    "SafetensorsWriter",
     "load",
     "save",
+    "sizes",
     "smallest_format",
+    "verify",
 ]

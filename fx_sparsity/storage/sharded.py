@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from fx_sparsity.storage.formats import FileFormatError
+from fx_sparsity.storage.container import FileFormatError
 from fx_sparsity.storage.mapped import MappedFile
 
 INDEX = ".safetensors.index.json"

@@ -1,7 +1,6 @@
 """Memory maps of safetensors files, next to the library that defines them."""
 
 import json
-import struct
 
 import pytest
 import torch
@@ -10,11 +9,13 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from fx_sparsity.storage import CheckpointFiles, FileFormatError, MappedCheckpoint, MappedFile
-from fx_sparsity.storage.mapped import DTYPES, create_file
+from fx_sparsity.storage.container import DTYPES
+from fx_sparsity.storage.mapped import create_file
 
+KINDS = sorted({*DTYPES} - {"F8_E4M3FNUZ", "F8_E5M2FNUZ"})  # which the library does not write
 SHAPES = st.lists(st.integers(0, 5), max_size=3)
 ENTRIES = st.dictionaries(
-    st.text("ab.", min_size=1, max_size=4), st.tuples(st.sampled_from(sorted(DTYPES)), SHAPES)
+    st.text("ab.", min_size=1, max_size=4), st.tuples(st.sampled_from(KINDS), SHAPES)
 )
 
 
@@ -50,7 +51,7 @@ def test_maps_read_what_the_library_wrote(tmp_path_factory, entries):
 @given(ENTRIES)
 def test_the_library_reads_what_is_written_through_maps(tmp_path_factory, entries):
     path, tensors = tmp_path_factory.mktemp("map") / "x.safetensors", filled(entries)
-    create_file(path, {name: (t.dtype, t.shape) for name, t in tensors.items()}, {"a": "b"})
+    create_file(path, {name: (t.dtype, t.shape) for name, t in tensors.items()})
     assert all(not bits(tensor).any() for tensor in load_file(path).values())
     mapped = MappedFile(path, writable=True)
     for name, tensor in tensors.items():
@@ -61,43 +62,21 @@ def test_the_library_reads_what_is_written_through_maps(tmp_path_factory, entrie
     assert all(torch.equal(bits(found[name]), bits(tensor)) for name, tensor in tensors.items())
 
 
-def header(**entries):
-    return {
-        name: {"dtype": dtype, "shape": shape, "data_offsets": list(span)}
-        for name, (dtype, shape, span) in entries.items()
+def test_what_cannot_be_mapped_is_refused(tmp_path):
+    """The header alone is `SafetensorsFile`'s matter."""
+    entries = {
+        "a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]},
+        "b": {"dtype": "F32", "shape": [1], "data_offsets": [1, 5]},
     }
-
-
-MALFORMED = {
-    "overlap": (header(a=("U8", [4], (0, 4)), b=("U8", [4], (2, 6))), 8, "b: expected at byte 4"),
-    "hole": (header(a=("U8", [4], (4, 8))), 8, "a: expected at byte 0"),
-    "short": (header(a=("F32", [4], (0, 16))), 8, "expected 16 bytes of tensors, found 8"),
-    "long": (header(a=("U8", [4], (0, 4))), 8, "expected 4 bytes of tensors, found 8"),
-    "shape": (header(a=("F32", [3], (0, 8))), 8, r"a: .* F32 of shape \[3\]"),
-    "negative": (header(a=("U8", [-2, -4], (0, 8))), 8, r"a: .* shape \[-2, -4\]"),
-    "dtype": (header(a=("F3", [1], (0, 8))), 8, "a: .* in F3, of which torch knows nothing"),
-    "entry": ({"a": {"dtype": "U8"}}, 0, "a: its entry .* malformed"),
-    "unaligned": (header(a=("U8", [1], (0, 1)), b=("F32", [1], (1, 5))), 5, "b: expected its"),
-    "json": (b"{x", 0, "its header is no JSON"),
-}
-
-
-@pytest.mark.parametrize("case", MALFORMED)
-def test_malformed_files_are_refused(tmp_path, case):
-    content, size, message = MALFORMED[case]
-    text = content if isinstance(content, bytes) else json.dumps(content).encode()
+    text = json.dumps(entries).encode()
     text += b" " * (-len(text) % 8)
     path = tmp_path / "x.safetensors"
-    path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(size))
-    with pytest.raises(FileFormatError, match=message):
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(5))
+    with pytest.raises(FileFormatError, match=r"b: expected its torch.float32 to start at a mult"):
         MappedFile(path)
-
-
-@pytest.mark.parametrize("data", [b"", b"1234567", struct.pack("<Q", 2**40) + b"{}"])
-def test_files_of_other_kinds_are_refused(tmp_path, data):
-    (tmp_path / "x").write_bytes(data)
-    with pytest.raises(FileFormatError, match="expected a safetensors file, found no header"):
-        MappedFile(tmp_path / "x")
+    path.write_bytes(b"not a header")
+    with pytest.raises(FileFormatError, match="not a safetensors file"):
+        MappedFile(path)
 
 
 def shards(root, index=True):

@@ -70,7 +70,7 @@ from fx_sparsity.sparsifier.calibrated import (
     TaylorSparsifier,
     WandaSparsifier,
 )
-from fx_sparsity.storage import load, save
+from fx_sparsity.storage import export, load, save, sparsify_checkpoint
 
 __all__ = [
     "NM",
@@ -122,6 +122,7 @@ __all__ = [
     "WeightNormSparsifier",
     "WeightSite",
     "dense_state_dict",
+    "export",
     "find_weights",
     "fqn_to_module",
     "get_arg_info_from_tensor_fqn",
@@ -134,6 +135,7 @@ __all__ = [
     "prune",
     "quantization",
     "save",
+    "sparsify_checkpoint",
     "squash",
     "take_over_pruned",
     "unprepare",

@@ -1,20 +1,49 @@
 """Files that shrink: tensors stored by the format that takes the fewest bytes."""
 
+from fx_sparsity.storage.checkpoint import (
+    LAYOUTS,
+    Checkpoint,
+    CheckpointError,
+    StoredWeight,
+    convert,
+    find_stored_weights,
+    sparsify_checkpoint,
+    stated_patterns,
+)
 from fx_sparsity.storage.container import FileFormatError, SafetensorsFile, SafetensorsWriter
-from fx_sparsity.storage.files import CompressedFile, load, save, verify
-from fx_sparsity.storage.formats import FORMATS, Contents, Format, sizes, smallest_format
+from fx_sparsity.storage.files import CompressedFile, export, load, save, verify
+from fx_sparsity.storage.formats import (
+    FORMATS,
+    MOST_EXPANSION,
+    Contents,
+    Format,
+    remap,
+    sizes,
+    smallest_format,
+)
 
 __all__ = [
     "FORMATS",
+    "LAYOUTS",
+    "MOST_EXPANSION",
+    "Checkpoint",
+    "CheckpointError",
     "CompressedFile",
     "Contents",
     "FileFormatError",
     "Format",
     "SafetensorsFile",
     "SafetensorsWriter",
+    "StoredWeight",
+    "convert",
+    "export",
+    "find_stored_weights",
     "load",
+    "remap",
     "save",
     "sizes",
     "smallest_format",
+    "sparsify_checkpoint",
+    "stated_patterns",
     "verify",
 ]

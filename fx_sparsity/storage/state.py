@@ -18,9 +18,7 @@ Description = dict[str, Any]
 
 _CODES = {"qint8": torch.int8, "quint8": torch.uint8, "qint32": torch.int32}
 _DTYPES = {
-    str(dtype)[6:]: dtype
-    for dtype in vars(torch).values()
-    if isinstance(dtype, torch.dtype)
+    str(dtype)[6:]: dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)
 }
 _DEEPEST = 4
 
@@ -98,7 +96,9 @@ def misfit(name: str, what: Description, tensors: Mapping[str, Tensor], target: 
         else:
             ours, theirs = tensors[path], inner
             same = (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
-            why = None if same else f"{path}: {tuple(ours.shape)}, the model's {tuple(theirs.shape)}"
+            why = (
+                None if same else f"{path}: {tuple(ours.shape)}, the model's {tuple(theirs.shape)}"
+            )
         if why is not None:
             return why
     return None
@@ -106,8 +106,11 @@ def misfit(name: str, what: Description, tensors: Mapping[str, Tensor], target: 
 
 def _is_plain(value: object) -> bool:
     kind = type(value) in (Tensor, nn.Parameter, nn.Buffer)
-    return kind and isinstance(value, Tensor) and not value.is_quantized and (
-        value.layout == torch.strided
+    return (
+        kind
+        and isinstance(value, Tensor)
+        and not value.is_quantized
+        and (value.layout == torch.strided)
     )
 
 
@@ -177,7 +180,7 @@ class _Reader:
         self.taken: set[str] = set()
 
     def check(self, name: str, what: Any, depth: int = 0) -> None:
-        keys = _KEYS.get(what.get("kind")) if isinstance(what, dict) else None
+        keys = _KEYS.get(str(what.get("kind"))) if isinstance(what, dict) else None
         if keys is None or set(what) != {"kind", *keys} or depth > _DEEPEST:
             raise FileFormatError(
                 f"{name}: expected a description of {', '.join(_KEYS)}, found {str(what)[:80]}"

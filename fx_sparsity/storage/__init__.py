@@ -21,6 +21,9 @@ from fx_sparsity.storage.formats import (
     sizes,
     smallest_format,
 )
+from fx_sparsity.storage.mapped import MappedFile, create_file
+from fx_sparsity.storage.meta import parameters_on_meta
+from fx_sparsity.storage.sharded import CheckpointFiles, MappedCheckpoint
 
 __all__ = [
     "FORMATS",
@@ -28,17 +31,22 @@ __all__ = [
     "MOST_EXPANSION",
     "Checkpoint",
     "CheckpointError",
+    "CheckpointFiles",
     "CompressedFile",
     "Contents",
     "FileFormatError",
     "Format",
+    "MappedCheckpoint",
+    "MappedFile",
     "SafetensorsFile",
     "SafetensorsWriter",
     "StoredWeight",
     "convert",
+    "create_file",
     "export",
     "find_stored_weights",
     "load",
+    "parameters_on_meta",
     "remap",
     "save",
     "sizes",

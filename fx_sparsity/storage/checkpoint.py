@@ -33,6 +33,7 @@ from fx_sparsity.storage.files import (
     PlainWriter,
     check_layout,
 )
+from fx_sparsity.storage.sharded import INDEX, OTHER_WEIGHTS, CheckpointFiles
 
 Layout = Literal["dense", "compressed", "sparse-bitmask", "sparse-24-bitmask"]
 LAYOUTS: tuple[str, ...] = ("dense", "compressed", *OUTSIDE)
@@ -65,35 +66,29 @@ class Checkpoint:
         is_folder: whether the whole folder is meant.
         shards: names of the safetensors files.
         index: name of the index; None where there is none.
-        others: names of all other files of a folder, in subfolders too.
+        others: names of the files beside them, in subfolders too.
+        left: names of files with weights that are none of this checkpoint, such as other formats.
 
     Raises:
-        CheckpointError: no safetensors file, or an index that does not fit them.
+        CheckpointError: an index that does not fit the files.
         FileFormatError: a file contradicts itself.
+        FileNotFoundError: no safetensors file, or none that the index names.
         OSError: it cannot be read.
     """
 
     def __init__(self, path: str | Path) -> None:
         path = Path(path)
-        self.is_folder = path.is_dir()
-        self.index: str | None = None
-        self.others: list[str] = []
-        if not self.is_folder:
-            self.folder, self.shards = path.parent, [path.name]
-        else:
-            self.folder = path
-            names = sorted(str(p.relative_to(path)) for p in path.rglob("*") if p.is_file())
-            here = [name for name in names if "/" not in name]
-            indexes = [name for name in here if name.endswith(".safetensors.index.json")]
-            if len(indexes) > 1:
-                raise CheckpointError(f"{path}: expected one index, found {', '.join(indexes)}")
-            self.shards = [name for name in here if name.endswith(".safetensors")]
-            if indexes:
-                self.index = indexes[0]
-                self.shards = sorted(set(self.index_map.values()))
-            self.others = [name for name in names if name not in (*self.shards, self.index)]
-        if not self.shards:
-            raise CheckpointError(f"{path}: holds no safetensors file")
+        found = CheckpointFiles.find(path)
+        self.is_folder, self.folder = path.is_dir(), found.root
+        self.shards = list(found.weights)
+        self.index = next((name for name in found.others if name.endswith(INDEX)), None)
+        self.others = [name for name in found.others if name != self.index]
+        self.left = [name for name in found.ignored if not (found.root / name).is_dir()]
+        for folder in found.ignored:  # such as the pooling of a sentence encoder
+            for path in sorted((found.root / folder).rglob("*")):
+                if path.is_file():
+                    name = str(path.relative_to(found.root))
+                    (self.left if path.suffix in OTHER_WEIGHTS else self.others).append(name)
         self._check_index()
 
     @cached_property
@@ -125,30 +120,13 @@ class Checkpoint:
         """One tensor, dense, in memory of its own."""
         return self.files[self.where[name]].read(name)
 
-    @cached_property
-    def index_map(self) -> dict[str, str]:
-        """What the index says: name in the files -> shard."""
-        assert self.index is not None
-        try:
-            found = json.loads((self.folder / self.index).read_text())["weight_map"]
-            items = list(found.items())
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{self.index}: expected a weight_map, {error!r}") from error
-        for name, shard in items:
-            if not isinstance(shard, str) or Path(shard).name != shard:
-                raise CheckpointError(
-                    f"{self.index}: {name}: expected a file name, found {shard!r}"
-                )
-            if not (self.folder / shard).is_file():
-                raise CheckpointError(f"{self.index}: {name}: there is no file {shard}")
-        return found
-
     def _check_index(self) -> None:
         if self.index is None:
             return
+        index = json.loads((self.folder / self.index).read_text())["weight_map"]
         held = {key: s for s, file in self.files.items() for key in file.file.entries}
-        for name in self.index_map.keys() | held.keys():
-            says, is_in = self.index_map.get(name), held.get(name)
+        for name in index.keys() | held.keys():
+            says, is_in = index.get(name), held.get(name)
             if says != is_in:
                 raise CheckpointError(
                     f"{name}: {self.index} says it is in {says}, it is in {is_in or 'no file'}"
@@ -235,7 +213,8 @@ def sparsify_checkpoint(
 ) -> dict[str, StoredWeight]:
     """Sparsify a checkpoint without its model's code, tensor by tensor.
 
-    The output has the same shards, an index that fits them, and all other files. Memory holds no
+    The output has the same shards, an index that fits them, and the files beside them, except
+    weights in other formats (`Checkpoint.left`). Memory holds no
     more than three times the largest tensor. What was interrupted goes on when called again with
     the same arguments; finished shards are not done again.
 

@@ -86,10 +86,9 @@ class SafetensorsFile:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._file = open(self.path, "rb", buffering=0)  # noqa: SIM115 - closed with this object
-        self.nbytes = os.fstat(self._file.fileno()).st_size
-        self.header_bytes, header = _read_header(self._file, self.nbytes, str(path))
-        self.metadata = _read_metadata(header.pop("__metadata__", {}), str(path))
-        self.entries = _read_entries(header, self.header_bytes, self.nbytes, str(path))
+        layout = read_layout(self._file, str(path))
+        self.entries, self.metadata = layout.entries, layout.metadata
+        self.header_bytes, self.nbytes = layout.header_bytes, layout.nbytes
 
     @cached_property
     def _map(self) -> mmap.mmap:
@@ -127,6 +126,32 @@ class SafetensorsFile:
         """The bytes of one tensor."""
         entry = self.entries[name]
         return memoryview(self._map)[entry.start : entry.start + entry.nbytes]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a header says, once it is sure that it fits the file; see `SafetensorsFile`."""
+
+    entries: dict[str, Entry]
+    metadata: dict[str, str]
+    header_bytes: int
+    nbytes: int
+
+
+def read_layout(file: IO[bytes], path: str) -> Layout:
+    """Read and check the header of a safetensors file.
+
+    Args:
+        file: open for reading, at its beginning.
+        path: for messages.
+
+    Raises:
+        FileFormatError: the header contradicts itself or the file's length.
+    """
+    nbytes = os.fstat(file.fileno()).st_size
+    start, header = _read_header(file, nbytes, path)
+    metadata = _read_metadata(header.pop("__metadata__", {}), path)
+    return Layout(_read_entries(header, start, nbytes, path), metadata, start, nbytes)
 
 
 def _read_header(file: IO[bytes], nbytes: int, path: str) -> tuple[int, dict[str, Any]]:

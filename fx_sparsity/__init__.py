@@ -77,7 +77,14 @@ from fx_sparsity.sparsifier.calibrated import (
     TaylorSparsifier,
     WandaSparsifier,
 )
-from fx_sparsity.storage import export, load, parameters_on_meta, save, sparsify_checkpoint
+from fx_sparsity.storage import (
+    export,
+    load,
+    load_sparse,
+    parameters_on_meta,
+    save,
+    sparsify_checkpoint,
+)
 
 __all__ = [
     "NM",
@@ -137,6 +144,7 @@ __all__ = [
     "hold",
     "load",
     "load_dense_state_dict",
+    "load_sparse",
     "module_to_fqn",
     "parameters_on_meta",
     "post_training_sparse_quantize",

@@ -270,9 +270,7 @@ class _RowPruned(nn.Module):
         if indices.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"expected indices of int32 or int64, found {indices.dtype}")
         if indices.device != self.remap.device:
-            raise ValueError(
-                f"indices are on {indices.device}, the table is on {self.remap.device}"
-            )
+            raise ValueError(f"indices are on {indices.device}, the table is on {self.remap.device}")
         try:
             return operator(indices, *rest)
         except RuntimeError:  # all that C++ can raise

@@ -24,6 +24,7 @@ from fx_sparsity.storage.formats import (
 from fx_sparsity.storage.mapped import MappedFile, create_file
 from fx_sparsity.storage.meta import parameters_on_meta
 from fx_sparsity.storage.sharded import CheckpointFiles, MappedCheckpoint
+from fx_sparsity.storage.sparse import load_sparse
 
 __all__ = [
     "FORMATS",
@@ -46,6 +47,7 @@ __all__ = [
     "export",
     "find_stored_weights",
     "load",
+    "load_sparse",
     "parameters_on_meta",
     "remap",
     "save",

@@ -85,7 +85,7 @@ class Sparse24Bitmask:
         """See `Format.check`."""
         found = _check_bits(name, parts["bitmask"], shape)
         rows, columns = shape
-        if columns % 4 or bool((found.view(-1, 4).sum(1) != 2).any()):
+        if columns % 4 or bool((found.reshape(-1, 4).sum(1) != 2).any()):
             raise FileFormatError(f"{name}: expected two bits of every four")
         expect_part(name, "compressed", parts["compressed"], dtype, (rows, columns // 2))
 

@@ -391,10 +391,13 @@ class CompressedFile:
             return self.file.read(self._parts[name][""])
         return self.tensor(name)
 
-    def decode(self, name: str, out: Tensor) -> None:
-        """Write a tensor into `out`, contiguous, of its dtype and shape."""
+    def fill(self, name: str, target: Tensor) -> None:
+        """Write a tensor into `target`, of its shape; decoded there where that is possible."""
         name = self.same_as.get(name, name)
-        _ALL[self.forms[name]].decode(self.parts(name), out)
+        if _takes(target, *self.dtype_and_shape(name)):
+            _ALL[self.forms[name]].decode(self.parts(name), target.detach())
+        else:
+            target.detach().copy_(self.tensor(name))
 
     def faults(self) -> list[str]:
         """Tensors whose bytes do not match their checksum; empty for a file without checksums."""
@@ -508,12 +511,12 @@ def load(
         OSError: it cannot be read.
     """
     file = CompressedFile(path)
-    if check and (faults := file.faults()):
-        raise FileFormatError("\n".join(faults))
+    if check:
+        check_sums(file)
     if model is None:
         return _state(file, {})
     targets = model.state_dict(keep_vars=True)
-    _check_fits(file, targets)
+    check_fits(file, targets)
     state = _state(file, targets)
     state._metadata = getattr(targets, "_metadata", {})  # type: ignore[attr-defined]
     model.load_state_dict(state)
@@ -540,7 +543,7 @@ def _state(file: CompressedFile, targets: Mapping[str, Any]) -> "OrderedDict[str
     for name in file.forms:
         target = targets.get(name)
         if _takes(target, *file.dtype_and_shape(name)):
-            file.decode(name, target.detach())
+            file.fill(name, target)
             tensors[name] = target
         else:
             tensors[name] = file.tensor(name)
@@ -560,7 +563,13 @@ def _state(file: CompressedFile, targets: Mapping[str, Any]) -> "OrderedDict[str
     return state
 
 
-def _check_fits(file: CompressedFile, targets: Mapping[str, Any]) -> None:
+def check_sums(file: CompressedFile) -> None:
+    """Raise `FileFormatError` naming every tensor that does not match its checksum."""
+    if faults := file.faults():
+        raise FileFormatError("\n".join(faults))
+
+
+def check_fits(file: CompressedFile, targets: Mapping[str, Any]) -> None:
     """Raise `RuntimeError` unless a model whose state is `targets` can be loaded strictly."""
     faults = [f"{name}: not in the file" for name in targets if name not in set(file.keys)]
     faults += [f"{name}: not in the model" for name in file.keys if name not in targets]

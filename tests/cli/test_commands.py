@@ -53,9 +53,9 @@ def test_inspect(folder):
 tensor        dtype     shape  sparsity  pattern   bytes  dense  two_four  rows   block  bitmask
 ------------  --------  -----  --------  --------  -----  -----  --------  -----  -----  -------
 embed.weight  float32   64x32  25.0%     rows 25%  8192   8192   -         6152   6152   6400
-norm.weight   float32   64     0.0%      -         256    256    -         -      -      264
-mlp.weight    bfloat16  64x64  50.0%     2:4       8192   8192   4608      8200   8192   4608
-3 tensors     -         -      37.2%     -         16640  16640  13056     14608  14600  11272
+norm.weight   float32   64     0.0%      -         256    256    -         -      257    264
+mlp.weight    bfloat16  64x64  50.0%     2:4       8192   8192   4608      8200   8193   4608
+3 tensors     -         -      41.2%     -         16640  16640  13056     14608  14602  11272
 11016 bytes with the smallest format for each tensor; what a format cannot hold counts as dense
 """,
     )

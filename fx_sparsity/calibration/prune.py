@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fx_sparsity.calibration.batches import Batch, Captured, capture, read_batches
+from fx_sparsity.calibration.batches import Batch, Captured, capture, check_forms, read_batches
 from fx_sparsity.calibration.bias import estimate_batch_norms, find_biases, fits
 from fx_sparsity.calibration.gradients import Gradients, Loss, collect_gradients
 from fx_sparsity.calibration.observe import groups_of_module, observe
@@ -114,6 +114,7 @@ def prune(
     read = read_batches(model, batches)
     with _evaluating(model):
         with _buffers_kept(model):
+            check_forms(model, read)
             frame = _capture(model, read, dynamic_shapes)
             todo = _decide(model, sparsifier, frame, mapping)
             tensors = {canonical_fqn(name): tensor for name, tensor in named_tensors(model)}

@@ -1,7 +1,14 @@
 """Find, mask, quantize and prove weight sparsity in any PyTorch model, from its graph."""
 
 from fx_sparsity import quantization
-from fx_sparsity.calibration import CalibrationError, PrunedWeight, PruningReport, prune
+from fx_sparsity.calibration import (
+    CalibrationError,
+    CheckpointError,
+    PrunedWeight,
+    PruningReport,
+    prune,
+    prune_checkpoint,
+)
 from fx_sparsity.graph import (
     CaptureError,
     InputError,
@@ -70,7 +77,7 @@ from fx_sparsity.sparsifier.calibrated import (
     TaylorSparsifier,
     WandaSparsifier,
 )
-from fx_sparsity.storage import load, save
+from fx_sparsity.storage import load, parameters_on_meta, save
 
 __all__ = [
     "NM",
@@ -84,6 +91,7 @@ __all__ = [
     "CalibrationError",
     "CaptureError",
     "Channels",
+    "CheckpointError",
     "CriterionSparsifier",
     "CubicSL",
     "DataNormSparsifier",
@@ -129,9 +137,11 @@ __all__ = [
     "load",
     "load_dense_state_dict",
     "module_to_fqn",
+    "parameters_on_meta",
     "post_training_sparse_quantize",
     "prepare",
     "prune",
+    "prune_checkpoint",
     "quantization",
     "save",
     "squash",

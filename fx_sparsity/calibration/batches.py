@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
+from fx_sparsity.graph.blocks import OpenBlocks
 from fx_sparsity.graph.capture import (
     CaptureError,
     ExampleInputs,
@@ -156,6 +157,7 @@ def _export(model: nn.Module, batch: Batch, shapes: Any, given: bool) -> fx.Grap
 def _module(program: ExportedProgram) -> fx.GraphModule:
     module = program.module()
     assert isinstance(module, fx.GraphModule)
+    OpenBlocks()(module)
     return module
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fx_sparsity.calibration.batches import Batch, Captured, capture, check_forms, read_batches
 from fx_sparsity.calibration.bias import estimate_batch_norms, find_biases, fits
-from fx_sparsity.calibration.gradients import Gradients, Loss, collect_gradients
+from fx_sparsity.calibration.gradients import Loss, collect_gradients
 from fx_sparsity.calibration.observe import groups_of_module, observe
 from fx_sparsity.calibration.plan import (
     Plan,
@@ -22,24 +22,25 @@ from fx_sparsity.calibration.plan import (
     shared_inputs,
 )
 from fx_sparsity.calibration.progress import progress as show_progress
-from fx_sparsity.calibration.pruner import DONE, CalibrationError, Pruner
+from fx_sparsity.calibration.pruner import CalibrationError, Pruner
 from fx_sparsity.calibration.report import PruningReport
+from fx_sparsity.calibration.store import MaskStore, Store
 from fx_sparsity.calibration.walk import Meeting, Walk, canonical_names, find_meetings
 from fx_sparsity.graph.capture import CaptureError, ExampleInputs, named_tensors
 from fx_sparsity.graph.discovery import find_weights, read_graph
 from fx_sparsity.graph.mapping import SparsityMapping
-from fx_sparsity.graph.prepare import group_entry, mask_weights
+from fx_sparsity.graph.prepare import group_entry
 from fx_sparsity.graph.uses import canonical_fqn
 from fx_sparsity.graph.weight_map import WeightMap
 from fx_sparsity.masks import contains_nan
 from fx_sparsity.patterns import SparsityConfig
 from fx_sparsity.sparsifier import Mask
-from fx_sparsity.sparsifier.calibrated import CalibratedSparsifier
+from fx_sparsity.sparsifier.calibrated import CalibratedSparsifier, Statistic
 from fx_sparsity.sparsifier.target import MaskError, check_maskable, check_memory, mask_on
 
 _log = logging.getLogger(__name__)
 _Model = TypeVar("_Model", bound=nn.Module)
-_GRADIENTS = frozenset({"gradient", "gradient_norm"})
+GRADIENTS: frozenset[Statistic] = frozenset({"gradient", "gradient_norm"})
 
 
 def prune(
@@ -100,13 +101,50 @@ def prune(
             weights in different orders.
         ValueError: the method needs gradients and there is no loss.
     """
+    store = MaskStore(model, sparsifier)
+    options = Options(sequential, dynamic_shapes, loss, correct_bias, progress)
+    return model, calibrate(model, sparsifier, batches, mapping, store, options)
+
+
+class Options(NamedTuple):
+    """What `prune` takes beside model, method and data; see there."""
+
+    sequential: bool
+    dynamic_shapes: Any
+    loss: Loss | None
+    correct_bias: bool
+    progress: bool | None
+
+
+def calibrate(
+    model: nn.Module,
+    sparsifier: CalibratedSparsifier,
+    batches: Iterable[ExampleInputs],
+    mapping: SparsityMapping | None,
+    store: Store,
+    options: Options,
+) -> PruningReport:
+    """What `prune` does, wherever the pruned weights go.
+
+    Args:
+        model: as `prune` takes it; changed by `store` alone.
+        sparsifier: chooses masks and values.
+        batches: as `prune` takes them.
+        mapping: as `prune` takes it.
+        store: takes the pruned weights.
+        options: as `prune` takes them.
+
+    Raises:
+        What `prune` does.
+    """
     start = time.perf_counter()
+    sequential, dynamic_shapes, loss, correct_bias, progress = options
     if not isinstance(sparsifier, CalibratedSparsifier):
         raise TypeError(
             f"sparsifier: expected a CalibratedSparsifier, found {type(sparsifier).__name__}, "
             "which needs no data; call prepare and step"
         )
-    if sparsifier.needs & _GRADIENTS and loss is None:
+    if sparsifier.needs & GRADIENTS and loss is None:
         raise ValueError(
             f"{type(sparsifier).__name__} needs gradients: "
             "pass loss=, a function of what the model returns and the batch"
@@ -116,41 +154,42 @@ def prune(
         with _buffers_kept(model):
             check_forms(model, read)
             frame = _capture(model, read, dynamic_shapes)
-            todo = _decide(model, sparsifier, frame, mapping)
+            todo = _decide(model, sparsifier, frame, mapping, store)
             tensors = {canonical_fqn(name): tensor for name, tensor in named_tensors(model)}
             weights = {fqn: tensors[fqn] for fqn in todo.plans}
             _check_weights(model, weights)
-            if sparsifier.model is None and sparsifier.names:
-                sparsifier.attach(model)
-            gradients: Mapping[str, Gradients] = {}
-            if loss is not None and sparsifier.needs & _GRADIENTS:
-                gradients = collect_gradients(model, read, loss, weights)
             biases = _biases(frame, todo) if correct_bias else None
-            pruner = Pruner(
-                *(sparsifier, todo.plans, weights, gradients, biases),
-                mask=lambda fqn: _mask(model, sparsifier, frame.weights, todo.plans[fqn]),
-            )
+            pruner = Pruner(sparsifier, todo.plans, weights, biases, store)
+            walks = _walks(frame, pruner, store, todo.plans, sequential)
+            store.begin(frame.weights, todo.plans, weights)
+            if loss is not None and sparsifier.needs & GRADIENTS:
+                pruner.hold(collect_gradients(model, read, loss, weights))
+            if frame.captured:
+                complete = _complete(walks, sequential)
+            else:
+                complete = _observe(model, pruner, todo.plans, weights, read)
             try:
                 with torch.no_grad(), show_progress(len(todo.plans), progress) as advance:
-                    for fqn in _complete(model, frame, pruner, todo, weights, read, sequential):
+                    for fqn in complete:
                         why = pruner.prune(fqn)
                         if why is not None:
                             todo.dense[fqn] = why
                             _log.warning("%s is not pruned: %s", fqn, why)
                         advance(fqn)
             except BaseException as error:
-                _tell(error, pruner, len(todo.plans))
+                _tell(error, pruner, len(todo.plans), store)
                 raise
         if correct_bias:
             estimate_batch_norms(model, read)
     walked = bool(frame.captured)
-    return model, PruningReport(
+    return PruningReport(
         weights=tuple(pruner.pruned),
         dense=todo.dense,
         sequential=walked and sequential,
         why=frame.why if sequential or not walked else "asked for",
         batches=len(read),
         statistics_bytes=pruner.peak,
+        activation_bytes=sum(walk.peak for walk in walks),
         seconds=time.perf_counter() - start,
     )
 
@@ -202,6 +241,7 @@ def _decide(
     sparsifier: CalibratedSparsifier,
     frame: _Frame,
     mapping: SparsityMapping | None,
+    store: Store,
 ) -> _Todo:
     dense = {u.fqn: f"{u.reason} {u.detail}".strip() for u in frame.weights.unclaimed}
     wishes: Mapping[str, SparsityConfig | None] = dict.fromkeys(frame.weights)
@@ -215,14 +255,15 @@ def _decide(
         site = frame.weights[fqn]
         uses = [use for use in frame.uses[0] if use.fqn == fqn] if frame.uses else []
         try:
-            if fqn in sparsifier.names and DONE in sparsifier.state[fqn]:
-                raise Unreachable("pruned already by this sparsifier")
             if uses and only_scales(uses) and not (mapping and mapping.names(site)):
                 raise Unreachable("only a factor of constants; name it in the mapping to prune it")
             if any(use.node.graph is not frame.captured[0].graph.graph for use in uses):
                 raise Unreachable("used in a subgraph, whose inputs are not seen")
             groups = groups_in(uses) if frame.uses else groups_of_module(model, site)
-            plans[fqn] = make_plan(site, _config(sparsifier, fqn, wish), groups)
+            plan = make_plan(site, _config(sparsifier, fqn, wish), groups)
+            if store.is_done(plan):
+                raise Unreachable("pruned already by this sparsifier")
+            plans[fqn] = plan
         except Unreachable as reason:
             dense[fqn] = str(reason)
     for fqn, why in dense.items():
@@ -266,42 +307,48 @@ def _check_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
         raise MaskError(f"{bad} contains NaN; it cannot be ranked")
 
 
-def _complete(
-    model: nn.Module,
-    frame: _Frame,
-    pruner: Pruner,
-    todo: _Todo,
-    weights: Mapping[str, Tensor],
-    batches: Sequence[Batch],
-    sequential: bool,
-) -> Iterator[str]:
-    """FQN after FQN, each when all that meets the weight has been taken in."""
-    if not todo.plans:
-        return
-    if not frame.captured:
-        tables = {fqn for fqn, plan in todo.plans.items() if plan.table}
-        arguments = (tables, pruner.columns, pruner.take, pruner.refuse)
-        found = observe(model, batches, weights, *arguments)
-        if pruner.biases is not None:
-            pruner.biases = {fqn: b for fqn, b in found.items() if fits(b, todo.plans[fqn])}
-        yield from todo.plans
-        return
+def _walks(
+    frame: _Frame, pruner: Pruner, store: Store, plans: Mapping[str, Plan], sequential: bool
+) -> list[Walk]:
+    """A walk through every graph; none where there is no graph, or nothing to prune."""
+    if not plans or not frame.captured:
+        return []
     named = canonical_names(frame.weights)
     walks: list[Walk] = []
     shared: list[dict[str, str]] = []
     for captured, uses in zip(frame.captured, frame.uses, strict=True):
-        counted = [u for u in uses if u.fqn in todo.plans and todo.plans[u.fqn].counts(u.use)]
-        arguments = (named, pruner.columns, pruner.read, pruner.take, pruner.refuse)
+        counted = [u for u in uses if u.fqn in plans and plans[u.fqn].counts(u.use)]
+        arguments = (named, pruner.columns, store.read, pruner.take, pruner.refuse)
         walks.append(Walk(captured.graph, captured.batches, counted, *arguments))
-        shared.append(shared_inputs(walks[-1].order, counted, todo.plans))
+        shared.append(shared_inputs(walks[-1].order, counted, plans))
     _check_orders(walks, frame.captured)
     if sequential:
         pruner.shares = dict(set.intersection(*(set(found.items()) for found in shared)))
+    return walks
+
+
+def _complete(walks: Sequence[Walk], sequential: bool) -> Iterator[str]:
+    """FQN after FQN, each when all that meets the weight has been taken in."""
     steps = zip(*walks, strict=True)
     if sequential:
         yield from (fqns[0] for fqns in steps)
     else:
         yield from [fqns[0] for fqns in steps]
+
+
+def _observe(
+    model: nn.Module,
+    pruner: Pruner,
+    plans: Mapping[str, Plan],
+    weights: Mapping[str, Tensor],
+    batches: Sequence[Batch],
+) -> Iterator[str]:
+    """FQN after FQN, when all that meets any weight of the running model has been taken in."""
+    tables = {fqn for fqn, plan in plans.items() if plan.table}
+    found = observe(model, batches, weights, tables, pruner.columns, pruner.take, pruner.refuse)
+    if pruner.biases is not None:
+        pruner.biases = {fqn: bias for fqn, bias in found.items() if fits(bias, plans[fqn])}
+    yield from plans
 
 
 def _check_orders(walks: Sequence[Walk], captured: Sequence[Captured]) -> None:
@@ -318,19 +365,13 @@ def _check_orders(walks: Sequence[Walk], captured: Sequence[Captured]) -> None:
             )
 
 
-def _mask(
-    model: nn.Module, sparsifier: CalibratedSparsifier, weights: WeightMap, plan: Plan
-) -> None:
-    mask_weights(model, sparsifier, weights, {plan.fqn: plan.config})
-
-
-def _tell(error: BaseException, pruner: Pruner, total: int) -> None:
+def _tell(error: BaseException, pruner: Pruner, total: int, store: Store) -> None:
     """Add to an error what has been done so far."""
     done = len(pruner.pruned)
     if done:
         note = (
             f"{done} of {total} weights are pruned, the last of them {pruner.pruned[-1].fqn}; "
-            "the others are untouched. Call prune again with the same sparsifier to go on."
+            f"the others are untouched. {store.how_to_go_on}"
         )
         error.add_note(note)
         _log.warning("%s", note)

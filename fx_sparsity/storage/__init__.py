@@ -9,14 +9,22 @@ from fx_sparsity.storage.formats import (
     Format,
     smallest_format,
 )
+from fx_sparsity.storage.mapped import MappedFile, create_file
+from fx_sparsity.storage.meta import parameters_on_meta
+from fx_sparsity.storage.sharded import CheckpointFiles, MappedCheckpoint
 
 __all__ = [
     "FORMATS",
     "Bitmask",
+    "CheckpointFiles",
     "Dense",
     "FileFormatError",
     "Format",
+    "MappedCheckpoint",
+    "MappedFile",
+    "create_file",
     "load",
+    "parameters_on_meta",
     "save",
     "smallest_format",
 ]

@@ -1,0 +1,46 @@
+// Which instructions the kernels use: the best of those compiled in, or what FX_SPARSITY_CPU names.
+//
+// The library is compiled for the machine it runs on, so that what the compiler lacks the machine
+// lacks as well. A weaker level is chosen only to test it.
+#pragma once
+
+#include <cstdlib>
+#include <string>
+
+#include <torch/csrc/stable/library.h>
+
+#include "lanes_portable.h"
+#if defined(__AVX2__) && defined(__FMA__)
+#include "lanes_avx2.h"
+#define FX_AVX2 1
+#else
+#define FX_AVX2 0
+#endif
+#if defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512VBMI2__) && \
+    defined(__AVX512VNNI__) && defined(__AVX512BF16__)
+#include "lanes_avx512.h"
+#define FX_AVX512 1
+#else
+#define FX_AVX512 0
+#endif
+
+namespace fx {
+
+// Calls `work(Cpu{})` with Avx512, Avx2 or Portable.
+template <class Work>
+auto with_cpu(const Work& work) {
+  const char* named = std::getenv("FX_SPARSITY_CPU");
+  const std::string name = named ? named : "";
+#if FX_AVX512
+  if (name.empty() || name == "avx512") return work(Avx512{});
+#endif
+#if FX_AVX2
+  if (name.empty() || name == "avx2") return work(Avx2{});
+#endif
+  STD_TORCH_CHECK(
+      name.empty() || name == "portable", "FX_SPARSITY_CPU is '", name,
+      "', which is not one of the kernels of this machine: avx512, avx2, portable");
+  return work(Portable{});
+}
+
+}  // namespace fx

@@ -1,0 +1,225 @@
+"""A linear layer whose weight is packed."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from fx_sparsity.kernels.activations import ACTIVATIONS, QUANTIZERS
+from fx_sparsity.kernels.ops import expect_input, linear_operator
+from fx_sparsity.kernels.packing import PACKINGS, Packing, PackingError
+
+
+class SparseLinear(nn.Module):
+    """A linear layer for inference that keeps and multiplies only what is not zero.
+
+    Made by `from_dense`. The packed weight lies in buffers named after the packing's parts; what
+    `load_state_dict` brings is checked before it replaces them, and may have other zeros.
+    Activations must have the dtype of the weight, or, where that is int8, be fp32 or bf16.
+
+    Attributes:
+        in_features: size of the last dimension of the activations.
+        out_features: size of the last dimension of the result.
+        packing: a key of `PACKINGS`.
+        weight_dtype: of the packed values: fp32, bf16 or int8.
+        quantize_input: one of "none" (activations as they are), and for int8 weights
+            "token_symmetric", "token_affine" and "tensor_affine", see `activations.quantize`.
+        activation: one of "none", "relu", "gelu", "gelu_tanh", "silu".
+        scale: fp32 [out], one a row of int8 codes; else None.
+        bias: [out], or None.
+    """
+
+    scale: Tensor | None
+    row_sums: Tensor | None
+
+    def __init__(
+        self,
+        parts: Mapping[str, Tensor],
+        shape: torch.Size,
+        weight_dtype: torch.dtype,
+        bias: Tensor | None,
+        *,
+        packing: str,
+        scale: Tensor | None,
+        row_sums: Tensor | None,
+        quantize_input: str,
+        activation: str,
+    ) -> None:
+        super().__init__()
+        self.out_features, self.in_features = shape
+        self.packing = packing
+        self.weight_dtype = weight_dtype
+        self.quantize_input = quantize_input
+        self.activation = activation
+        for name, part in parts.items():
+            self.register_buffer(name, part)
+        self.register_buffer("scale", scale)
+        self.register_buffer("row_sums", row_sums)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=bias.requires_grad)
+
+    @classmethod
+    def from_dense(
+        cls,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *,
+        packing: str,
+        scale: Tensor | None = None,
+        quantize_input: str = "none",
+        activation: str = "none",
+    ) -> Self:
+        """Pack a dense weight.
+
+        Args:
+            weight: [out, in], fp32, bf16, or int8 codes whose zero is 0.
+            bias: [out], or None.
+            packing: a key of `PACKINGS`.
+            scale: [out], what each row's codes are multiplied by; for int8 only.
+            quantize_input: how activations meet int8 codes.
+            activation: applied to the result.
+
+        Raises:
+            ValueError: an option is unknown, options do not fit each other, or a shape is wrong.
+            PackingError: the packing refuses the weight.
+        """
+        _expect_one_of("packing", packing, PACKINGS)
+        _expect_one_of("quantize_input", quantize_input, QUANTIZERS)
+        _expect_one_of("activation", activation, ACTIVATIONS)
+        weight = weight.detach()
+        if reason := PACKINGS[packing].refusal(weight):
+            raise PackingError(f"{packing}: {reason}")
+        for name, vector in (("bias", bias), ("scale", scale)):
+            if vector is not None and vector.shape != weight.shape[:1]:
+                raise ValueError(
+                    f"{name} is {list(vector.shape)}, expected [{weight.shape[0]}], one an output"
+                )
+            if vector is not None and vector.device != weight.device:
+                raise ValueError(f"{name} is on {vector.device}, the weight on {weight.device}")
+        coded = weight.dtype == torch.int8
+        if coded != (scale is not None):
+            raise ValueError(f"a {weight.dtype} weight {'needs a' if coded else 'takes no'} scale")
+        if quantize_input != "none" and not coded:
+            raise ValueError(f"quantize_input={quantize_input!r} needs int8 codes as the weight")
+        return cls(
+            PACKINGS[packing].pack(weight),
+            weight.shape,
+            weight.dtype,
+            bias,
+            packing=packing,
+            scale=None if scale is None else scale.detach().float().contiguous(),
+            row_sums=None if quantize_input == "none" else weight.sum(1, dtype=torch.int32),
+            quantize_input=quantize_input,
+            activation=activation,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out], in the dtype of x.
+
+        Raises:
+            TypeError: x has a dtype that the weight cannot meet.
+            ValueError: its last dimension is not `in_features`, or it lies on another device.
+        """
+        expect_input(x, self.in_features)
+        if x.dtype != self.weight_dtype and self.weight_dtype != torch.int8:
+            raise TypeError(f"activations are {x.dtype}, the weight is {self.weight_dtype}")
+        if x.device != self._device:
+            raise ValueError(f"activations are on {x.device}, the weight is on {self._device}")
+        return linear_operator(self._packing)(
+            x,
+            *self.parts().values(),
+            self.scale,
+            self.row_sums,
+            None if self.bias is None else self.bias.to(x.dtype),
+            self.in_features,
+            self.out_features,
+            self.quantize_input,
+            self.activation,
+        )
+
+    def parts(self) -> dict[str, Tensor]:
+        """The packed weight by the names of its packing's parts."""
+        return {name: getattr(self, name) for name in self._packing.parts}
+
+    def dense_codes(self) -> Tensor:
+        """The weight as it was packed, [out, in], in `weight_dtype`; +0.0 for what was zero."""
+        return self._packing.unpack(self.parts(), self._shape, self.weight_dtype)
+
+    def dense_weight(self) -> Tensor:
+        """What the layer multiplies by, [out, in]: fp32 or bf16, int8 codes times their scale."""
+        codes = self.dense_codes()
+        return codes if self.scale is None else codes * self.scale.unsqueeze(1)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed weight with its scales, without the bias."""
+        tensors = [*self.parts().values(), self.scale, self.row_sums]
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+    def extra_repr(self) -> str:
+        """Shape, packing, dtype and what is applied."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, packing={self.packing!r}, "
+            f"weight_dtype={self.weight_dtype}, quantize_input={self.quantize_input!r}, "
+            f"activation={self.activation!r}"
+        )
+
+    @property
+    def _packing(self) -> Packing:
+        return PACKINGS[self.packing]
+
+    @property
+    def _device(self) -> torch.device:
+        return next(iter(self.parts().values())).device
+
+    @property
+    def _shape(self) -> torch.Size:
+        return torch.Size((self.out_features, self.in_features))
+
+    def _expect_sums(self, codes: Tensor, row_sums: Tensor) -> None:
+        if not torch.equal(codes.sum(1, dtype=torch.int32), row_sums):
+            raise PackingError("row_sums are not the sums of the packed codes")
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+        """Check the parts, then let them in: they are as long as there are non-zeros."""
+        names = self._packing.parts
+        found = {name: state_dict[prefix + name] for name in names if prefix + name in state_dict}
+        if len(found) == len(names):
+            try:
+                self._packing.check(found, self._shape, self.weight_dtype)
+                if self.row_sums is not None and prefix + "row_sums" in state_dict:
+                    codes = self._packing.unpack(found, self._shape, self.weight_dtype)
+                    self._expect_sums(codes, state_dict[prefix + "row_sums"])
+            except PackingError as error:
+                rest[-1].append(f"{prefix[:-1] or 'SparseLinear'}: {error}")
+                return
+            for name, part in found.items():
+                own = getattr(self, name)
+                if own.shape != part.shape:
+                    setattr(self, name, own.new_empty(part.shape))
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move or convert; a weight of another dtype lies otherwise and is packed anew."""
+        like = fn(torch.empty(0, dtype=self.weight_dtype, device=self._device))
+        parts = None
+        if like.dtype != self.weight_dtype:
+            weight = self.dense_codes().to(like)
+            if reason := self._packing.refusal(weight):
+                raise PackingError(f"{self.packing}: {reason}")
+            parts = self._packing.pack(weight)
+        scale = self.scale
+        super()._apply(fn, recurse)
+        if scale is not None:  # stays fp32
+            self.scale = scale.to(like.device)
+        if parts is not None:
+            self.weight_dtype = like.dtype
+            for name, part in parts.items():
+                setattr(self, name, part)
+        return self
+
+
+def _expect_one_of(name: str, value: str, known: Any) -> None:
+    if value not in known:
+        raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(repr, known))}")

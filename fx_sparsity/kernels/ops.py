@@ -1,0 +1,133 @@
+"""The operators of the packings, as torch sees them: schema, fake, gradient, plain torch.
+
+They are defined here, in Python, with plain torch for every device. On the first call on a CPU
+that loads the C++ library, whose kernels are then found instead, here and in whatever program was
+compiled or exported before.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from fx_sparsity.kernels.activations import (
+    ACTIVATIONS,
+    activation_gradient,
+    quantize,
+)
+from fx_sparsity.kernels.native import LIBRARY
+from fx_sparsity.kernels.packing import PACKINGS, Packing
+
+NAMESPACE = "fx_sparsity"
+
+Linear = Callable[..., Tensor]
+
+
+def linear_operator(packing: Packing) -> Linear:
+    """The operator that multiplies by a packed weight.
+
+    Schema, after x [..., in] and the packing's parts:
+        scale: fp32 [out], of int8 codes; None for fp32 and bf16 weights.
+        row_sums: int32 [out], sums of the codes of each output; None unless activations are
+            quantized.
+        bias: of the dtype of x, [out]; or None.
+        in_features, out_features: the shape of the weight.
+        quantize_input: one of `QUANTIZERS`.
+        activation: one of `ACTIVATIONS`.
+
+    Returns [..., out] in the dtype of x. Sums run in fp32, or int32 where activations are
+    quantized, and are rounded once, after the activation. The gradient of quantized activations
+    is that of the same weight without their rounding.
+    """
+    return getattr(getattr(torch.ops, NAMESPACE), packing.operator).default
+
+
+def _define(packing: Packing) -> None:
+    """Register the operator of `packing`."""
+    parts = ", ".join(f"Tensor {name}" for name in packing.parts)
+    name = f"{NAMESPACE}::{packing.operator}"
+    count = len(packing.parts)
+    torch.library.define(
+        name,
+        f"(Tensor x, {parts}, Tensor? scale, Tensor? row_sums, Tensor? bias, int in_features, "
+        "int out_features, str quantize_input, str activation) -> Tensor",
+        tags=(torch.Tag.pt2_compliant_tag,),
+    )
+
+    def dense(
+        parts: tuple[Tensor, ...], scale: Tensor | None, shape: torch.Size, like: Tensor
+    ) -> Tensor:
+        dtype = like.dtype if scale is None else torch.int8
+        weight = packing.unpack(dict(zip(packing.parts, parts, strict=True)), shape, dtype)
+        return weight.float() if scale is None else weight.float() * scale.unsqueeze(1)
+
+    @torch.library.impl(name, "CompositeExplicitAutograd")
+    def plain(x: Tensor, *rest: Any) -> Tensor:
+        if x.device.type == "cpu" and LIBRARY.ready() and _has_cpu_kernel(name):
+            return linear_operator(packing)(x, *rest)
+        parts, (scale, _, bias, inputs, outputs, how, activation) = rest[:count], rest[count:]
+        expect_input(x, inputs)
+        shape = torch.Size((outputs, inputs))
+        if how == "none" or not x.numel():
+            y = linear(x.float(), dense(parts, scale, shape, x))
+        else:
+            codes, x_scale, zero_point = quantize(x, how)
+            weight = packing.unpack(dict(zip(packing.parts, parts, strict=True)), shape, torch.int8)
+            # Exact: sums of products of 8-bit integers fit into the 53 bits of a double.
+            product = linear((codes - zero_point).double(), weight.double())
+            y = product.float() * (x_scale * scale)
+        if bias is not None:
+            y = y + bias.float()
+        return ACTIVATIONS[activation](y).to(x.dtype)
+
+    @torch.library.register_fake(name)
+    def fake(x: Tensor, *rest: Any) -> Tensor:
+        inputs, outputs = rest[count + 3 : count + 5]
+        expect_input(x, inputs)
+        return x.new_empty((*x.shape[:-1], outputs))
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        tensors = [value if isinstance(value, Tensor) else None for value in inputs[: count + 4]]
+        ctx.save_for_backward(*tensors)
+        ctx.rest = inputs[count + 4 :]
+
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        x, *parts, scale, row_sums, bias = ctx.saved_tensors
+        inputs, outputs, how, activation = ctx.rest
+        if activation != "none":
+            rest = (scale, row_sums, bias, inputs, outputs, how, "none")
+            grad = activation_gradient(activation, grad, linear_operator(packing)(x, *parts, *rest))
+        needs = ctx.needs_input_grad
+        to_x = to_bias = None
+        if needs[0]:
+            weight = dense(tuple(parts), scale, torch.Size((outputs, inputs)), x)
+            to_x = (grad.float() @ weight).to(x.dtype)
+        if needs[count + 3]:
+            to_bias = grad.float().flatten(0, -2).sum(0).to(bias.dtype)
+        return (to_x, *[None] * (count + 2), to_bias, *[None] * 4)
+
+    torch.library.register_autograd(name, backward, setup_context=setup_context)
+
+
+def expect_input(x: Tensor, in_features: int) -> None:
+    """Raise where an operator cannot take activations `x`.
+
+    Raises:
+        TypeError: x is neither fp32 nor bf16.
+        ValueError: its last dimension is not `in_features`.
+    """
+    if x.dtype not in (torch.float32, torch.bfloat16):
+        raise TypeError(f"activations are {x.dtype}, expected float32 or bfloat16")
+    if not x.dim() or x.shape[-1] != in_features:
+        raise ValueError(f"activations are {list(x.shape)}, expected [..., {in_features}]")
+
+
+def _has_cpu_kernel(name: str) -> bool:
+    # Private, since torch.library tells of no kernels; without it this function would call itself.
+    return torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU")
+
+
+for _packing in {packing.operator: packing for packing in PACKINGS.values()}.values():
+    _define(_packing)

@@ -1,0 +1,56 @@
+"""What a packing of sparse weights is, and the packings there are."""
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fx_sparsity.kernels.bitmask import Bitmask
+from fx_sparsity.kernels.panels import PackingError
+
+__all__ = ["PACKINGS", "Packing", "PackingError"]
+
+
+class Packing(Protocol):
+    """A way to store the non-zeros of an [out, in] weight that an operator reads directly.
+
+    A zero is an element that compares equal to zero, so -0.0 is one.
+    """
+
+    @property
+    def name(self) -> str:
+        """The key in `PACKINGS`."""
+        ...
+
+    @property
+    def operator(self) -> str:
+        """The operator in `torch.ops.fx_sparsity` that reads the parts; packings may share one."""
+        ...
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The names of the packed tensors, in the order in which the operator takes them."""
+        ...
+
+    def refusal(self, weight: Tensor) -> str | None:
+        """Why this dense [out, in] weight cannot be packed, in words; None if it can."""
+        ...
+
+    def pack(self, weight: Tensor) -> dict[str, Tensor]:
+        """Pack a weight that is not refused: fp32, bf16 or int8, on any device, of any strides."""
+        ...
+
+    def unpack(self, parts: Mapping[str, Tensor], shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """The dense weight: exact for every kept value, +0.0 for the others. Traceable."""
+        ...
+
+    def check(self, parts: Mapping[str, Tensor], shape: torch.Size, dtype: torch.dtype) -> None:
+        """Raise PackingError, naming what is corrupt, unless a kernel can read `parts` safely.
+
+        Done once when parts are made or loaded, so that a kernel need not look for bounds.
+        """
+        ...
+
+
+PACKINGS: dict[str, Packing] = {packing.name: packing for packing in (Bitmask(),)}

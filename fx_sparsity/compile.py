@@ -151,8 +151,11 @@ class _Known:
         assert plan.choice.packing is not None
         assert isinstance(plan.place, NodePlace)
         key = f"{config} {plan.place.seen.steps}", plan.choice.packing
-        layer = plan.layer.pack(plan.choice.packing, self._packed.get(key))
-        return self._packed.setdefault(key, layer)
+        layer = plan.choice.packed
+        if not isinstance(layer, LoweredLinear) or key in self._packed:
+            layer = plan.layer.pack(plan.choice.packing, self._packed.get(key))
+        self._packed.setdefault(key, layer)
+        return layer
 
 
 _KNOWN = WeakTensorKeyDictionary()

@@ -81,7 +81,9 @@ def pack_all(planned: Iterable[Planned]) -> dict[Place, LoweredLinear | Lookup]:
     for plan in planned:
         if plan.layer is not None and plan.choice.packing is not None:
             key = id(plan.place.tensor), plan.choice.packing
-            new = plan.layer.pack(plan.choice.packing, first.get(key))
+            new = plan.choice.packed
+            if new is None or key in first:
+                new = plan.layer.pack(plan.choice.packing, first.get(key))
             packed[plan.place] = new
             if isinstance(new, LoweredLinear):
                 first[key] = new

@@ -23,7 +23,7 @@ X = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
 @pytest.fixture(autouse=True)
 def own_table(tmp_path, monkeypatch):
     """What is measured here is nobody's business; the compiled kernels stay where they are."""
-    monkeypatch.setattr(timing, "path", lambda: tmp_path / "timings.json")
+    monkeypatch.setattr(timing, "folders", lambda: [tmp_path])
 
 
 @pytest.fixture(autouse=True)
@@ -188,6 +188,7 @@ def test_a_lowered_model_exports_and_compiles_once_more_at_most():
     assert counter.frame_count <= 2
 
 
+@pytest.mark.exhaustive
 def test_an_aot_inductor_package_of_a_lowered_model(tmp_path):
     model = sparse()
     lowered, _ = lower(copy.deepcopy(model), (X,), "always")
@@ -299,7 +300,7 @@ lowered       pattern               density  kernel   gain at tokens  bytes befo
 plain.weight  unstructured 71.875%  28.1%    bitmask  not measured            1024    400
 
 left as it was             pattern                  density  reason
--------------------------  -----------------------  -------  -------------------------------------------------
+-------------------------  -----------------------  -------  ----------------------------------------------------
 own.weight                 -                        -        Doubled has a forward of its own
 hooked.weight              -                        -        it has hooks
 normed.weight              -                        -        its weight is computed anew at each call
@@ -308,8 +309,8 @@ unused.weight              unstructured 75.390625%  24.6%    example_inputs neve
 halved.weight              4:8                      25.0%    no kernel for inputs of torch.float16
 attention.out_proj.weight  -                        -        its weight is read by the module around it
 bare                       -                        100.0%   no module or node that lowering replaces holds it
-experts                    -                        100.0%   no module or node that lowering replaces holds it
-conv.weight                -                        100.0%   no kernel for weights of kind conv
+experts                    -                        100.0%   no kernel for weights of kind matmul in 3 dimensions
+conv.weight                -                        100.0%   no kernel for weights of kind conv in 3 dimensions
 attention.in_proj_weight   unstructured 76.5625%    23.4%    no module or node that lowering replaces holds it
 
 1 of 12 weights lowered; 0.0132 MiB of weights before, 0.0126 MiB after""",
@@ -389,6 +390,7 @@ def test_auto_measures_tables_too(table):
     model = nn.Sequential(pruned_rows(nn.Embedding(100, 16)))
     _, report = lower(model, (torch.randint(100, (4, 6)),))
     assert report["0.weight"].reason.startswith("not faster here: rows at 24 tokens 0.5x")
+    timing.forget()
     table |= {(100, 24): timed(1.5)}
     _, report = lower(model, (torch.randint(100, (4, 6)),))
     assert report["0.weight"].kernel == "rows"

@@ -86,7 +86,14 @@ from fx_sparsity.sparsifier.calibrated import (
     TaylorSparsifier,
     WandaSparsifier,
 )
-from fx_sparsity.storage import load, parameters_on_meta, save
+from fx_sparsity.storage import (
+    export,
+    load,
+    load_sparse,
+    parameters_on_meta,
+    save,
+    sparsify_checkpoint,
+)
 
 __all__ = [
     "NM",
@@ -143,6 +150,7 @@ __all__ = [
     "WeightNormSparsifier",
     "WeightSite",
     "dense_state_dict",
+    "export",
     "find_weights",
     "fqn_to_module",
     "get_arg_info_from_tensor_fqn",
@@ -150,6 +158,7 @@ __all__ = [
     "load",
     "load_dense_state_dict",
     "lower",
+    "load_sparse",
     "module_to_fqn",
     "parameters_on_meta",
     "post_training_sparse_quantize",
@@ -159,6 +168,7 @@ __all__ = [
     "quantization",
     "save",
     "sparsify_",
+    "sparsify_checkpoint",
     "squash",
     "take_over_pruned",
     "unlower",

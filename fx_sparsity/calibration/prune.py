@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fx_sparsity.calibration.batches import Batch, Captured, capture, read_batches
-from fx_sparsity.calibration.bias import estimate_batch_norms, find_biases
+from fx_sparsity.calibration.bias import estimate_batch_norms, find_biases, fits
 from fx_sparsity.calibration.gradients import Loss, collect_gradients
 from fx_sparsity.calibration.observe import groups_of_module, observe
 from fx_sparsity.calibration.plan import (
@@ -271,6 +271,7 @@ def _decide(
 
 
 def _biases(frame: _Frame, todo: _Todo) -> dict[str, Tensor]:
+    """As the graph shows them; those of a running model are only known when it has run."""
     if not frame.captured:
         return {}
     return find_biases(frame.captured[0].graph, frame.uses[0], todo.plans)
@@ -343,7 +344,10 @@ def _observe(
 ) -> Iterator[str]:
     """FQN after FQN, when all that meets any weight of the running model has been taken in."""
     tables = {fqn for fqn, plan in plans.items() if plan.table}
-    observe(model, batches, weights, tables, pruner.columns, pruner.take, pruner.refuse)
+    arguments = (tables, pruner.columns, pruner.take, pruner.refuse)
+    found = observe(model, batches, weights, *arguments)
+    if pruner.biases is not None:
+        pruner.biases = {fqn: bias for fqn, bias in found.items() if fits(bias, plans[fqn])}
     yield from plans
 
 

@@ -1,10 +1,12 @@
 """Sparse operators, modules that use them, and what puts those into models."""
 
+from fx_sparsity.kernels.embedding import RowPrunedEmbedding, RowPrunedEmbeddingBag
 from fx_sparsity.kernels.linear import SparseLinear
 from fx_sparsity.kernels.lower import lower, unlower
 from fx_sparsity.kernels.packing import PACKINGS, Packing, PackingError
 from fx_sparsity.kernels.policy import LoweringError
 from fx_sparsity.kernels.report import LoweredWeight, LoweringReport
+from fx_sparsity.kernels.row_table import RowTable
 from fx_sparsity.kernels.sparsify import (
     BlockSparseWeightConfig,
     SemiSparseWeightConfig,
@@ -19,6 +21,9 @@ __all__ = [
     "LoweringReport",
     "Packing",
     "PackingError",
+    "RowPrunedEmbedding",
+    "RowPrunedEmbeddingBag",
+    "RowTable",
     "SemiSparseWeightConfig",
     "SparseLinear",
     "lower",

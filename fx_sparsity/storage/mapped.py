@@ -13,29 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fx_sparsity.storage.formats import FileFormatError
-
-DTYPES: dict[str, torch.dtype] = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I16": torch.int16,
-    "U16": torch.uint16,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I32": torch.int32,
-    "U32": torch.uint32,
-    "F32": torch.float32,
-    "I64": torch.int64,
-    "U64": torch.uint64,
-    "F64": torch.float64,
-    "C64": torch.complex64,
-}
-"""Names of dtypes in a safetensors header."""
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_LONGEST_HEADER = 100_000_000
+from fx_sparsity.storage.container import DTYPE_NAMES, Entry, FileFormatError, read_layout
 
 
 class MappedFile(Mapping[str, Tensor]):
@@ -60,48 +38,35 @@ class MappedFile(Mapping[str, Tensor]):
     def __init__(self, path: str | Path, *, writable: bool = False) -> None:
         self.path = Path(path)
         with open(path, "r+b" if writable else "rb") as file:
-            size = file.seek(0, 2)
-            file.seek(0)
-            length = struct.unpack("<Q", file.read(8))[0] if size >= 8 else _LONGEST_HEADER + 1
-            if length > min(size - 8, _LONGEST_HEADER):
-                raise FileFormatError(f"{path}: expected a safetensors file, found no header")
-            try:
-                header = json.loads(file.read(length))
-            except ValueError as error:
-                raise FileFormatError(f"{path}: its header is no JSON: {error}") from error
+            layout = read_layout(file, str(path))
             access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
             self._map = mmap.mmap(file.fileno(), 0, access=access)
-        start = 8 + length
-        self.metadata: dict[str, str] = header.pop("__metadata__", {})
-        _check_header(self.path, header, size - start)
-        self._spans = {
-            name: (start + entry["data_offsets"][0], start + entry["data_offsets"][1])
-            for name, entry in header.items()
-        }
-        self._tensors = {name: self._tensor(name, entry) for name, entry in header.items()}
+        self.metadata = layout.metadata
+        self._entries = layout.entries
+        self._tensors = {name: self._tensor(name, entry) for name, entry in layout.entries.items()}
 
-    def _tensor(self, name: str, entry: Mapping[str, Any]) -> Tensor:
-        begin, end = self._spans[name]
-        dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
-        if begin == end:
-            return torch.empty(shape, dtype=dtype)
-        if begin % dtype.itemsize:
+    def _tensor(self, name: str, entry: Entry) -> Tensor:
+        dtype = entry.dtype
+        if not entry.nbytes:
+            return torch.empty(entry.shape, dtype=dtype)
+        if entry.start % dtype.itemsize:
             raise FileFormatError(
                 f"{name}: expected its {dtype} to begin at a multiple of {dtype.itemsize} bytes in "
-                f"{self.path}, found {begin}; load the file and save it anew"
+                f"{self.path}, found {entry.start}; load the file and save it anew"
             )
+        place = {"offset": entry.start, "count": entry.nbytes}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The given buffer is not writable")
-            flat = torch.frombuffer(self._map, dtype=torch.uint8, offset=begin, count=end - begin)
-        return flat.view(dtype).view(shape)
+            flat = torch.frombuffer(self._map, dtype=torch.uint8, **place)
+        return flat.view(dtype).view(entry.shape)
 
     def flush(self, *names: str) -> None:
         """Have what was written into tensors on the disk; into all of them without names."""
         for name in names or self:
-            begin, end = self._spans[name]
-            page = begin // mmap.PAGESIZE * mmap.PAGESIZE
-            if end > begin:
-                self._map.flush(page, end - page)
+            entry = self._entries[name]
+            page = entry.start // mmap.PAGESIZE * mmap.PAGESIZE
+            if entry.nbytes:
+                self._map.flush(page, entry.start + entry.nbytes - page)
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name]
@@ -134,7 +99,7 @@ def create_file(
         dtype, shape = tensors[name]
         end = offset + math.prod(shape) * dtype.itemsize
         header[name] = {
-            "dtype": _NAMES[dtype],
+            "dtype": DTYPE_NAMES[dtype],
             "shape": list(shape),
             "data_offsets": [offset, end],
         }
@@ -145,28 +110,3 @@ def create_file(
         file.write(struct.pack("<Q", len(text)) + text)
         file.flush()
         os.posix_fallocate(file.fileno(), 0, 8 + len(text) + offset)
-
-
-def _check_header(path: Path, header: Any, size: int) -> None:
-    """Raise `FileFormatError` unless the tensors of a header fill `size` bytes, without overlap."""
-    spans = []
-    for name, entry in header.items():
-        try:
-            dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-            whole = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
-        except (TypeError, KeyError, ValueError) as error:
-            raise FileFormatError(f"{name}: its entry in {path} is malformed: {entry}") from error
-        if dtype not in DTYPES:
-            raise FileFormatError(f"{name}: {path} has it in {dtype}, of which torch knows nothing")
-        if not whole or end - begin != math.prod(shape) * DTYPES[dtype].itemsize:
-            raise FileFormatError(
-                f"{name}: {path} has {dtype} of shape {shape} in the bytes from {begin} to {end}"
-            )
-        spans.append((begin, end, name))
-    place = 0
-    for begin, end, name in sorted(spans):
-        if begin != place:
-            raise FileFormatError(f"{name}: expected at byte {place} of {path}, found at {begin}")
-        place = end
-    if place != size:
-        raise FileFormatError(f"{path}: expected {place} bytes of tensors, found {size}")

@@ -106,7 +106,7 @@ class Bytes:
 
 def layer_rows(
     planned: Sequence[Planned],
-    packed: Mapping[Place, LoweredLinear | Lookup],
+    packed: Mapping[Any, LoweredLinear | Lookup],
     before: Bytes,
     after: Bytes,
 ) -> list[LoweredWeight]:

@@ -159,8 +159,8 @@ def report(count: int, taken: dict[str, float], sizes: dict[str, int], rounds: i
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--dim", type=int, default=768)
-    parser.add_argument("--layers", type=int, default=13)
+    parser.add_argument("--dim", type=int, default=1024)
+    parser.add_argument("--layers", type=int, default=7)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--forms", nargs="*", default=list(FORMS))
     parser.add_argument("--write", action="store_true", help=f"into {TABLE.name}")

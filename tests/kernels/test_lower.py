@@ -14,7 +14,7 @@ from fx_sparsity import SparsityLostError
 from fx_sparsity.kernels import LoweringError, SparseLinear, lower, policy, timing, unlower
 from fx_sparsity.kernels.by_tokens import ByTokens
 from fx_sparsity.quantization import pt2e, sparsify_and_quantize
-from tests.models import TiedLanguageModel
+from tests.models import TiedLanguageModel, make_bert
 
 MAPPING = fxs.SparsityMapping().set_global("unstructured 60%")
 X = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
@@ -216,6 +216,22 @@ def test_transposed_storage():
     back = unlower(lowered)
     assert type(back[0]) is Conv1D
     assert torch.equal(back[0].weight, model[0].weight)
+
+
+def test_a_transformer_with_keyword_inputs():
+    model, inputs = make_bert()
+    prune_(model)
+    expected = model(**inputs).last_hidden_state
+    lowered, report = lower(copy.deepcopy(model), inputs, "always")
+    assert len(report.lowered) == 12
+    torch.testing.assert_close(lowered(**inputs).last_hidden_state, expected)
+
+
+def test_rules_by_class_hold_for_nodes_too():
+    program = torch.export.export(sparse(), (X,))
+    _, report = lower(program, policy={nn.Linear: "always", "2": None})
+    assert report.lowered == ("0.weight",)
+    assert report["2.weight"].reason == "excluded by rule '2'"
 
 
 def test_a_tied_head_is_lowered_and_the_table_stays():

@@ -16,7 +16,7 @@ from fx_sparsity.kernels.embedding import RowPrunedEmbedding, RowPrunedEmbedding
 from fx_sparsity.kernels.layers import KINDS, DenseLinear
 from fx_sparsity.kernels.lowered import LoweredLinear, Origin
 from fx_sparsity.kernels.places import ModulePlace, Place, module_places, replaced, watch
-from fx_sparsity.kernels.plan import Bytes, Planned, choose, layer_rows, other_rows, pack_all
+from fx_sparsity.kernels.plan import Bytes, Planned, choose, layer_rows, other_rows, pack_all, ties
 from fx_sparsity.kernels.policy import AUTO, LoweringError, Policy, Rules, checked_tokens
 from fx_sparsity.kernels.report import LoweringReport
 from fx_sparsity.kernels.rewrite import (
@@ -172,7 +172,7 @@ def _report(
     before, after = Bytes(), Bytes()
     rows = layer_rows(planned, packed, before, after)
     rows += other_rows(planned, model, weights, before, after)
-    return LoweringReport(tuple(rows))
+    return LoweringReport(tuple(rows), tuple(ties(planned, weights)))
 
 
 def _put(

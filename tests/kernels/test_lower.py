@@ -246,6 +246,9 @@ def test_a_tied_head_is_lowered_and_the_table_stays():
     rows = [report["head.weight"], report["embed.weight"]]
     assert sum(row.bytes_before for row in rows) == table
     assert report["embed.weight"].bytes_after == table
+    assert report.notes == (
+        "tied, each in a form of its own: embed.weight dense; head.weight bitmask",
+    )
     back = unlower(lowered)
     assert back.head.weight is back.embed.weight
 
@@ -262,6 +265,7 @@ def test_shared_and_tied_layers_are_packed_once():
     assert all(lowered[3].parts()[name] is part for name, part in lowered[0].parts().items())
     torch.testing.assert_close(lowered(X), expected)
     assert (report["3.weight"].bytes_before, report["3.weight"].bytes_after) == (0, 0)
+    assert report.notes == ("tied, sharing what was packed: 0.weight, 2.weight, 3.weight",)
     back = unlower(lowered)
     assert back[0] is back[2]
     assert back[3].weight is back[0].weight

@@ -76,9 +76,9 @@ class Policy:
         known = (AUTO, ALWAYS, *PACKINGS, ROWS)
         for key, wish in self.rules.items():
             if not (wish is None or wish in known):
+                where = "policy" if isinstance(policy, str) else f"policy for {_text(key)}"
                 raise LoweringError(
-                    f"policy for {key!r}: expected {', '.join(map(repr, known))} or None, "
-                    f"found {wish!r}"
+                    f"{where}: expected {', '.join(map(repr, known))} or None, found {wish!r}"
                 )
 
     def wish(self, names: Sequence[str], owner: type[nn.Module]) -> tuple[Wish, str]:

@@ -420,7 +420,7 @@ def test_bad_wishes_change_nothing():
     model = sparse()
     modules = list(model)
     for wish, message in (
-        ("fastest", "expected 'auto', 'always', 'bitmask'"),
+        ("fastest", "policy: expected 'auto', 'always', 'bitmask'"),
         ({"3": "always"}, "'3' names no layer"),
         ({"0": "brotli"}, "found 'brotli'"),
     ):

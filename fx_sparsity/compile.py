@@ -18,12 +18,10 @@ from fx_sparsity.graph.capture import Source, compiled_source
 from fx_sparsity.graph.compiled import real_tensors
 from fx_sparsity.kernels.layers import DenseLinear
 from fx_sparsity.kernels.lowered import LoweredLinear
-from fx_sparsity.kernels.places import Place
 from fx_sparsity.kernels.plan import Bytes, Planned, choose, layer_rows, no_kernel
 from fx_sparsity.kernels.policy import AUTO, LoweringError, Policy, Rules, checked_tokens
 from fx_sparsity.kernels.report import LoweredWeight, LoweringReport
 from fx_sparsity.kernels.rewrite import LowerNodes, NodePlace, places_by
-from fx_sparsity.kernels.tables import Lookup
 from fx_sparsity.masks.bits import pack_bits, unpack_bits
 from fx_sparsity.masks.engine import compute_mask
 from fx_sparsity.masks.rank import Rank
@@ -151,8 +149,11 @@ class _Known:
         assert plan.choice.packing is not None
         assert isinstance(plan.place, NodePlace)
         key = f"{config} {plan.place.seen.steps}", plan.choice.packing
-        layer = plan.layer.pack(plan.choice.packing, self._packed.get(key))
-        return self._packed.setdefault(key, layer)
+        layer = plan.choice.packed
+        if not isinstance(layer, LoweredLinear) or key in self._packed:
+            layer = plan.layer.pack(plan.choice.packing, self._packed.get(key))
+        self._packed.setdefault(key, layer)
+        return layer
 
 
 _KNOWN = WeakTensorKeyDictionary()
@@ -191,10 +192,11 @@ def _lowered(
     planned = choose(
         list(places_by(graph, sparse)), Policy(options.policy), checked_tokens(options.tokens)
     )
-    packed: dict[Place, LoweredLinear | Lookup] = {}
+    packed: dict[NodePlace, LoweredLinear] = {}
     for plan in planned:
         if plan.choice.packing is not None:
             fqn = plan.place.fqn
+            assert isinstance(plan.place, NodePlace)
             packed[plan.place] = _known(parameters[fqn]).packed(plan, configs.get(fqn))
     rows = layer_rows(planned, packed, Bytes(), Bytes())
     named = {plan.place.fqn for plan in planned}
@@ -206,7 +208,7 @@ def _lowered(
     # What Dynamo noted on the graph speaks of its inputs alone, and forbids buffers of its own.
     graph = fx.GraphModule(graph, graph.graph)
     graph.meta = {}
-    LowerNodes(packed)(graph)  # type: ignore[arg-type]
+    LowerNodes(packed)(graph)
     _read_masked(graph, source, masked, configs)
     return graph
 

@@ -86,8 +86,8 @@ class Block:
         blocks = [(s, p, LANES, group) for p, s in _BLOCKS]
         if tuple(values.shape[1:]) not in blocks:
             raise PackingError(
-                f"values have shape {list(values.shape)}, expected [blocks, steps, panels, {LANES}, "
-                f"{group}] with one of {blocks}"
+                f"values have shape {list(values.shape)}, expected [blocks, steps, panels, "
+                f"{LANES}, {group}] with one of {blocks}"
             )
         panels.expect("values", values, tuple(values.shape), dtype)
         rows, columns = _grid(shape, dtype, values.shape[2], values.shape[1])

@@ -1,9 +1,9 @@
 """Embeddings and embedding bags over row-pruned tables: operators and modules.
 
-The operators are `torch.ops.fx_sparsity.row_pruned_embedding` and `row_pruned_embedding_bag`. Pruned
-rows contribute zeros, whatever the weight of a sample; an index outside of the table is an error
-before anything is read. Results are summed in fp32 and rounded once. No gradient reaches a table;
-that of `per_sample_weights` does.
+The operators are `row_pruned_embedding` and `row_pruned_embedding_bag` in
+`torch.ops.fx_sparsity`. Pruned rows contribute zeros, whatever the weight of a sample; an index
+outside of the table is an error before anything is read. Results are summed in fp32 and rounded
+once. Tables have no gradient, `per_sample_weights` do.
 """
 
 from collections.abc import Callable, Mapping
@@ -154,25 +154,28 @@ def _bag_of_positions(
 
 
 def _keep_for_weights(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    indices, offsets, _, rows, affine, remap, columns, _, _, padding_idx, include_last = inputs
+    indices, offsets, _, rows, affine, remap, columns, _, _, padding_idx, _ = inputs
     ctx.save_for_backward(indices, offsets, rows, affine, remap)
-    ctx.rest = (columns, padding_idx, include_last)
+    ctx.rest = (columns, padding_idx)
     ctx.shape = None if inputs[2] is None else inputs[2].shape
 
 
 def _gradient_of_weights(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     """Of `per_sample_weights`: each row against the gradient of its bag."""
-    if not ctx.needs_input_grad[2]:
-        return (None,) * 11
     indices, offsets, rows, affine, remap = ctx.saved_tensors
-    columns, padding_idx, include_last = ctx.rest
-    _, bag = _bag_of_positions(indices, offsets, include_last)
-    indices = indices.reshape(-1)[: len(bag)]
+    columns, padding_idx = ctx.rest
     table = (rows, affine, remap, columns, torch.float32)
     values = torch.ops.fx_sparsity.row_pruned_embedding(indices, *table)
-    products = (values * gradient[bag].float()).sum(1) * (indices != padding_idx)
-    found = products.new_zeros(ctx.shape.numel())
-    found[: len(bag)] = products
+    if offsets is None:
+        in_bags = gradient.unsqueeze(1).expand_as(values)
+        counted = indices != padding_idx
+    else:
+        # Traced as well, so that nothing may hang on what the offsets are.
+        position = torch.arange(indices.shape[0], device=indices.device)
+        bag = torch.bucketize(position, offsets.long(), right=True) - 1
+        counted = (indices != padding_idx) & (bag < gradient.shape[0])
+        in_bags = gradient[bag.clamp(max=gradient.shape[0] - 1)]
+    found = torch.where(counted, (values * in_bags.float()).sum(-1), 0)
     return (None, None, found.view(ctx.shape), *[None] * 8)
 
 
@@ -239,7 +242,7 @@ class _RowPruned(nn.Module):
         return f"{self.num_embeddings}, {self.embedding_dim}, {kept}{padding}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # The affine parameters are moved like all tensors but never cast: they are seen as integers.
+        # Affine parameters are moved like all tensors but never cast: they are seen as integers.
         like = fn(torch.empty(0, dtype=self.dtype, device=self.remap.device))
         if like.dtype not in _RESULTS:
             raise TypeError(f"expected a cast to float32 or bfloat16, found {like.dtype}")
@@ -389,20 +392,28 @@ class RowPrunedEmbeddingBag(_RowPruned):
                 quantized form in `torch.ao.nn.quantized`, whose codes are kept. Rows beyond an
                 embedding's `max_norm` are rescaled once.
             bits: 8 or 4 to quantize a float weight by rows; None to keep its values.
-            mode, padding_idx, include_last_offset: as in `nn.EmbeddingBag`; by default those of
-                `source`.
+            mode: as in `nn.EmbeddingBag`; by default that of `source`.
+            padding_idx: likewise.
+            include_last_offset: likewise.
 
         Raises:
             TypeError, ValueError: the source cannot be packed, or an option is unknown.
         """
         table, dtype = _table_of(source, bits)
-        if mode is None:
-            mode = getattr(source, "mode", "mean")
-        if padding_idx is None:
-            padding_idx = getattr(source, "padding_idx", None)
-        if include_last_offset is None:
-            include_last_offset = getattr(source, "include_last_offset", False)
-        return cls(table, dtype, padding_idx, mode, include_last_offset)
+        given = {
+            "mode": mode,
+            "padding_idx": padding_idx,
+            "include_last_offset": include_last_offset,
+        }
+        options: dict[str, Any] = {
+            "mode": "mean",
+            "padding_idx": None,
+            "include_last_offset": False,
+        }
+        if not isinstance(source, Tensor):
+            options |= {name: getattr(source, name) for name in options if hasattr(source, name)}
+        options |= {name: value for name, value in given.items() if value is not None}
+        return cls(table, dtype, **options)
 
     @classmethod
     def from_codes(

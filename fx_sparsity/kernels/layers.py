@@ -86,15 +86,11 @@ class DenseLinear:
         """Whether kernels take activations of that dtype."""
         return dtype in (torch.float32, torch.bfloat16)
 
-    def candidates(self) -> tuple[list[tuple[int, str]], list[str]]:
-        """(bytes, packing) of each packing that fits, and why the others do not."""
-        fitting, refusals = [], []
-        for name in PACKINGS:
-            if (refusal := self.refusal(name)) is None:
-                fitting.append((self.pack(name).nbytes, name))
-            else:
-                refusals.append(f"{name}: {refusal}")
-        return fitting, refusals
+    def candidates(self) -> tuple[dict[str, LoweredLinear], list[str]]:
+        """The layer in each packing that fits, by its name; and why the others do not."""
+        refusals = {name: self.refusal(name) for name in PACKINGS}
+        fitting = {name: self.pack(name) for name, refusal in refusals.items() if refusal is None}
+        return fitting, [f"{name}: {refusal}" for name, refusal in refusals.items() if refusal]
 
     def refusal(self, packing: str) -> str | None:
         """Why a packing cannot hold it; None if it can."""

@@ -16,7 +16,7 @@ from fx_sparsity.kernels.embedding import RowPrunedEmbedding, RowPrunedEmbedding
 from fx_sparsity.kernels.layers import KINDS, DenseLinear
 from fx_sparsity.kernels.lowered import LoweredLinear, Origin
 from fx_sparsity.kernels.places import ModulePlace, Place, module_places, replaced, watch
-from fx_sparsity.kernels.plan import Bytes, Planned, choose, layer_rows, other_rows, pack_all
+from fx_sparsity.kernels.plan import Bytes, Planned, choose, layer_rows, other_rows, pack_all, ties
 from fx_sparsity.kernels.policy import AUTO, LoweringError, Policy, Rules, checked_tokens
 from fx_sparsity.kernels.report import LoweringReport
 from fx_sparsity.kernels.rewrite import (
@@ -92,7 +92,7 @@ def lower(
         _check_used(rules)
         packed = pack_all(planned)
         report = _report(planned, packed, module, weights)
-        return lower_program(model, packed), report  # type: ignore[return-value]
+        return lower_program(model, _of_nodes(packed)), report  # type: ignore[return-value]
     modules = list(module_places(model))
     if modules and example_inputs is not None:
         watch(model, modules, example_inputs)
@@ -151,9 +151,10 @@ def _restored(packed: LoweredLinear, tied: dict[int, DenseLinear]) -> nn.Module:
     origin = packed.origin
     if origin is None:
         values = packed.dense_weight()
-        module: nn.Module = nn.Linear(packed.in_features, packed.out_features, device="meta")
-        module.weight, module.bias = nn.Parameter(values, requires_grad=False), packed.bias
-        return module.train(packed.training)
+        linear = nn.Linear(packed.in_features, packed.out_features, device="meta")
+        linear.weight = nn.Parameter(values, requires_grad=False)
+        linear.register_parameter("bias", packed.bias)
+        return linear.train(packed.training)
     if origin.tied is not None and torch.equal(origin.tied.detach(), layer.weight):
         layer = replace(layer, weight=origin.tied)
     module = KINDS[origin.kind].restore(origin.shell, layer)
@@ -171,7 +172,7 @@ def _report(
     before, after = Bytes(), Bytes()
     rows = layer_rows(planned, packed, before, after)
     rows += other_rows(planned, model, weights, before, after)
-    return LoweringReport(tuple(rows))
+    return LoweringReport(tuple(rows), tuple(ties(planned, weights)))
 
 
 def _put(
@@ -210,10 +211,18 @@ def _put(
             for path in place.paths:
                 model = replaced(model, path, place.module)
         raise LoweringError(f"the model does not run when it is lowered: {error}") from error
-    if nodes := {place: new for place, new in packed.items() if isinstance(place, NodePlace)}:
+    if nodes := _of_nodes(packed):
         assert isinstance(model, fx.GraphModule)
         LowerNodes(nodes)(model)
     return model
+
+
+def _of_nodes(packed: Mapping[Place, LoweredLinear | Lookup]) -> dict[NodePlace, LoweredLinear]:
+    return {
+        place: new
+        for place, new in packed.items()
+        if isinstance(place, NodePlace) and isinstance(new, LoweredLinear)
+    }
 
 
 def _check_used(rules: Policy) -> None:

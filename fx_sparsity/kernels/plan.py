@@ -1,7 +1,7 @@
 """What is going to become of each layer, before anything is replaced; and the rows that tell it."""
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,11 +81,32 @@ def pack_all(planned: Iterable[Planned]) -> dict[Place, LoweredLinear | Lookup]:
     for plan in planned:
         if plan.layer is not None and plan.choice.packing is not None:
             key = id(plan.place.tensor), plan.choice.packing
-            new = plan.layer.pack(plan.choice.packing, first.get(key))
+            new = plan.choice.packed
+            if new is None or key in first:
+                new = plan.layer.pack(plan.choice.packing, first.get(key))
             packed[plan.place] = new
             if isinstance(new, LoweredLinear):
                 first[key] = new
     return packed
+
+
+def ties(planned: Iterable[Planned], weights: WeightMap) -> Iterator[str]:
+    """What becomes of tied weights that are lowered, in words.
+
+    Args:
+        planned: the layers.
+        weights: what discovery knows of their model.
+    """
+    packing = {n: p.choice.packing for p in planned for n in p.place.names}
+    for site in weights.sites:
+        forms: dict[str | None, list[str]] = {}
+        for name in (site.fqn, *site.aliases):
+            forms.setdefault(packing.get(name), []).append(name)
+        if len(forms) > 1:
+            parts = [f"{', '.join(names)} {form or 'dense'}" for form, names in forms.items()]
+            yield f"tied, each in a form of its own: {'; '.join(parts)}"
+        elif None not in forms and site.aliases:
+            yield f"tied, sharing what was packed: {site.fqn}, {', '.join(site.aliases)}"
 
 
 class Bytes:
@@ -104,7 +125,7 @@ class Bytes:
 
 def layer_rows(
     planned: Sequence[Planned],
-    packed: Mapping[Place, LoweredLinear | Lookup],
+    packed: Mapping[Any, LoweredLinear | Lookup],
     before: Bytes,
     after: Bytes,
 ) -> list[LoweredWeight]:

@@ -9,8 +9,9 @@ from torch import nn
 
 from fx_sparsity.kernels import timing
 from fx_sparsity.kernels.layers import DenseLinear
+from fx_sparsity.kernels.lowered import LoweredLinear
 from fx_sparsity.kernels.packing import PACKINGS
-from fx_sparsity.kernels.tables import ROWS, DenseTable
+from fx_sparsity.kernels.tables import ROWS, DenseTable, Lookup
 
 AUTO, ALWAYS = "auto", "always"
 Wish = str | None
@@ -45,12 +46,14 @@ class Choice:
         gain: tokens -> times faster than dense, where measured.
         up_to: most tokens that go to the kernel, where the dense form is kept; None for all.
         reason: why it stays as it is.
+        packed: the layer in that packing, where it was made to choose.
     """
 
     packing: str | None
     gain: Mapping[int, float] = field(default_factory=dict)
     up_to: int | None = None
     reason: str = ""
+    packed: LoweredLinear | Lookup | None = None
 
 
 class Policy:
@@ -73,9 +76,9 @@ class Policy:
         known = (AUTO, ALWAYS, *PACKINGS, ROWS)
         for key, wish in self.rules.items():
             if not (wish is None or wish in known):
+                where = "policy" if isinstance(policy, str) else f"policy for {_text(key)}"
                 raise LoweringError(
-                    f"policy for {key!r}: expected {', '.join(map(repr, known))} or None, "
-                    f"found {wish!r}"
+                    f"{where}: expected {', '.join(map(repr, known))} or None, found {wish!r}"
                 )
 
     def wish(self, names: Sequence[str], owner: type[nn.Module]) -> tuple[Wish, str]:
@@ -138,14 +141,14 @@ class Policy:
         fitting, refusals = layer.candidates()
         if not fitting:
             return Choice(None, reason="; ".join(refusals))
-        fitting.sort()
-        smaller = [name for nbytes, name in fitting if nbytes < layer.nbytes]
+        names = sorted(fitting, key=lambda name: fitting[name].nbytes)
+        smaller = [name for name in names if fitting[name].nbytes < layer.nbytes]
         if not smaller:
-            nbytes, name = fitting[0]
-            reason = f"not sparse enough: {name} takes {nbytes} bytes, dense {layer.nbytes}"
+            least = fitting[names[0]].nbytes
+            reason = f"not sparse enough: {names[0]} takes {least} bytes, dense {layer.nbytes}"
             return Choice(None, reason=reason)
         if wish == ALWAYS:
-            return Choice(smaller[0])
+            return Choice(smaller[0], packed=fitting[smaller[0]])
         case = timing.Case.of(layer, smaller[0], 1, input_dtype, model_bytes)
         timed = {
             name: {
@@ -154,7 +157,8 @@ class Policy:
             }
             for name in smaller
         }
-        return _fastest(timed, keep_dense and linear)
+        choice = _fastest(timed, keep_dense and linear)
+        return choice if choice.packing is None else replace(choice, packed=fitting[choice.packing])
 
     def _measure(self, case: timing.Case, layer: DenseLinear | DenseTable) -> timing.Timing:
         if case.key not in self.table:

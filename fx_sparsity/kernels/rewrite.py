@@ -148,7 +148,7 @@ def places_by(graph_module: fx.GraphModule, source: Source) -> Iterator[NodePlac
         noted = node.meta.get(WEIGHT_META, {}).get(arg)
         yield NodePlace(
             (seen.fqn,) if noted is None else (noted.fqn, seen.fqn),
-            nn.Module,
+            nn.Linear,
             tensor,
             "",
             tokens,
@@ -204,12 +204,11 @@ class LowerNodes(PassBase):
 
 
 def lower_program(
-    program: ExportedProgram, packed: Mapping[Place, LoweredLinear]
+    program: ExportedProgram, packed: Mapping[NodePlace, LoweredLinear]
 ) -> ExportedProgram:
     """A program with the operators of packed layers in the place of nodes; `program` stays."""
     calls = {}
     for i, (place, layer) in enumerate(packed.items()):
-        assert isinstance(place, NodePlace)
         calls[place.node.name] = (f"{KERNELS}.{i}", layer, place.x.name)
     return replace_nodes(program, calls)
 

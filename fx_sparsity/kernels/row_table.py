@@ -147,7 +147,7 @@ class RowTable:
                 raise PackingError(f"{name} is on {part.device}, remap on {self.remap.device}")
 
     def look_up(self, indices: Tensor, dtype: torch.dtype) -> Tensor:
-        """The rows of `indices`, [*indices.shape, columns], in plain torch; pruned ones are +0.0."""
+        """Rows of `indices`, [*indices.shape, columns], in plain torch; pruned ones are +0.0."""
         row = self.remap[indices]
         kept = row >= 0
         if not len(self.rows):

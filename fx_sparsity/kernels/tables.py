@@ -69,16 +69,16 @@ class DenseTable:
         """Whether the kernel takes indices of that dtype."""
         return dtype in (torch.int32, torch.int64)
 
-    def candidates(self) -> tuple[list[tuple[int, str]], list[str]]:
-        """(bytes, packing) of each packing that fits, and why the others do not."""
-        if not bool(self.zeros.all(1).any()):
-            return [], ["none of its rows is zero throughout"]
-        return [(self.pack(ROWS).nbytes, ROWS)], []
+    def candidates(self) -> tuple[dict[str, Lookup], list[str]]:
+        """The table in each packing that fits, by its name; and why the others do not."""
+        if (refusal := self.refusal(ROWS)) is not None:
+            return {}, [refusal]
+        return {ROWS: self.pack(ROWS)}, []
 
     def refusal(self, packing: str) -> str | None:
-        """Why a packing cannot hold it; None if it can."""
-        fitting, refusals = self.candidates()
-        return None if fitting and packing == ROWS else "; ".join(refusals)
+        """Why a packing, which is `"rows"`, does not serve it; None if it does."""
+        pruned = bool(self.zeros.all(1).any())
+        return None if pruned else f"{packing}: none of its rows is zero throughout"
 
     def pack(self, packing: str, tied: object = None) -> Lookup:
         """The same lookups in a table without its zero rows.

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fx_sparsity._native import cache
+from fx_sparsity._native.cache import folders, instruction_set, usable, writable
 from fx_sparsity.kernels.layers import DenseLinear
 from fx_sparsity.kernels.tables import DenseTable
 from fx_sparsity.quantization.modules import quiet
@@ -318,14 +318,14 @@ def _qlinear(example: Tensor) -> Make:
 
 def machine() -> str:
     """What the table is about: processor, torch and threads."""
-    digest = hashlib.sha256(cache.instruction_set().encode()).hexdigest()[:8]
+    digest = hashlib.sha256(instruction_set().encode()).hexdigest()[:8]
     return f"{_processor()} {digest}, torch {torch.__version__}, {torch.get_num_threads()} threads"
 
 
 def path() -> Path:
     """Where the table is, or would be."""
-    places = [folder / "timings.json" for folder in cache.folders()]
-    held = (place for place in places if cache.usable(place.parent) and place.is_file())
+    places = [folder / "timings.json" for folder in folders()]
+    held = (place for place in places if usable(place.parent) and place.is_file())
     return next(held, places[0])
 
 
@@ -344,9 +344,9 @@ def write_table(table: dict[str, Timing]) -> None:
 
     A folder that cannot be written costs the measurement next time, and a warning.
     """
-    folder = next((f for f in cache.folders() if cache.writable(f)), None)
+    folder = next((f for f in folders() if writable(f)), None)
     if folder is None:
-        _log.warning("timings are not kept: no folder of %s is writable", cache.folders())
+        _log.warning("timings are not kept: no folder of %s is writable", folders())
         return
     whole = _read()
     whole[machine()] = whole.get(machine(), {}) | {c: asdict(t) for c, t in table.items()}

@@ -22,7 +22,7 @@ MAPPING = fxs.SparsityMapping().set_global("unstructured 60%").set_module_name("
 @pytest.fixture(autouse=True)
 def fresh(tmp_path, monkeypatch):
     torch._dynamo.reset()
-    monkeypatch.setattr(timing, "path", lambda: tmp_path / "timings.json")
+    monkeypatch.setattr(timing, "folders", lambda: [tmp_path])
     monkeypatch.setattr(compiling, "compile_fx", lambda graph, inputs, **_: graph.forward)
     with torch.no_grad():
         yield

@@ -14,7 +14,7 @@ from fx_sparsity import SparsityLostError
 from fx_sparsity.kernels import LoweringError, SparseLinear, lower, policy, timing, unlower
 from fx_sparsity.kernels.by_tokens import ByTokens
 from fx_sparsity.quantization import pt2e, sparsify_and_quantize
-from tests.models import TiedLanguageModel
+from tests.models import TiedLanguageModel, make_bert
 
 MAPPING = fxs.SparsityMapping().set_global("unstructured 60%")
 X = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
@@ -23,7 +23,7 @@ X = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
 @pytest.fixture(autouse=True)
 def own_table(tmp_path, monkeypatch):
     """What is measured here is nobody's business; the compiled kernels stay where they are."""
-    monkeypatch.setattr(timing, "path", lambda: tmp_path / "timings.json")
+    monkeypatch.setattr(timing, "folders", lambda: [tmp_path])
 
 
 @pytest.fixture(autouse=True)
@@ -188,6 +188,7 @@ def test_a_lowered_model_exports_and_compiles_once_more_at_most():
     assert counter.frame_count <= 2
 
 
+@pytest.mark.exhaustive
 def test_an_aot_inductor_package_of_a_lowered_model(tmp_path):
     model = sparse()
     lowered, _ = lower(copy.deepcopy(model), (X,), "always")
@@ -217,6 +218,22 @@ def test_transposed_storage():
     assert torch.equal(back[0].weight, model[0].weight)
 
 
+def test_a_transformer_with_keyword_inputs():
+    model, inputs = make_bert()
+    prune_(model)
+    expected = model(**inputs).last_hidden_state
+    lowered, report = lower(copy.deepcopy(model), inputs, "always")
+    assert len(report.lowered) == 12
+    torch.testing.assert_close(lowered(**inputs).last_hidden_state, expected)
+
+
+def test_rules_by_class_hold_for_nodes_too():
+    program = torch.export.export(sparse(), (X,))
+    _, report = lower(program, policy={nn.Linear: "always", "2": None})
+    assert report.lowered == ("0.weight",)
+    assert report["2.weight"].reason == "excluded by rule '2'"
+
+
 def test_a_tied_head_is_lowered_and_the_table_stays():
     torch.manual_seed(0)
     model = prune_(TiedLanguageModel().eval())
@@ -229,6 +246,9 @@ def test_a_tied_head_is_lowered_and_the_table_stays():
     rows = [report["head.weight"], report["embed.weight"]]
     assert sum(row.bytes_before for row in rows) == table
     assert report["embed.weight"].bytes_after == table
+    assert report.notes == (
+        "tied, each in a form of its own: embed.weight dense; head.weight bitmask",
+    )
     back = unlower(lowered)
     assert back.head.weight is back.embed.weight
 
@@ -245,6 +265,7 @@ def test_shared_and_tied_layers_are_packed_once():
     assert all(lowered[3].parts()[name] is part for name, part in lowered[0].parts().items())
     torch.testing.assert_close(lowered(X), expected)
     assert (report["3.weight"].bytes_before, report["3.weight"].bytes_after) == (0, 0)
+    assert report.notes == ("tied, sharing what was packed: 0.weight, 2.weight, 3.weight",)
     back = unlower(lowered)
     assert back[0] is back[2]
     assert back[3].weight is back[0].weight
@@ -299,7 +320,7 @@ lowered       pattern               density  kernel   gain at tokens  bytes befo
 plain.weight  unstructured 71.875%  28.1%    bitmask  not measured            1024    400
 
 left as it was             pattern                  density  reason
--------------------------  -----------------------  -------  -------------------------------------------------
+-------------------------  -----------------------  -------  ----------------------------------------------------
 own.weight                 -                        -        Doubled has a forward of its own
 hooked.weight              -                        -        it has hooks
 normed.weight              -                        -        its weight is computed anew at each call
@@ -308,8 +329,8 @@ unused.weight              unstructured 75.390625%  24.6%    example_inputs neve
 halved.weight              4:8                      25.0%    no kernel for inputs of torch.float16
 attention.out_proj.weight  -                        -        its weight is read by the module around it
 bare                       -                        100.0%   no module or node that lowering replaces holds it
-experts                    -                        100.0%   no module or node that lowering replaces holds it
-conv.weight                -                        100.0%   no kernel for weights of kind conv
+experts                    -                        100.0%   no kernel for weights of kind matmul in 3 dimensions
+conv.weight                -                        100.0%   no kernel for weights of kind conv in 3 dimensions
 attention.in_proj_weight   unstructured 76.5625%    23.4%    no module or node that lowering replaces holds it
 
 1 of 12 weights lowered; 0.0132 MiB of weights before, 0.0126 MiB after""",
@@ -389,6 +410,7 @@ def test_auto_measures_tables_too(table):
     model = nn.Sequential(pruned_rows(nn.Embedding(100, 16)))
     _, report = lower(model, (torch.randint(100, (4, 6)),))
     assert report["0.weight"].reason.startswith("not faster here: rows at 24 tokens 0.5x")
+    timing.forget()
     table |= {(100, 24): timed(1.5)}
     _, report = lower(model, (torch.randint(100, (4, 6)),))
     assert report["0.weight"].kernel == "rows"
@@ -398,7 +420,7 @@ def test_bad_wishes_change_nothing():
     model = sparse()
     modules = list(model)
     for wish, message in (
-        ("fastest", "expected 'auto', 'always', 'bitmask'"),
+        ("fastest", "policy: expected 'auto', 'always', 'bitmask'"),
         ({"3": "always"}, "'3' names no layer"),
         ({"0": "brotli"}, "found 'brotli'"),
     ):

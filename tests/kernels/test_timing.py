@@ -11,7 +11,7 @@ from fx_sparsity.kernels.tables import read_table
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
-    monkeypatch.setenv("FX_SPARSITY_CACHE", str(tmp_path))
+    monkeypatch.setattr(timing, "folders", lambda: [tmp_path])
     return tmp_path
 
 
@@ -110,3 +110,9 @@ def test_threads_and_the_model_around_are_part_of_the_case():
     assert small.key != large.key
     assert f"{torch.get_num_threads()} threads" in timing.machine()
     assert small.key == "bitmask 40% float32 48x64, 1 x float32, in 1 MiB"
+
+
+def test_the_table_lies_with_the_compiled_operators(monkeypatch, tmp_path):
+    monkeypatch.undo()
+    monkeypatch.setenv("FX_SPARSITY_CACHE", str(tmp_path / "chosen"))
+    assert timing.path() == tmp_path / "chosen" / "timings.json"

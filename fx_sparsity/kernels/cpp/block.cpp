@@ -1,5 +1,6 @@
-// The packing "block": dense blocks of one or two panels, and where they stand. See block.py.
-#include "linear.h"
+#include "block.h"
+
+#include <algorithm>
 
 namespace fx {
 namespace {
@@ -7,29 +8,20 @@ namespace {
 template <class Math>
 class Blocks {
  public:
-  Blocks(
-      const Tensor& values, const Tensor& index, const Tensor& offsets, int64_t out_features,
-      int64_t in_features)
-      : panels((out_features + kLanes - 1) / kLanes),
-        groups((in_features + Math::kGroup - 1) / Math::kGroup),
-        steps(values.dim() == 5 ? values.size(1) : 0),
-        height(values.dim() == 5 ? values.size(2) : 0),
-        values_(data<const typename Math::Value>(values)),
-        index_(data<const int32_t>(index)),
-        offsets_(data<const int64_t>(offsets)) {
-    const bool known = (height == 1 && steps == 1) || (height == 2 && steps > 0 && steps % 4 == 0);
-    STD_TORCH_CHECK(known, "values are in blocks that no kernel knows");
-    const int64_t rows = (panels + height - 1) / height;
-    expect("offsets", offsets, ScalarType::Long, rows + 1);
-    expect("index", index, ScalarType::Int, offsets_[rows]);
-    expect(
-        "values", values, values.scalar_type(),
-        offsets_[rows] * steps * height * kLanes * Math::kGroup);
-  }
+  using Value = typename Math::Value;
+
+  Blocks(const Block& block, const Call& call)
+      : panels((call.result.outputs + kLanes - 1) / kLanes),
+        groups((call.columns + Math::kGroup - 1) / Math::kGroup),
+        steps(block.steps),
+        height(block.height),
+        values_(static_cast<const Value*>(block.values)),
+        index_(block.index),
+        offsets_(block.offsets) {}
 
   // The blocks of one row.
   struct Row {
-    const typename Math::Value* values;
+    const Value* values;
     const int32_t* index;
     int64_t count;
   };
@@ -45,7 +37,7 @@ class Blocks {
   const int64_t steps, height;  // of a block
 
  private:
-  const typename Math::Value* values_;
+  const Value* values_;
   const int32_t* index_;
   const int64_t* offsets_;
 };
@@ -72,7 +64,7 @@ template <class Math, int Rows, int Panels>
 template <class Math, int Rows, int Panels, int Chains>
 void multiply_row(
     const Blocks<Math>& blocks, const typename Blocks<Math>::Row& row,
-    const typename Math::Input* x, typename Math::Sum (&sums)[Rows][Panels]) {
+    const typename Math::Input* x, typename Math::Sum* sums) {
   typename Math::Sum sum[Chains][Rows][Panels] = {};
   constexpr int64_t values = Panels * kLanes * Math::kGroup, inputs = Rows * Math::kGroup;
   const typename Math::Value* weights = row.values;
@@ -107,30 +99,37 @@ void multiply_row(
   for (int r = 0; r < Rows; r++) {
 #pragma GCC unroll 2
     for (int p = 0; p < Panels; p++) {
-      sums[r][p] = sum[0][r][p];
+      typename Math::Sum& total = sums[r * Panels + p] = sum[0][r][p];
 #pragma GCC unroll 8
-      for (int chain = 1; chain < Chains; chain++) sums[r][p] = Math::add(sums[r][p], sum[chain][r][p]);
+      for (int chain = 1; chain < Chains; chain++) total = Math::add(total, sum[chain][r][p]);
     }
   }
 }
 
+template <class Math>
+using MultiplyRow = void (*)(
+    const Blocks<Math>&, const typename Blocks<Math>::Row&, const typename Math::Input*,
+    typename Math::Sum*);
+
 // All rows of blocks times all tiles: the blocks of a row stay in cache from tile to tile.
-template <class Cpu, class Math, int Rows, int Panels>
+template <class Math>
 void multiply_blocks(
-    const Blocks<Math>& blocks, const Tiles<typename Math::Input>& tiles, const Result& result) {
-  constexpr int chains = std::clamp(2 * Cpu::kChains / (Rows * Panels), 1, 4);
-  const int64_t rows = (blocks.panels + Panels - 1) / Panels;
+    const Blocks<Math>& blocks, const Tiles<typename Math::Input>& tiles, const Result& result,
+    MultiplyRow<Math> multiply_row) {
+  const int64_t height = blocks.height, rows = (blocks.panels + height - 1) / height;
   const int64_t grain = std::max<int64_t>(1, (1 << 12) / blocks.groups);
   parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
+    const Buffer<typename Math::Sum> sums(tiles.height * height);
     for (int64_t r = begin; r < end; r++) {
       const auto row = blocks.row(r);
       for (int64_t t = 0; t < tiles.count; t++) {
-        typename Math::Sum sums[Rows][Panels];
-        multiply_row<Math, Rows, Panels, chains>(blocks, row, tiles.tile(t), sums);
-        const int64_t present = std::min<int64_t>(Rows, result.rows - t * Rows);
-        for (int p = 0; p < Panels && r * Panels + p < blocks.panels; p++) {
-          const PanelResult columns(result, r * Panels + p);
-          for (int64_t i = 0; i < present; i++) write<Math>(columns, t * Rows + i, sums[i][p]);
+        multiply_row(blocks, row, tiles.tile(t), sums.get());
+        const int64_t first = t * tiles.height, present = std::min(tiles.height, result.rows - first);
+        for (int64_t p = 0; p < height && r * height + p < blocks.panels; p++) {
+          const PanelResult columns(result, r * height + p);
+          for (int64_t i = 0; i < present; i++) {
+            write<Math>(columns, first + i, sums[i * height + p]);
+          }
         }
       }
     }
@@ -141,31 +140,18 @@ template <class Cpu, class Math, class X>
 void multiply(const Blocks<Math>& blocks, const X* x, int64_t columns, const Result& result) {
   constexpr int most = std::min(8, Cpu::kTileRows);  // twelve rows are no faster, only more code
   with_height<most>(result.rows, [&]<int Rows>() {
-    const auto tiles =
-        tiles_of<Math::kGroup, typename Math::Input>(x, result.rows, columns, Rows);
-    if (blocks.height == 1) {
-      multiply_blocks<Cpu, Math, Rows, 1>(blocks, tiles, result);
-    } else {
-      multiply_blocks<Cpu, Math, Rows, 2>(blocks, tiles, result);
-    }
-  });
-}
-
-Tensor block_linear(
-    Tensor x, Tensor values, Tensor index, Tensor offsets, std::optional<Tensor> scale,
-    std::optional<Tensor> row_sums, std::optional<Tensor> bias, int64_t in_features,
-    int64_t out_features, std::string quantize_input, std::string activation) {
-  const Options options{
-      scale,        row_sums, bias, in_features, out_features, quantizer_of(quantize_input),
-      activation_of(activation)};
-  return linear(x, values.scalar_type(), options, [&]<class Math>() {
-    return Blocks<Math>(values, index, offsets, out_features, in_features);
+    constexpr int one = std::clamp(2 * Cpu::kChains / Rows, 1, 4), two = std::max(1, one / 2);
+    const auto tiles = tiles_of<Math::kGroup, typename Math::Input>(x, result.rows, columns, Rows);
+    multiply_blocks(
+        blocks, tiles, result,
+        blocks.height == 1 ? multiply_row<Math, Rows, 1, one> : multiply_row<Math, Rows, 2, two>);
   });
 }
 
 }  // namespace
-}  // namespace fx
 
-STABLE_TORCH_LIBRARY_IMPL(fx_sparsity, CPU, m) {
-  m.impl("block_linear", TORCH_BOX(&fx::block_linear));
+void linear(const Call& call, const Block& weight) {
+  linear(call, [&]<class Math>() { return Blocks<Math>(weight, call); });
 }
+
+}  // namespace fx

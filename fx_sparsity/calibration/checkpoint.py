@@ -303,17 +303,15 @@ class _CheckpointStore:
             fqn: {
                 "shape": list(tensors[fqn].shape),
                 "roles": list(weights[fqn].roles),
-                "pattern": str(plan.config.pattern),
-                "level": plan.config.level,
                 "aliases": list(weights[fqn].aliases),
             }
-            for fqn, plan in plans.items()
+            for fqn in plans
         }
         self._save()
 
     def read(self, fqn: str, tensor: Tensor) -> Tensor:
         """See `Store.read`: from the source, where the walk is to see what is done as it was."""
-        names = self._loaded.by_fqn.get(fqn, ())
+        names = self._loaded.by_fqn.get(fqn, [])
         if not self._sequential and not self._written.isdisjoint(names):
             return self._held[names[0]]
         return tensor
@@ -346,14 +344,19 @@ class _CheckpointStore:
                     self._out[name].copy_(buffer)
                     self._out.flush(name)
         masks = {}
-        for fqn in self.done:
+        for fqn, row in self.done.items():
             packed, zeros = self._masks[fqn], self._masks[fqn + _ZEROS]
             zeros = zeros if bool(zeros.any()) else zeros[:0]
-            record = {
-                key: tuple(value) if isinstance(value, list) else value
-                for key, value in self._records[fqn].items()
-            }
-            masks[fqn] = MaskRecord(**record, packed=packed, packed_zeros=zeros)
+            known = self._records[fqn]
+            masks[fqn] = MaskRecord(
+                shape=tuple(known["shape"]),
+                roles=tuple(known["roles"]),
+                pattern=row.pattern,
+                level=row.level,
+                packed=packed,
+                packed_zeros=zeros,
+                aliases=tuple(known["aliases"]),
+            )
         SparsityRecord(masks).save(self._work / RECORD)
         (self._work / _MASKS).unlink()
         (self._work / _PROGRESS).unlink()

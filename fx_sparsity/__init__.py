@@ -21,6 +21,15 @@ from fx_sparsity.graph import (
     squash,
     unprepare,
 )
+from fx_sparsity.kernels import (
+    BlockSparseWeightConfig,
+    LoweringError,
+    LoweringReport,
+    SemiSparseWeightConfig,
+    lower,
+    sparsify_,
+    unlower,
+)
 from fx_sparsity.patterns import (
     NM,
     Block,
@@ -77,7 +86,14 @@ from fx_sparsity.sparsifier.calibrated import (
     TaylorSparsifier,
     WandaSparsifier,
 )
-from fx_sparsity.storage import load, parameters_on_meta, save
+from fx_sparsity.storage import (
+    export,
+    load,
+    load_sparse,
+    parameters_on_meta,
+    save,
+    sparsify_checkpoint,
+)
 
 __all__ = [
     "NM",
@@ -87,6 +103,7 @@ __all__ = [
     "BaseScheduler",
     "BaseSparsifier",
     "Block",
+    "BlockSparseWeightConfig",
     "CalibratedSparsifier",
     "CalibrationError",
     "CaptureError",
@@ -102,6 +119,8 @@ __all__ = [
     "GradientSparsifier",
     "InputError",
     "LambdaSL",
+    "LoweringError",
+    "LoweringReport",
     "MagnitudeSparsifier",
     "MappingError",
     "Mask",
@@ -116,6 +135,7 @@ __all__ = [
     "RandomSparsifier",
     "ReorderedSparseGPTSparsifier",
     "Rows",
+    "SemiSparseWeightConfig",
     "SparseGPTSparsifier",
     "SparsityConfig",
     "SparsityLostError",
@@ -130,12 +150,15 @@ __all__ = [
     "WeightNormSparsifier",
     "WeightSite",
     "dense_state_dict",
+    "export",
     "find_weights",
     "fqn_to_module",
     "get_arg_info_from_tensor_fqn",
     "hold",
     "load",
     "load_dense_state_dict",
+    "lower",
+    "load_sparse",
     "module_to_fqn",
     "parameters_on_meta",
     "post_training_sparse_quantize",
@@ -144,8 +167,11 @@ __all__ = [
     "prune_checkpoint",
     "quantization",
     "save",
+    "sparsify_",
+    "sparsify_checkpoint",
     "squash",
     "take_over_pruned",
+    "unlower",
     "unprepare",
     "verify",
 ]

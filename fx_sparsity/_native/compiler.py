@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -51,7 +52,7 @@ def compile_library(command: Sequence[str], sources: Sequence[Path], target: Pat
 
     Args:
         command: the compiler, see `find`.
-        sources: files to compile; headers beside them are found.
+        sources: files to compile, several at once; headers beside them are found.
         target: where the library goes; its folder exists.
 
     Raises:
@@ -67,22 +68,35 @@ def compile_library(command: Sequence[str], sources: Sequence[Path], target: Pat
             if target.exists():  # another process was faster
                 return
             unfinished = Path(folder) / target.name
-            line = [*command, *flags(), "-isystem", str(root / "include")]
-            line += [*map(str, sources), "-o", str(unfinished), *libraries]
-            done = subprocess.run(
-                line, capture_output=True, text=True, timeout=_TIMEOUT, check=False
-            )
-            if done.returncode:
-                output = [text for text in done.stderr.splitlines() if text.strip()]
-                reason = next((t for t in output if "error" in t), (output or ["no message"])[0])
-                raise BuildError(
-                    f"{command[0]} failed with exit status {done.returncode}: {reason.strip()}"
-                )
+            start = [*command, *flags(), "-isystem", str(root / "include")]
+            if len(sources) > 1:
+                sources = _objects([part for part in start if part != "-shared"], sources, folder)
+            _run([*start, *map(str, sources), "-o", str(unfinished), *libraries])
             os.replace(unfinished, target)
     except subprocess.TimeoutExpired as error:
         raise BuildError(f"{command[0]} did not finish within {_TIMEOUT} s") from error
     except OSError as error:
         raise BuildError(f"{command[0]} could not build {target}: {error}") from error
+
+
+def _objects(start: Sequence[str], sources: Sequence[Path], folder: str) -> list[Path]:
+    """Compile sources into object files, as many at once as there are processors."""
+    objects = [Path(folder) / f"{number}.o" for number in range(len(sources))]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        lines = [
+            [*start, "-c", str(source), "-o", str(target)]
+            for source, target in zip(sources, objects, strict=True)
+        ]
+        list(pool.map(_run, lines))
+    return objects
+
+
+def _run(line: Sequence[str]) -> None:
+    done = subprocess.run(line, capture_output=True, text=True, timeout=_TIMEOUT, check=False)
+    if done.returncode:
+        output = [text for text in done.stderr.splitlines() if text.strip()]
+        reason = next((t for t in output if "error" in t), (output or ["no message"])[0])
+        raise BuildError(f"{line[0]} failed with exit status {done.returncode}: {reason.strip()}")
 
 
 @contextlib.contextmanager

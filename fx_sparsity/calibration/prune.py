@@ -9,8 +9,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fx_sparsity.calibration.batches import Batch, Captured, capture, read_batches
-from fx_sparsity.calibration.bias import estimate_batch_norms, find_biases
+from fx_sparsity.calibration.batches import Batch, Captured, capture, check_forms, read_batches
+from fx_sparsity.calibration.bias import estimate_batch_norms, find_biases, fits
 from fx_sparsity.calibration.gradients import Loss, collect_gradients
 from fx_sparsity.calibration.observe import groups_of_module, observe
 from fx_sparsity.calibration.plan import (
@@ -152,6 +152,7 @@ def calibrate(
     read = read_batches(model, batches)
     with _evaluating(model):
         with _buffers_kept(model):
+            check_forms(model, read)
             frame = _capture(model, read, dynamic_shapes)
             todo = _decide(model, sparsifier, frame, mapping, store)
             tensors = {canonical_fqn(name): tensor for name, tensor in named_tensors(model)}
@@ -271,6 +272,7 @@ def _decide(
 
 
 def _biases(frame: _Frame, todo: _Todo) -> dict[str, Tensor]:
+    """As the graph shows them; those of a running model are only known when it has run."""
     if not frame.captured:
         return {}
     return find_biases(frame.captured[0].graph, frame.uses[0], todo.plans)
@@ -343,7 +345,9 @@ def _observe(
 ) -> Iterator[str]:
     """FQN after FQN, when all that meets any weight of the running model has been taken in."""
     tables = {fqn for fqn, plan in plans.items() if plan.table}
-    observe(model, batches, weights, tables, pruner.columns, pruner.take, pruner.refuse)
+    found = observe(model, batches, weights, tables, pruner.columns, pruner.take, pruner.refuse)
+    if pruner.biases is not None:
+        pruner.biases = {fqn: bias for fqn, bias in found.items() if fits(bias, plans[fqn])}
     yield from plans
 
 

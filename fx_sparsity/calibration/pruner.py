@@ -31,10 +31,11 @@ class Pruner:
         sparsifier: the method.
         plans: FQN -> plan of every weight that is to be pruned.
         weights: FQN -> tensor of each, not masked.
-        biases: FQN -> the bias that makes up for the mean error of the weight; empty for none.
+        biases: see the attribute.
         store: holds what has been done, and writes what is.
 
     Attributes:
+        biases: FQN -> the bias that makes up for the mean error of the weight; None for none.
         shares: FQN -> the one right before it, which meets the same inputs.
         pruned: what has been done.
         peak: the most bytes that statistics took at a time.
@@ -51,7 +52,7 @@ class Pruner:
         self.sparsifier, self.plans, self.pruned = sparsifier, plans, list[PrunedWeight]()
         self._weights = weights
         self._gradients: Mapping[str, Gradients] = {}
-        self._biases, self._store = biases, store
+        self.biases, self._store = biases, store
         self.shares: Mapping[str, str] = {}
         self._refused: dict[str, str] = {}
         self._last: Collector | None = None
@@ -136,7 +137,7 @@ class Pruner:
     def _collector(self, fqn: str) -> Collector:
         if fqn not in self._collectors:
             needs: set[Statistic] = {*self._needs}
-            if self._biases is not None:
+            if self.biases is not None:
                 needs.add("input_mean")
             plan = self.plans[fqn]
             device = self._weights[fqn].device
@@ -158,14 +159,14 @@ class Pruner:
         self, fqn: str, lost: Tensor, stats: Statistics, notes: list[str]
     ) -> tuple[Tensor, Tensor] | None:
         """A bias, and what it has to become."""
-        if self._biases is None:
+        if self.biases is None:
             return None
-        if fqn not in self._biases:
+        if fqn not in self.biases:
             notes.append("no bias of its own to correct")
             return None
         assert stats.sums is not None
         mean = stats.sums / stats.tokens.clamp(min=1).unsqueeze(1)
-        bias = self._biases[fqn]
+        bias = self.biases[fqn]
         missing = (lost @ mean.unsqueeze(-1)).reshape(bias.shape)
         return bias, (bias.float() + missing).to(bias.dtype)
 

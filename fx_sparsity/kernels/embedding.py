@@ -43,7 +43,6 @@ def _cpu_kernel(name: str, indices: Tensor) -> Callable[..., Tensor] | None:
     return None
 
 
-@torch.library.impl(_LOOKUP, "CompositeExplicitAutograd")
 def _look_up(
     indices: Tensor,
     rows: Tensor,
@@ -58,6 +57,9 @@ def _look_up(
     return RowTable(rows, affine, remap, columns).look_up(indices, dtype)
 
 
+torch.library.impl(_LOOKUP, "CompositeExplicitAutograd", _look_up)
+
+
 @torch.library.register_fake(_LOOKUP)
 def _fake_look_up(
     indices: Tensor,
@@ -70,7 +72,6 @@ def _fake_look_up(
     return rows.new_empty((*indices.shape, columns), dtype=dtype)
 
 
-@torch.library.impl(_BAG, "CompositeExplicitAutograd")
 def _bag(
     indices: Tensor,
     offsets: Tensor | None,
@@ -105,6 +106,9 @@ def _bag(
     if MODES[mode] == "mean":
         result /= torch.bincount(bag, minlength=bags).clamp(min=1).unsqueeze(1)
     return result.to(dtype)
+
+
+torch.library.impl(_BAG, "CompositeExplicitAutograd", _bag)
 
 
 @torch.library.register_fake(_BAG)

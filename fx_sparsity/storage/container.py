@@ -13,8 +13,9 @@ import secrets
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -45,6 +46,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 _LONGEST_HEADER = 100_000_000  # bytes, as in the safetensors library
 _ALIGNMENT = 8
+_MOST_READ = 1 << 30  # bytes at a time; Linux reads no more than 2 GiB
 
 
 class FileFormatError(ValueError):
@@ -83,12 +85,30 @@ class SafetensorsFile:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        with open(self.path, "rb") as file:
-            self.nbytes = os.fstat(file.fileno()).st_size
-            self.header_bytes, header = _read_header(file, self.nbytes, str(path))
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        self.metadata = _read_metadata(header.pop("__metadata__", {}), str(path))
-        self.entries = _read_entries(header, self.header_bytes, self.nbytes, str(path))
+        self._file = open(self.path, "rb", buffering=0)  # noqa: SIM115 - closed with this object
+        layout = read_layout(self._file, str(path))
+        self.entries, self.metadata = layout.entries, layout.metadata
+        self.header_bytes, self.nbytes = layout.header_bytes, layout.nbytes
+
+    @cached_property
+    def _map(self) -> mmap.mmap:
+        return mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_COPY)
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, read into memory of its own; nothing is mapped.
+
+        Raises:
+            FileFormatError: the file got shorter meanwhile.
+        """
+        entry = self.entries[name]
+        tensor = torch.empty(entry.shape, dtype=entry.dtype)
+        into, place = bytes_of(tensor), entry.start
+        while into:
+            count = os.preadv(self._file.fileno(), [into[:_MOST_READ]], place)
+            if not count:
+                raise FileFormatError(f"{name}: the file ends at byte {place}")
+            into, place = into[count:], place + count
+        return tensor
 
     def tensor(self, name: str) -> Tensor:
         """One tensor, contiguous: a view of the map, or a copy where the file does not align it."""
@@ -108,7 +128,33 @@ class SafetensorsFile:
         return memoryview(self._map)[entry.start : entry.start + entry.nbytes]
 
 
-def _read_header(file: BinaryIO, nbytes: int, path: str) -> tuple[int, dict[str, Any]]:
+@dataclass(frozen=True)
+class Layout:
+    """What a header says, once it is sure that it fits the file; see `SafetensorsFile`."""
+
+    entries: dict[str, Entry]
+    metadata: dict[str, str]
+    header_bytes: int
+    nbytes: int
+
+
+def read_layout(file: IO[bytes], path: str) -> Layout:
+    """Read and check the header of a safetensors file.
+
+    Args:
+        file: open for reading, at its beginning.
+        path: for messages.
+
+    Raises:
+        FileFormatError: the header contradicts itself or the file's length.
+    """
+    nbytes = os.fstat(file.fileno()).st_size
+    start, header = _read_header(file, nbytes, path)
+    metadata = _read_metadata(header.pop("__metadata__", {}), path)
+    return Layout(_read_entries(header, start, nbytes, path), metadata, start, nbytes)
+
+
+def _read_header(file: IO[bytes], nbytes: int, path: str) -> tuple[int, dict[str, Any]]:
     length = int.from_bytes(file.read(8), "little")
     if nbytes < 10 or not 2 <= length <= min(nbytes - 8, _LONGEST_HEADER):
         raise FileFormatError(

@@ -5,15 +5,17 @@ import json
 import mmap
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
 
 from fx_sparsity.storage import state as states
+from fx_sparsity.storage.compressed_tensors import OUTSIDE, outside_name
 from fx_sparsity.storage.container import (
     DTYPE_NAMES,
     DTYPES,
@@ -26,11 +28,12 @@ from fx_sparsity.storage.container import (
     elements_of,
     replacing,
 )
-from fx_sparsity.storage.formats import FORMATS, Contents, sizes
+from fx_sparsity.storage.formats import FORMATS, Contents, Format, sizes
 
 _KEY = "fx_sparsity"
 _HEADER_CHECKSUM = "fx_sparsity_checksum"
 _VERSION = 2
+_ALL: dict[str, Format] = {**FORMATS, **OUTSIDE}
 _LARGE = 1 << 22  # bytes from which memory is asked for in huge pages
 
 
@@ -56,10 +59,8 @@ def save(
         raise ValueError(f"form: expected one of {', '.join(FORMATS)}, found {form!r}")
     state = model_or_state.state_dict() if isinstance(model_or_state, nn.Module) else model_or_state
     tensors, described = states.flatten(state)
+    check_dtypes(tensors)
     ties = _ties(tensors)
-    for name, tensor in tensors.items():
-        if tensor.dtype not in DTYPE_NAMES:
-            raise TypeError(f"{name}: safetensors has no dtype for {tensor.dtype}")
     extra = {
         "described": described,
         "same_as": ties,
@@ -67,56 +68,183 @@ def save(
         "order": list(state) if described or ties else [],
     }
     with replacing(path) as file:
-        writer = CompressedWriter(file, tensors, extra)
+        writer = CompressedWriter(file, _shapes(tensors), form, extra)
         for name, tensor in tensors.items():
             if name not in ties:
-                writer.add(name, tensor.detach().cpu(), form)
+                writer.write(writer.encode(name, tensor.detach().cpu()))
         writer.finish()
 
 
-class CompressedWriter:
-    """Writes tensors to a file one after another, each in the smallest format or a given one.
+def export(
+    model_or_state: nn.Module | Mapping[str, Tensor], path: str | Path, *, layout: str = "dense"
+) -> None:
+    """Write a model's tensors to a safetensors file that other runtimes read.
+
+    Args:
+        model_or_state: a module, or its `state_dict`; plain tensors only. Of tied ones the first is
+            written.
+        path: overwritten. `config.json` beside it, made if it is not there, gets what a sparse
+            layout needs: `quantization_config`, with its `sparsity_config`.
+        layout: `"dense"`, which everything reads, or one of compressed-tensors: `"sparse-bitmask"`
+            and `"sparse-24-bitmask"`. These hold matrices called `weight`; the rest is dense.
+
+    Raises:
+        TypeError: an entry that is no plain tensor; it is named.
+        ValueError: unknown `layout`.
+    """
+    check_layout(layout, (*OUTSIDE, "dense"))
+    state = model_or_state.state_dict() if isinstance(model_or_state, nn.Module) else model_or_state
+    tensors, described = states.flatten(state)
+    for name in described:
+        raise TypeError(f"{name}: expected a strided tensor of plain numbers; `save` stores it")
+    check_dtypes(tensors)
+    ties = _ties(tensors)
+    counts = Counts()
+    with replacing(path) as file:
+        writer = PlainWriter(file, _shapes(tensors), layout)
+        for name, tensor in tensors.items():
+            if name not in ties:
+                encoded = writer.encode(name, tensor.detach().cpu())
+                writer.write(encoded)
+                counts.add(encoded)
+        writer.finish()
+    if layout != "dense":
+        config = Path(path).with_name("config.json")
+        found = json.loads(config.read_text()) if config.exists() else {}
+        with replacing(config) as file:
+            file.write(json.dumps(counts.configured(found, layout), indent=2).encode())
+
+
+def check_layout(layout: str, known: Iterable[str]) -> None:
+    """Raise `ValueError` for an unknown layout."""
+    if layout not in known:
+        raise ValueError(f"layout: expected one of {', '.join(known)}, found {layout!r}")
+
+
+def check_dtypes(tensors: Mapping[str, Tensor]) -> None:
+    """Raise `TypeError` for a tensor of a dtype that safetensors does not have."""
+    for name, tensor in tensors.items():
+        if tensor.dtype not in DTYPE_NAMES:
+            raise TypeError(f"{name}: safetensors has no dtype for {tensor.dtype}")
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A tensor in the form in which it is written.
+
+    Attributes:
+        name: of the tensor.
+        form: name of its format.
+        dtype, shape: of the tensor.
+        parts: name in the file -> contiguous tensor.
+        zeros: elements whose bits are all zero; None where nobody counted.
+    """
+
+    name: str
+    form: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    parts: Mapping[str, Tensor]
+    zeros: int | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the parts."""
+        return sum(part.nbytes for part in self.parts.values())
+
+
+class PlainWriter:
+    """Writes tensors one after another for other runtimes: dense, or as compressed-tensors does.
 
     Args:
         file: open for writing, empty.
-        names: of all tensors that may come, with tensors or anything else of their `ndim`.
+        shapes: name -> shape of all tensors that may come.
+        layout: `"dense"`, `"sparse-bitmask"` or `"sparse-24-bitmask"`.
+        metadata: of the file.
+    """
+
+    def __init__(
+        self,
+        file: BinaryIO,
+        shapes: Mapping[str, Sequence[int]],
+        layout: str = "dense",
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        self._layout = layout
+        self._metadata = {"format": "pt"} if metadata is None else metadata
+        room = len(json.dumps(self._metadata)) + _room(shapes)
+        self._writer = SafetensorsWriter(file, room)
+
+    def encode(self, name: str, tensor: Tensor) -> Encoded:
+        """One CPU tensor as it will be written."""
+        shape, form = tuple(tensor.shape), FORMATS["dense"]
+        parts: Mapping[str, Tensor] = {name: tensor.contiguous()}
+        if self._layout != "dense" and name.endswith(".weight") and not tensor.is_complex():
+            contents, form = Contents(tensor), OUTSIDE[self._layout]
+            size = form.size(contents)
+            if size is not None and size < contents.nbytes:
+                zeros = tensor.numel() - contents.found[1]
+                encoded = form.encode(contents)
+                parts = {outside_name(name, part): data for part, data in encoded.items()}
+                return Encoded(name, self._layout, tensor.dtype, shape, parts, zeros)
+        return Encoded(name, "dense", tensor.dtype, shape, parts)
+
+    def write(self, encoded: Encoded) -> None:
+        """Write a tensor. Raises `ValueError` for a name that is taken."""
+        for name, part in encoded.parts.items():
+            self._writer.add(name, part)
+
+    def finish(self) -> None:
+        """Write what is left, and the header."""
+        self._writer.finish(self._metadata)
+
+
+class CompressedWriter:
+    """Writes tensors one after another, each in the smallest format or a given one.
+
+    Args:
+        file: open for writing, empty.
+        shapes: name -> shape of all tensors that may come.
+        form: of every tensor that can take it, the others being dense.
         extra: further metadata, for JSON.
     """
 
-    def __init__(self, file: Any, names: Iterable[str], extra: Mapping[str, Any]) -> None:
-        self._extra = {key: value for key, value in extra.items() if value}
-        # A header entry for each of up to three parts, and one in the metadata, whose quotes count
-        # twice: numbers are taken at their longest for files of up to 10 TB.
-        per_name = sum(640 + 5 * len(json.dumps(json.dumps(name))) for name in names)
-        room = 256 + per_name + len(json.dumps(json.dumps(self._extra)))
+    def __init__(
+        self,
+        file: BinaryIO,
+        shapes: Mapping[str, Sequence[int]],
+        form: str | None = None,
+        extra: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._form = form
+        self._extra = {key: value for key, value in (extra or {}).items() if value}
+        room = len(json.dumps(json.dumps(self._extra))) + _room(shapes)
         self._writer = SafetensorsWriter(file, room)
         self._tensors: dict[str, Any] = {}
 
-    def add(self, name: str, tensor: Tensor, form: str | None = None) -> None:
-        """Write one CPU tensor.
-
-        Args:
-            name: of the tensor.
-            tensor: strided, any dtype that safetensors has.
-            form: its format, where it can take that; the smallest by default.
-
-        Raises:
-            ValueError: a name that is taken.
-        """
+    def encode(self, name: str, tensor: Tensor) -> Encoded:
+        """One CPU tensor as it will be written."""
         contents = Contents(tensor)
+        found = sizes(contents)
+        form = self._form
         if form is None:
-            found = sizes(contents)
             form = min(found, key=lambda name: found[name])
-        elif form != "dense" and form not in sizes(contents):
+        elif form not in found:
             form = "dense"
-        parts = FORMATS[form].encode(contents)
-        for part, data in parts.items():
-            self._writer.add(_part_name(name, part), data)
-        self._tensors[name] = {
-            "format": form,
-            "dtype": DTYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "crc32": checksum([bytes_of(parts[part]) for part in FORMATS[form].parts]),
+        encoded = FORMATS[form].encode(contents)
+        parts = {part_name(name, part): encoded[part] for part in FORMATS[form].parts}
+        zeros = None if tensor.is_complex() else tensor.numel() - contents.found[1]
+        return Encoded(name, form, tensor.dtype, contents.shape, parts, zeros)
+
+    def write(self, encoded: Encoded) -> None:
+        """Write a tensor. Raises `ValueError` for a name that is taken."""
+        for part, data in encoded.parts.items():
+            self._writer.add(part, data)
+        self._tensors[encoded.name] = {
+            "format": encoded.form,
+            "dtype": DTYPE_NAMES[encoded.dtype],
+            "shape": encoded.shape,
+            "crc32": checksum([bytes_of(data) for data in encoded.parts.values()]),
         }
 
     def finish(self) -> None:
@@ -129,10 +257,58 @@ class CompressedWriter:
         self._writer.finish({_KEY: text, _HEADER_CHECKSUM: _header_checksum(text, header)})
 
 
+@dataclass
+class Counts:
+    """What a sparse layout's configuration says of the tensors that were written.
+
+    Attributes:
+        sparse, dense: modules whose weight is in the layout, and whose matrix is not.
+        zeros, elements: of the former.
+    """
+
+    sparse: list[str] = field(default_factory=list)
+    dense: list[str] = field(default_factory=list)
+    zeros: int = 0
+    elements: int = 0
+
+    def add(self, encoded: Encoded) -> None:
+        """Count a tensor."""
+        module = encoded.name.removesuffix(".weight")
+        if encoded.form != "dense":
+            self.sparse.append(module)
+            self.zeros += encoded.zeros or 0
+            self.elements += elements_of(encoded.shape)
+        elif module != encoded.name and len(encoded.shape) == 2:
+            self.dense.append(module)
+
+    def merge(self, other: "Counts") -> None:
+        """Count what another one counted."""
+        self.sparse += other.sparse
+        self.dense += other.dense
+        self.zeros += other.zeros
+        self.elements += other.elements
+
+    def configured(self, config: Mapping[str, Any], layout: str) -> dict[str, Any]:
+        """A model's `config.json` with what compressed-tensors looks for."""
+        sparsity = {
+            "format": layout,
+            "global_sparsity": self.zeros / self.elements if self.elements else 0.0,
+            "ignore": self.dense,
+            "registry_requires_subclass": False,
+            "sparsity_structure": "2:4" if layout == "sparse-24-bitmask" else "unstructured",
+            "targets": self.sparse,
+        }
+        quantization = dict(config.get("quantization_config") or {})
+        quantization.setdefault("quant_method", "compressed-tensors")
+        quantization["sparsity_config"] = sparsity
+        return {**config, "quantization_config": quantization}
+
+
 class CompressedFile:
     """A file from `save`, or any safetensors file: what it holds, tensor by tensor.
 
-    Everything that the file says of itself is checked when it is opened, except checksums.
+    Everything that the file says of itself is checked when it is opened, except checksums. What
+    compressed-tensors wrote as bitmasks is known by the names of its parts.
 
     Args:
         path: of the file.
@@ -140,7 +316,7 @@ class CompressedFile:
     Attributes:
         file: the safetensors file.
         ours: whether `save` wrote it.
-        forms: name -> format of every tensor.
+        forms: name -> format of every tensor: of `FORMATS`, or of compressed-tensors'.
         same_as: name -> the tensor that it is tied to.
         described: entries of the state that are no plain tensors, see `state`.
         versions: module -> version of its state, where that is not the first.
@@ -162,14 +338,14 @@ class CompressedFile:
         self._checksums: dict[str, int] = {}
         text = self.file.metadata.get(_KEY)
         self.ours = text is not None
+        self._parts: dict[str, dict[str, str]] = {}
         if text is None:
-            self.forms = dict.fromkeys(self.file.entries, "dense")
-            self.keys = list(self.forms)
-            self._shapes = {n: (e.dtype, e.shape) for n, e in self.file.entries.items()}
+            self._read_foreign()
         else:
             self._read(text)
-        for name in self.forms:
-            self._check(name)
+        for name, form in self.forms.items():
+            if self.ours or form != "dense":
+                _ALL[form].check(name, self.parts(name), *reversed(self._shapes[name]))
 
     @property
     def names(self) -> list[str]:
@@ -182,8 +358,7 @@ class CompressedFile:
 
     def stored_bytes(self, name: str) -> int:
         """Bytes of a tensor's parts in the file; 0 for a tied one."""
-        parts = FORMATS[self.forms[name]].parts if name in self.forms else ()
-        return sum(self.file.entries[_part_name(name, part)].nbytes for part in parts)
+        return sum(self.file.entries[key].nbytes for key in self._parts.get(name, {}).values())
 
     def on_meta(self) -> dict[str, Tensor]:
         """Every tensor on the meta device."""
@@ -195,9 +370,8 @@ class CompressedFile:
 
     def parts(self, name: str) -> dict[str, Tensor]:
         """The parts of a tensor: views of the mapped file."""
-        name = self.same_as.get(name, name)
-        parts = FORMATS[self.forms[name]].parts
-        return {part: self.file.tensor(_part_name(name, part)) for part in parts}
+        keys = self._parts[self.same_as.get(name, name)]
+        return {part: self.file.tensor(key) for part, key in keys.items()}
 
     def tensor(self, name: str) -> Tensor:
         """A tensor, dense: decoded, or a view of the mapped file where it is stored so."""
@@ -207,20 +381,29 @@ class CompressedFile:
             return parts[""]
         dtype, shape = self._shapes[name]
         out = _empty(shape, dtype)
-        FORMATS[self.forms[name]].decode(parts, out)
+        _ALL[self.forms[name]].decode(parts, out)
         return out
 
-    def decode(self, name: str, out: Tensor) -> None:
-        """Write a tensor into `out`, contiguous, of its dtype and shape."""
+    def read(self, name: str) -> Tensor:
+        """A tensor, dense, in memory of its own; where it is stored so, nothing is mapped."""
         name = self.same_as.get(name, name)
-        FORMATS[self.forms[name]].decode(self.parts(name), out)
+        if self.forms[name] == "dense":
+            return self.file.read(self._parts[name][""])
+        return self.tensor(name)
+
+    def fill(self, name: str, target: Tensor) -> None:
+        """Write a tensor into `target`, of its shape; decoded there where that is possible."""
+        name = self.same_as.get(name, name)
+        if _takes(target, *self.dtype_and_shape(name)):
+            _ALL[self.forms[name]].decode(self.parts(name), target.detach())
+        else:
+            target.detach().copy_(self.tensor(name))
 
     def faults(self) -> list[str]:
         """Tensors whose bytes do not match their checksum; empty for a file without checksums."""
 
         def fault(name: str) -> str | None:
-            parts = FORMATS[self.forms[name]].parts
-            found = checksum([self.file.raw(_part_name(name, part)) for part in parts])
+            found = checksum([self.file.raw(key) for key in self._parts[name].values()])
             if found == self._checksums[name]:
                 return None
             return f"{name}: expected checksum {self._checksums[name]:08x}, found {found:08x}"
@@ -242,15 +425,11 @@ class CompressedFile:
             raise FileFormatError(f"{path}: expected version {_VERSION}, found {version!r}")
         for name, entry in _object(header, "tensors", path).items():
             self._read_tensor(name, entry)
-        parts = {
-            _part_name(name, part)
-            for name, form in self.forms.items()
-            for part in FORMATS[form].parts
-        }
+        parts = {key for keys in self._parts.values() for key in keys.values()}
         for extra in self.file.entries.keys() - parts:
             raise FileFormatError(f"{extra}: belongs to no tensor that the file lists")
         for name, other in _object(header, "same_as", path).items():
-            if other not in self.forms or name in self.forms:
+            if not isinstance(other, str) or other not in self.forms or name in self.forms:
                 raise FileFormatError(f"{name}: tied to {other!r}, which the file does not hold")
             self.same_as[name] = other
         self.described = _object(header, "described", path)
@@ -260,7 +439,8 @@ class CompressedFile:
             taken |= states.check(name, what, meta)
         keys = {*self.names, *self.described} - taken
         self.keys = header.get("order") or list(self.forms)
-        if not isinstance(self.keys, list) or sorted(map(str, self.keys)) != sorted(keys):
+        listed = isinstance(self.keys, list) and all(isinstance(key, str) for key in self.keys)
+        if not listed or sorted(self.keys) != sorted(keys):
             raise FileFormatError(f"{path}: expected an order of all entries")
         if not all(type(version) is int for version in self.versions.values()):
             raise FileFormatError(f"{path}: expected versions that are integers")
@@ -277,17 +457,34 @@ class CompressedFile:
             raise FileFormatError(f"{name}: expected a dtype, found {dtype!r}")
         if type(entry["crc32"]) is not int:
             raise FileFormatError(f"{name}: expected a checksum, found {entry['crc32']!r}")
-        missing = {_part_name(name, part) for part in FORMATS[form].parts}
-        missing -= self.file.entries.keys()
-        if missing:
+        parts = {part: part_name(name, part) for part in FORMATS[form].parts}
+        if missing := set(parts.values()) - self.file.entries.keys():
             raise FileFormatError(f"{name}: expected parts {sorted(missing)} of format {form}")
+        self._parts[name] = parts
         self.forms[name] = form
         self._shapes[name] = DTYPES[dtype], check_shape(name, entry["shape"])
         self._checksums[name] = entry["crc32"]
 
-    def _check(self, name: str) -> None:
-        dtype, shape = self._shapes[name]
-        FORMATS[self.forms[name]].check(name, self.parts(name), shape, dtype)
+    def _read_foreign(self) -> None:
+        taken: set[str] = set()
+        for form, outside in OUTSIDE.items():
+            for key in self.file.entries:
+                prefix = key.removesuffix(".compressed")
+                parts = {part: f"{prefix}.{part}" for part in outside.parts}
+                whole = not taken.intersection(parts.values())
+                if prefix != key and whole and self.file.entries.keys() >= set(parts.values()):
+                    name = f"{prefix}.weight"
+                    shape = check_shape(name, self.file.read(parts["shape"]).flatten().tolist())
+                    self.forms[name], self._parts[name] = form, parts
+                    self._shapes[name] = self.file.entries[key].dtype, shape
+                    taken.update(parts.values())
+        for name, entry in self.file.entries.items():
+            if name not in taken:
+                if name in self.forms:
+                    raise FileFormatError(f"{name}: both dense and in parts")
+                self.forms[name], self._parts[name] = "dense", {"": name}
+                self._shapes[name] = entry.dtype, entry.shape
+        self.keys = list(self.forms)
 
 
 def load(
@@ -314,12 +511,12 @@ def load(
         OSError: it cannot be read.
     """
     file = CompressedFile(path)
-    if check and (faults := file.faults()):
-        raise FileFormatError("\n".join(faults))
+    if check:
+        check_sums(file)
     if model is None:
         return _state(file, {})
     targets = model.state_dict(keep_vars=True)
-    _check_fits(file, targets)
+    check_fits(file, targets)
     state = _state(file, targets)
     state._metadata = getattr(targets, "_metadata", {})  # type: ignore[attr-defined]
     model.load_state_dict(state)
@@ -346,7 +543,7 @@ def _state(file: CompressedFile, targets: Mapping[str, Any]) -> "OrderedDict[str
     for name in file.forms:
         target = targets.get(name)
         if _takes(target, *file.dtype_and_shape(name)):
-            file.decode(name, target.detach())
+            file.fill(name, target)
             tensors[name] = target
         else:
             tensors[name] = file.tensor(name)
@@ -366,7 +563,13 @@ def _state(file: CompressedFile, targets: Mapping[str, Any]) -> "OrderedDict[str
     return state
 
 
-def _check_fits(file: CompressedFile, targets: Mapping[str, Any]) -> None:
+def check_sums(file: CompressedFile) -> None:
+    """Raise `FileFormatError` naming every tensor that does not match its checksum."""
+    if faults := file.faults():
+        raise FileFormatError("\n".join(faults))
+
+
+def check_fits(file: CompressedFile, targets: Mapping[str, Any]) -> None:
     """Raise `RuntimeError` unless a model whose state is `targets` can be loaded strictly."""
     faults = [f"{name}: not in the file" for name in targets if name not in set(file.keys)]
     faults += [f"{name}: not in the model" for name in file.keys if name not in targets]
@@ -392,7 +595,7 @@ def _takes(target: Any, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Like `torch.empty`; large ones in huge pages, which are faster to touch for the first time."""
+    """Like `torch.empty`; large ones in huge pages, which take less time to touch first."""
     nbytes = elements_of(shape) * dtype.itemsize
     if nbytes < _LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(shape, dtype=dtype)
@@ -400,6 +603,20 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     with contextlib.suppress(OSError):  # a kernel without them
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.uint8).view(dtype).view(shape)
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def _room(shapes: Mapping[str, Sequence[int]]) -> int:
+    """Bytes that a header needs at most.
+
+    For each tensor: up to four entries in the header, with offsets of up to 15 digits, or two and
+    one in the metadata, whose quotes are escaped twice.
+    """
+    names = sum(4 * len(json.dumps(json.dumps(json.dumps(name)))) for name in shapes)
+    return 256 + names + sum(400 + 3 * len(str(tuple(shape))) for shape in shapes.values())
 
 
 def _ties(tensors: Mapping[str, Tensor]) -> dict[str, str]:
@@ -436,5 +653,6 @@ def _header_checksum(text: str, entries: Mapping[str, tuple[str, tuple[int, ...]
     return f"{zlib.crc32(json.dumps([text, listed]).encode()):08x}"
 
 
-def _part_name(name: str, part: str) -> str:
+def part_name(name: str, part: str) -> str:
+    """What a part of a tensor is called in a file."""
     return f"{name}::{part}" if part else name

@@ -131,7 +131,7 @@ class Dense:
         self, name: str, parts: Mapping[str, Tensor], shape: Sequence[int], dtype: torch.dtype
     ) -> None:
         """See `Format.check`."""
-        _expect(name, "data", parts[""], dtype, shape)
+        expect_part(name, "data", parts[""], dtype, shape)
 
     def decode(self, parts: Mapping[str, Tensor], out: Tensor) -> None:
         """See `Format.decode`."""
@@ -165,15 +165,13 @@ class Bitmask:
         bits, values = parts["bitmask"], parts["values"]
         _check_bits(name, "bitmask", bits, torch.Size(shape).numel())
         count = count_bits(bits)
-        _expect(name, "values", values, dtype, (_filled(count, dtype.itemsize),))
+        expect_part(name, "values", values, dtype, (_filled(count, dtype.itemsize),))
         if bool(as_integers(values)[count:].any()):
             _contradiction(name, "zeros after the last value", "something else")
 
     def decode(self, parts: Mapping[str, Tensor], out: Tensor) -> None:
         """See `Format.decode`."""
-        bits = parts["bitmask"]
-        values = as_integers(parts["values"])[: count_bits(bits)]
-        unpack(bits, values, as_integers(out).view(-1))
+        unpack(parts["bitmask"], as_integers(parts["values"]), as_integers(out).view(-1))
 
 
 class TwoFour:
@@ -191,14 +189,15 @@ class TwoFour:
             return None
         if contents.found[1] > contents.tensor.numel() // 2:
             return None
-        if bool((_two_of_four(contents.found[0]) == 0).any()):
+        if bool(((_of_every_four(contents.found[0]) + 0x11) & 0x44).any()):  # three or four
             return None
         return -(-contents.tensor.numel() // 8) + contents.nbytes // 2
 
     def encode(self, contents: Contents) -> dict[str, Tensor]:
         """See `Format.encode`."""
-        bits = _two_of_four(contents.found[0])
-        bits = _without_bits_after(bits, contents.tensor.numel())
+        bits = _TWO_OF_FOUR[contents.found[0].int()]
+        if contents.tensor.numel() % 8:
+            bits[-1] &= 0x0F
         values = torch.empty(contents.tensor.numel() // 2, dtype=contents.integers.dtype)
         pack(contents.integers, bits, values)
         shape = (*contents.shape[:-1], contents.shape[-1] // 2)
@@ -212,8 +211,9 @@ class TwoFour:
         if not shape or shape[-1] % 4:
             _contradiction(name, "a last axis that four divides", f"shape {tuple(shape)}")
         _check_bits(name, "bitmask", bits, elements)
-        _expect(name, "values", parts["values"], dtype, (*shape[:-1], shape[-1] // 2))
-        if not torch.equal(_without_bits_after(_two_of_four(bits), elements), bits):
+        expect_part(name, "values", parts["values"], dtype, (*shape[:-1], shape[-1] // 2))
+        counts = _of_every_four(bits)
+        if bool((counts[: elements // 8] != 0x22).any()) or (elements % 8 and counts[-1] != 2):
             _contradiction(name, "two bits of every four", "others")
 
     def decode(self, parts: Mapping[str, Tensor], out: Tensor) -> None:
@@ -259,7 +259,7 @@ class Block:
             found = f"values of shape {tuple(values.shape)}"
             _contradiction(name, f"blocks that divide {rows}x{columns}", found)
         _check_bits(name, "blocks", bits, (rows // block[0]) * (columns // block[1]))
-        _expect(name, "values", values, dtype, (count_bits(bits), *block))
+        expect_part(name, "values", values, dtype, (count_bits(bits), *block))
         _check_expansion(name, parts, shape, dtype)
 
     def decode(self, parts: Mapping[str, Tensor], out: Tensor) -> None:
@@ -297,7 +297,7 @@ class Rows:
             _contradiction(name, "two axes or more, not empty", f"shape {tuple(shape)}")
         _check_bits(name, "kept", parts["kept"], shape[0])
         kept = count_bits(parts["kept"])
-        _expect(name, "values", parts["values"], dtype, (kept, *shape[1:]))
+        expect_part(name, "values", parts["values"], dtype, (kept, *shape[1:]))
         _check_expansion(name, parts, shape, dtype)
 
     def decode(self, parts: Mapping[str, Tensor], out: Tensor) -> None:
@@ -350,29 +350,23 @@ def _matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
     return torch.Size(shape[:-1]).numel(), width
 
 
-def _two_of_four(bits: Tensor) -> Tensor:
-    """Bits with the first unset ones of every four added up to two; 0 for a byte with more."""
-    return _TWO_OF_FOUR[bits.int()]
+def _of_every_four(bits: Tensor) -> Tensor:
+    """How many of every four bits are set, four bits to a count."""
+    pairs = bits - ((bits >> 1) & 0x55)
+    return (pairs & 0x33) + ((pairs >> 2) & 0x33)
 
 
-def _two_of_four_of_byte(byte: int) -> int:
-    both = []
-    for four in (byte & 15, byte >> 4):
+def _with_two_of_four(byte: int) -> int:
+    """Bits with the first unset ones of every four added up to two."""
+    both = [byte & 15, byte >> 4]
+    for i in range(2):
         for place in range(4):
-            if four.bit_count() < 2:
-                four |= 1 << place
-        both.append(four)
-    return both[0] | both[1] << 4 if max(four.bit_count() for four in both) == 2 else 0
+            if both[i].bit_count() < 2:
+                both[i] |= 1 << place
+    return both[0] | both[1] << 4
 
 
-_TWO_OF_FOUR = torch.tensor([_two_of_four_of_byte(byte) for byte in range(256)], dtype=torch.uint8)
-
-
-def _without_bits_after(bits: Tensor, elements: int) -> Tensor:
-    """Bits with those of the last byte that stand for no element unset, in place."""
-    if elements % 8:
-        bits[-1] &= (1 << elements % 8) - 1
-    return bits
+_TWO_OF_FOUR = torch.tensor([_with_two_of_four(byte) for byte in range(256)], dtype=torch.uint8)
 
 
 def _blocks_in(bits: Tensor, shape: torch.Size) -> Iterator[tuple[tuple[int, int], int]]:
@@ -419,12 +413,15 @@ def _block_bytes(shape: torch.Size, block: tuple[int, int], count: int, itemsize
 
 
 def _check_bits(name: str, part: str, bits: Tensor, elements: int) -> None:
-    _expect(name, part, bits, torch.uint8, (-(-elements // 8),))
+    expect_part(name, part, bits, torch.uint8, (-(-elements // 8),))
     if elements % 8 and int(bits[-1]) >> elements % 8:
         _contradiction(name, f"{elements} bits", "one behind the last")
 
 
-def _expect(name: str, part: str, tensor: Tensor, dtype: torch.dtype, shape: Sequence[int]) -> None:
+def expect_part(
+    name: str, part: str, tensor: Tensor, dtype: torch.dtype, shape: Sequence[int]
+) -> None:
+    """Raise `FileFormatError` unless a part of the tensor `name` has this dtype and shape."""
     if tensor.dtype != dtype or tuple(tensor.shape) != tuple(shape):
         expected = f"{part} of {str(dtype)[6:]} and shape {tuple(shape)}"
         _contradiction(name, expected, f"{str(tensor.dtype)[6:]}, {tuple(tensor.shape)}")

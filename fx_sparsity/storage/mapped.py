@@ -1,9 +1,10 @@
-"""Safetensors files in shared memory maps: tensors whose memory is the file itself."""
+"""Safetensors files in memory maps: tensors whose memory is the file, read where they are used."""
 
 import json
 import math
 import mmap
 import os
+import struct
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,15 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fx_sparsity.storage.container import DTYPE_NAMES, FileFormatError, SafetensorsFile
+from fx_sparsity.storage.container import DTYPE_NAMES, Entry, FileFormatError, read_layout
 
 
 class MappedFile(Mapping[str, Tensor]):
     """A safetensors file as tensors over one memory map.
 
     The file's pages come into memory where a tensor is read, and the system takes them back when it
-    needs memory: they are no memory of the process's own. `SafetensorsFile` gives tensors that are
-    copied when they are written; these are not.
+    needs memory: they are no memory of the process's own.
 
     Args:
         path: of the file.
@@ -32,37 +32,37 @@ class MappedFile(Mapping[str, Tensor]):
         metadata: what the header says beside the tensors.
 
     Raises:
-        FileFormatError: the file contradicts itself, or does not align a tensor; it is named.
+        FileFormatError: the header contradicts itself or the file's length; the tensor is named.
     """
 
     def __init__(self, path: str | Path, *, writable: bool = False) -> None:
-        checked = SafetensorsFile(path)
-        self.path, self.metadata, self._entries = checked.path, checked.metadata, checked.entries
-        access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
+        self.path = Path(path)
         with open(path, "r+b" if writable else "rb") as file:
+            layout = read_layout(file, str(path))
+            access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
             self._map = mmap.mmap(file.fileno(), 0, access=access)
-        self._tensors = {name: self._tensor(name) for name in self._entries}
+        self.metadata = layout.metadata
+        self._entries = layout.entries
+        self._tensors = {name: self._tensor(name, entry) for name, entry in layout.entries.items()}
 
-    def _tensor(self, name: str) -> Tensor:
-        entry = self._entries[name]
+    def _tensor(self, name: str, entry: Entry) -> Tensor:
+        dtype = entry.dtype
         if not entry.nbytes:
-            return torch.empty(entry.shape, dtype=entry.dtype)
-        if entry.start % entry.dtype.itemsize:
+            return torch.empty(entry.shape, dtype=dtype)
+        if entry.start % dtype.itemsize:
             raise FileFormatError(
-                f"{name}: expected its {entry.dtype} to start at a multiple of "
-                f"{entry.dtype.itemsize} bytes in {self.path}, found {entry.start}; "
-                "load the file and save it anew"
+                f"{name}: expected its {dtype} to begin at a multiple of {dtype.itemsize} bytes in "
+                f"{self.path}, found {entry.start}; load the file and save it anew"
             )
+        place = {"offset": entry.start, "count": entry.nbytes}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The given buffer is not writable")
-            flat = torch.frombuffer(
-                self._map, dtype=torch.uint8, offset=entry.start, count=entry.nbytes
-            )
-        return flat.view(entry.dtype).view(entry.shape)
+            flat = torch.frombuffer(self._map, dtype=torch.uint8, **place)
+        return flat.view(dtype).view(entry.shape)
 
     def flush(self, *names: str) -> None:
-        """Have what was written into tensors on the disk."""
-        for name in names:
+        """Have what was written into tensors on the disk; into all of them without names."""
+        for name in names or self:
             entry = self._entries[name]
             page = entry.start // mmap.PAGESIZE * mmap.PAGESIZE
             if entry.nbytes:
@@ -78,7 +78,11 @@ class MappedFile(Mapping[str, Tensor]):
         return len(self._tensors)
 
 
-def create_file(path: str | Path, tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]]) -> None:
+def create_file(
+    path: str | Path,
+    tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
     """Make a safetensors file of zeros, to be written through a `MappedFile`.
 
     Its room on the disk is taken now, since writing through a map has no way to fail.
@@ -86,11 +90,12 @@ def create_file(path: str | Path, tensors: Mapping[str, tuple[torch.dtype, Seque
     Args:
         path: overwritten.
         tensors: name -> (dtype, shape).
+        metadata: for the header.
     """
-    header: dict[str, Any] = {}
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
     widest_first = sorted(tensors, key=lambda name: (-tensors[name][0].itemsize, name))
-    for name in widest_first:  # so that every tensor starts at a multiple of its elements' size
+    for name in widest_first:  # so that every tensor begins at a multiple of its elements' size
         dtype, shape = tensors[name]
         end = offset + math.prod(shape) * dtype.itemsize
         header[name] = {
@@ -102,6 +107,6 @@ def create_file(path: str | Path, tensors: Mapping[str, tuple[torch.dtype, Seque
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(struct.pack("<Q", len(text)) + text)
         file.flush()
         os.posix_fallocate(file.fileno(), 0, 8 + len(text) + offset)

@@ -47,11 +47,12 @@ def pack(x: Tensor, bits: Tensor, values: Tensor) -> None:
 
 
 def unpack(bits: Tensor, values: Tensor, out: Tensor) -> None:
-    """Undo `pack`, in place; what has no bit becomes zero."""
+    """Undo `pack`, in place; what has no bit becomes zero. Values beyond the bits are ignored."""
     if LIBRARY.ready():
         torch.ops.fx_sparsity_storage.unpack(bits, values, out)
     else:
-        out.zero_()[unpack_bits(bits, out.shape)] = values
+        found = unpack_bits(bits, out.shape)
+        out.zero_()[found] = values[: int(found.count_nonzero())]
 
 
 def gather_blocks(x: Tensor, bits: Tensor, blocks: Tensor) -> None:

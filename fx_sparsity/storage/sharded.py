@@ -14,7 +14,8 @@ from fx_sparsity.storage.mapped import MappedFile
 
 INDEX = ".safetensors.index.json"
 """How the name of an index ends: JSON, whose `weight_map` is name -> file."""
-_OTHER_WEIGHTS = frozenset({".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf"})
+OTHER_WEIGHTS = frozenset({".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf"})
+"""Suffixes of files with weights in other formats, and of shards that an index does not name."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class CheckpointFiles:
         others = [
             name
             for name in rest
-            if (source / name).is_file() and Path(name).suffix not in _OTHER_WEIGHTS
+            if (source / name).is_file() and Path(name).suffix not in OTHER_WEIGHTS
         ]
         ignored = [name for name in rest if name not in others]
         return cls(source, tuple(weights), tuple(others), tuple(ignored))

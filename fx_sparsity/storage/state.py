@@ -180,7 +180,7 @@ class _Reader:
         self.taken: set[str] = set()
 
     def check(self, name: str, what: Any, depth: int = 0) -> None:
-        keys = _KEYS.get(what.get("kind")) if isinstance(what, dict) else None
+        keys = _KEYS.get(str(what.get("kind"))) if isinstance(what, dict) else None
         if keys is None or set(what) != {"kind", *keys} or depth > _DEEPEST:
             raise FileFormatError(
                 f"{name}: expected a description of {', '.join(_KEYS)}, found {str(what)[:80]}"

@@ -5,9 +5,8 @@
 #pragma once
 
 #include <cstdlib>
+#include <stdexcept>
 #include <string>
-
-#include <torch/csrc/stable/library.h>
 
 #include "lanes_portable.h"
 #if defined(__AVX2__) && defined(__FMA__)
@@ -37,9 +36,11 @@ auto with_cpu(const Work& work) {
 #if FX_AVX2
   if (name.empty() || name == "avx2") return work(Avx2{});
 #endif
-  STD_TORCH_CHECK(
-      name.empty() || name == "portable", "FX_SPARSITY_CPU is '", name,
-      "', which is not one of the kernels of this machine: avx512, avx2, portable");
+  if (!name.empty() && name != "portable") {
+    throw std::runtime_error(
+        "FX_SPARSITY_CPU is '" + name +
+        "', which is none of the levels of this machine: avx512, avx2, portable");
+  }
   return work(Portable{});
 }
 

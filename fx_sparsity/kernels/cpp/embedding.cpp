@@ -65,8 +65,7 @@ Table table_of(
       remap.numel(),
       rows.size(0),
       columns,
-      row_bytes,
-      std::vector<uint8_t>(row_bytes)};
+      row_bytes};
 }
 
 // Calls `work.operator()<Bits>()`.
@@ -114,7 +113,7 @@ Tensor row_pruned_embedding(
     share(table, positions, indices.numel(), [&](int64_t begin, int64_t end) -> int64_t {
       const int64_t outside = first_outside(positions, begin, end, table.size);
       if (outside < end) return outside;
-      look_up<Bits>(Reader{table, positions, begin, end}, out);
+      look_up<Bits>(Reader(table, positions, begin, end), out);
       return -1;
     });
   });
@@ -175,8 +174,7 @@ Tensor row_pruned_embedding_bag(
       const auto last = end == bounds.back() ? bags_end : std::lower_bound(first, bags_end, end);
       const int64_t outside = first_outside(positions, *first, *last, table.size);
       if (outside < *last) return outside;
-      const Reader reader{table, positions, *first, *last};
-      reader.start();
+      const Reader reader(table, positions, *first, *last);
       for (auto bag = first; bag < last; bag++) {
         reduce(reader, bags, bag[0], bag[1], out, (bag - bounds.begin()) * columns);
       }

@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <vector>
 
 #ifdef __AVX512F__
 #include <immintrin.h>
@@ -24,12 +23,16 @@ inline Floats widen(Stored<32> values) {
 }
 
 inline Floats widen(Stored<16> values) {
+#ifdef __AVX512F__
+  return Floats(_mm512_slli_epi32(_mm512_cvtepu16_epi32(__m256i(values)), 16));
+#else
   return to_floats(std::bit_cast<Halves>(values));
+#endif
 }
 
 inline Floats widen(Stored<8> codes) {
 #ifdef __AVX512F__
-  return __builtin_convertvector(Ints(_mm512_cvtepi8_epi32(__m128i(codes))), Floats);
+  return Floats(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(__m128i(codes))));
 #else
   // Twice as wide in each step; in one step the compiler would take the codes one by one.
   using Codes [[gnu::vector_size(16)]] = int8_t;
@@ -41,7 +44,11 @@ inline Floats widen(Stored<8> codes) {
 
 inline Floats widen(Stored<4> codes) {
   using Pairs [[gnu::vector_size(16)]] = uint16_t;
+#ifdef __AVX512F__
+  const auto pairs = Pairs(_mm_cvtepu8_epi16(_mm_cvtsi64_si128(std::bit_cast<int64_t>(codes))));
+#else
   const auto pairs = __builtin_convertvector(codes, Pairs);
+#endif
   return widen(std::bit_cast<Stored<8>>((pairs | pairs << 4) & 0x0f0f));
 }
 
@@ -94,21 +101,6 @@ struct Integers {
   }
 };
 
-// `yes ? a : b` without a branch, however sure the compiler is that one would be faster.
-template <class T>
-const T* choose(bool yes, const T* a, const T* b) {
-  uintptr_t mask = -uintptr_t(yes);
-  asm("" : "+r"(mask));
-  const uintptr_t from = reinterpret_cast<uintptr_t>(b);
-  return reinterpret_cast<const T*>(from ^ ((reinterpret_cast<uintptr_t>(a) ^ from) & mask));
-}
-
-struct Row {
-  const uint8_t* values;
-  const float* affine;  // of codes: scale and zero point
-  bool kept;
-};
-
 struct Table {
   const uint8_t* rows;   // those that are kept, `row_bytes` each
   const float* affine;   // of codes: a scale and a zero point for each row
@@ -117,52 +109,46 @@ struct Table {
   int64_t kept;          // rows
   int64_t columns;
   int64_t row_bytes;
-  std::vector<uint8_t> zeros;  // a row
 
-  // A pruned row reads as zeros, chosen without a branch: half of them would be mispredicted.
-  Row operator[](int64_t index) const {
-    static constexpr float kNothing[2] = {0.0f, 0.0f};
+  // The row of an index, or -1.
+  int64_t find(int64_t index) const {
     const int64_t row = remap[index];
-    const bool is_kept = uint64_t(row) < uint64_t(kept);
-    return {
-        choose(is_kept, rows + row * row_bytes, zeros.data()),
-        choose(is_kept, affine + 2 * row, kNothing),
-        is_kept};
+    return uint64_t(row) < uint64_t(kept) ? row : -1;
   }
 };
 
-// Indices are read at random from more memory than caches hold. While one row is read, those that
-// come `kAhead` later are on their way, and the remap entries of those after them.
-#ifndef AHEAD
-#define AHEAD 8
-#endif
-constexpr int64_t kAhead = AHEAD;
-constexpr int64_t kLine = 64;                   // bytes
-constexpr int64_t kMostPrefetched = 8 * kLine;  // what follows is seen as a stream by the hardware
-
-inline void prefetch_row(const Table& table, int64_t index) {
-  const Row row = table[index];
-  const int64_t bytes = std::min(table.row_bytes, kMostPrefetched);
-  for (int64_t at = 0; at < bytes; at += kLine) __builtin_prefetch(row.values + at);
-  __builtin_prefetch(row.values + bytes - 1);
-  __builtin_prefetch(row.affine);
-}
-
-// What a thread reads: positions [begin, end) of the indices, all of them checked.
-struct Reader {
-  const Table& table;
-  Integers indices;
-  int64_t begin, end;
-
-  void start() const {
-    for (int64_t i = begin; i < std::min(end, begin + kAhead); i++) {
-      prefetch_row(table, indices[i]);
-    }
+// Positions [begin, end) of the indices, all of them checked, as one thread reads them. Rows come at
+// random from more memory than caches hold: while one is read, that of `kAhead` positions later is
+// on its way, and the remap entry of as many after that.
+class Reader {
+ public:
+  Reader(const Table& table, Integers indices, int64_t begin, int64_t end)
+      : table(table), indices(indices), begin(begin), end(end) {
+    for (int64_t i = begin; i < std::min(end, begin + kAhead); i++) fetch(i);
   }
 
+  const Table table;
+  const Integers indices;
+  const int64_t begin, end;
+
+  // To be called with each position before its row is read.
   void prefetch(int64_t i) const {
     if (i + 2 * kAhead < end) __builtin_prefetch(table.remap + indices[i + 2 * kAhead]);
-    if (i + kAhead < end) prefetch_row(table, indices[i + kAhead]);
+    if (i + kAhead < end) fetch(i + kAhead);
+  }
+
+ private:
+  static constexpr int64_t kAhead = 8;
+  static constexpr int64_t kLine = 64;            // bytes
+  static constexpr int64_t kStream = 16 * kLine;  // what follows is fetched by the processor itself
+
+  void fetch(int64_t i) const {
+    const int64_t row = table.find(indices[i]);
+    if (row < 0) return;
+    const uint8_t* start = table.rows + row * table.row_bytes;
+    const uint8_t* stop = start + std::min(table.row_bytes, kStream);
+    for (const uint8_t* line = start; line < stop; line += kLine) __builtin_prefetch(line);
+    if (table.affine) __builtin_prefetch(table.affine + 2 * row);
   }
 };
 
@@ -193,6 +179,7 @@ template <int Bits, bool Max, int Vectors>
 [[gnu::always_inline]] inline int64_t reduce_columns(
     const Reader& reader, const Bags& bags, int64_t begin, int64_t end, int64_t column,
     int64_t width, Floats* result) {
+  const Table table = reader.table;
   const int64_t start = column * Bits / 8;
   Floats values[Vectors] = {};
   int64_t count = 0;
@@ -201,16 +188,22 @@ template <int Bits, bool Max, int Vectors>
     const int64_t index = reader.indices[i];
     if (index == bags.padding) continue;
     count++;
-    const Row row = reader.table[index];
-    float factor = 1.0f, zero_point = 0.0f;
-    if (!Max && bags.weights) factor = row.kept ? bags.weights[i] : 0.0f;
+    const int64_t row = table.find(index);
+    if (row < 0) {
+      for (int v = 0; Max && v < Vectors; v++) {
+        values[v] = count == 1 ? Floats{} : values[v] < 0 ? Floats{} : values[v];
+      }
+      continue;
+    }
+    const uint8_t* from = table.rows + row * table.row_bytes + start;
+    float factor = !Max && bags.weights ? bags.weights[i] : 1.0f, zero_point = 0.0f;
     if constexpr (Bits <= 8) {
-      factor *= row.affine[0];
-      zero_point = row.affine[1];
+      factor *= table.affine[2 * row];
+      zero_point = table.affine[2 * row + 1];
     }
     for (int v = 0; v < Vectors; v++) {
-      const uint8_t* from = row.values + start + v * sizeof(Stored<Bits>);
-      const Floats value = (load<Bits>(from, width) - zero_point) * factor;
+      const Floats value =
+          (load<Bits>(from + v * sizeof(Stored<Bits>), width) - zero_point) * factor;
       if constexpr (Max) {
         values[v] = count == 1 ? value : value > values[v] ? value : values[v];
       } else {
@@ -256,20 +249,27 @@ void reduce_bag(
 // The rows of the positions of `reader`, into the output.
 template <int Bits>
 void look_up(const Reader& reader, Output out) {
-  const Table& table = reader.table;
+  const Table table = reader.table;
   const bool copies = Bits == (out.is_bf16 ? 16 : 32);
-  reader.start();
   for (int64_t i = reader.begin; i < reader.end; i++) {
     reader.prefetch(i);
-    const Row row = table[reader.indices[i]];
+    const int64_t row = table.find(reader.indices[i]);
+    uint8_t* to = static_cast<uint8_t*>(out.data) + i * table.columns * (out.is_bf16 ? 2 : 4);
+    if (row < 0) {
+      std::memset(to, 0, table.columns * (out.is_bf16 ? 2 : 4));
+      continue;
+    }
+    const uint8_t* from = table.rows + row * table.row_bytes;
     if (copies) {
-      std::memcpy(static_cast<uint8_t*>(out.data) + i * table.row_bytes, row.values, table.row_bytes);
+      std::memcpy(to, from, table.row_bytes);
       continue;
     }
     for (int64_t column = 0; column < table.columns; column += kLanes) {
       const int64_t count = std::min<int64_t>(kLanes, table.columns - column);
-      Floats value = load<Bits>(row.values + column * Bits / 8, count);
-      if constexpr (Bits <= 8) value = (value - row.affine[1]) * row.affine[0];
+      Floats value = load<Bits>(from + column * Bits / 8, count);
+      if constexpr (Bits <= 8) {
+        value = (value - table.affine[2 * row + 1]) * table.affine[2 * row];
+      }
       out.store(i * table.columns + column, value, count);
     }
   }

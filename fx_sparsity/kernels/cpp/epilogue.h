@@ -2,24 +2,12 @@
 #pragma once
 
 #include <algorithm>
-#include <string>
-
-#include <torch/csrc/stable/library.h>
 
 #include "vectors.h"
 
 namespace fx {
 
 enum class Activation { none, relu, gelu, gelu_tanh, silu };
-
-inline Activation activation_of(const std::string& name) {
-  if (name == "none") return Activation::none;
-  if (name == "relu") return Activation::relu;
-  if (name == "gelu") return Activation::gelu;
-  if (name == "gelu_tanh") return Activation::gelu_tanh;
-  STD_TORCH_CHECK(name == "silu", "unknown activation '", name, "'");
-  return Activation::silu;
-}
 
 // e^x to about 1 ulp: x = n ln 2 + r with |r| <= ln 2 / 2, and the series of e^r (as in Cephes).
 inline Floats exp(Floats x) {

@@ -84,7 +84,7 @@ struct Portable {
   using W8 = portable::Math<int8_t, float, 4, Floats>;
 
   static constexpr int kChains = 2;       // sums that hide the latency of `dot`
-  static constexpr int kDirectRows = 4;   // rows that one pass over packed weights can serve
+  static constexpr int kDirectRows = 1;   // rows that one pass over packed weights can serve
   static constexpr int kTileRows = 4;     // rows and panels of a tile of expanded weights
   static constexpr int kTilePanels = 1;
 };

@@ -20,6 +20,7 @@
 namespace fx {
 
 constexpr int64_t kWord = 64;       // elements that share a word of bits
+constexpr int64_t kCache = 1 << 24;  // bytes; what is larger is not read again soon
 constexpr int64_t kWords = 1 << 10;  // words that a thread takes at a time
 
 inline int64_t chunks_of(int64_t elements) {
@@ -116,15 +117,19 @@ void compress(const T* x, uint64_t word, T* values) {
   }
 }
 
-// Undoes `compress` for `count` <= 64 elements; what has no bit becomes zero.
+// Undoes `compress` for `count` <= 64 elements; what has no bit becomes zero. `past_cache` saves
+// the reading of memory that is about to be overwritten; `written` ends a run of such calls.
 template <class T>
-void expand(const T* values, uint64_t word, int64_t count, T* out) {
+void expand(const T* values, uint64_t word, int64_t count, bool past_cache, T* out) {
   using L = Lanes<T>;
+  past_cache = past_cache && reinterpret_cast<uintptr_t>(out) % 64 == 0;
   for (int64_t i = 0; i < count; i += L::count) {
     const uint64_t mask = word & lowest(L::count);
     const int found = std::popcount(mask);
     const __m512i v = L::expand(mask, L::load(lowest(found), values));
-    if (count - i >= L::count) {
+    if (count - i >= L::count && past_cache) {
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(out + i), v);
+    } else if (count - i >= L::count) {
       _mm512_storeu_si512(out + i, v);
     } else {
       L::store(out + i, lowest(count - i), v);
@@ -132,6 +137,10 @@ void expand(const T* values, uint64_t word, int64_t count, T* out) {
     values += found;
     word = L::count < 64 ? word >> (L::count % 64) : 0;
   }
+}
+
+inline void written() {
+  _mm_sfence();
 }
 
 #else
@@ -149,10 +158,12 @@ void compress(const T* x, uint64_t word, T* values) {
 }
 
 template <class T>
-void expand(const T* values, uint64_t word, int64_t count, T* out) {
+void expand(const T* values, uint64_t word, int64_t count, bool, T* out) {
   std::fill_n(out, count, T(0));
   for (; word; word &= word - 1) out[std::countr_zero(word)] = *values++;
 }
+
+inline void written() {}
 
 #endif
 

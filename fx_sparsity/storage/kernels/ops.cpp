@@ -90,7 +90,7 @@ void pack(Tensor x, Tensor bits, Tensor values) {
   });
 }
 
-// Undoes `pack`; what has no bit becomes zero.
+// Undoes `pack`; what has no bit becomes zero. Values beyond the bits are ignored.
 void unpack(Tensor bits, Tensor values, Tensor out) {
   check_plain(values);
   check_plain(out);
@@ -98,20 +98,22 @@ void unpack(Tensor bits, Tensor values, Tensor out) {
   const uint8_t* from = bits_of(bits, n);
   const std::vector<int64_t> starts = starts_of(from, n);
   STD_TORCH_CHECK(
-      out.scalar_type() == values.scalar_type() && starts.back() == values.numel(),
+      out.scalar_type() == values.scalar_type() && starts.back() <= values.numel(),
       "expected a value for every bit that is set");
   with_width(out, [&]<class T>(T) {
     const T* data = static_cast<const T*>(values.const_data_ptr());
     T* to = static_cast<T*>(out.mutable_data_ptr());
+    const bool past_cache = n * int64_t(sizeof(T)) > kCache;
     for_chunks(n, [&](int64_t chunk) {
       const T *next = data + starts[size_t(chunk)], *end = data + starts[size_t(chunk + 1)];
       const int64_t last = std::min((n + 63) / 64, (chunk + 1) * kWords);
       for (int64_t w = chunk * kWords; w < last; w++) {
         const uint64_t word = word_of(from, bytes, w);
-        if (std::popcount(word) > end - next) return;
-        expand(next, word, std::min(kWord, n - kWord * w), to + kWord * w);
+        if (std::popcount(word) > end - next) break;
+        expand(next, word, std::min(kWord, n - kWord * w), past_cache, to + kWord * w);
         next += std::popcount(word);
       }
+      written();
     });
   });
 }

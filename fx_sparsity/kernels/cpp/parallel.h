@@ -1,0 +1,24 @@
+// torch's thread pool, through its C interface: kernels know nothing else of torch, since its C++
+// headers take longer to compile than they do.
+#pragma once
+
+#include <stdexcept>
+
+#include <torch/csrc/stable/c/shim.h>
+
+namespace fx {
+
+// Calls `work(begin, end)` for ranges that make up [begin, end), in parallel where they would be
+// longer than `grain`.
+template <class Work>
+void parallel_for(int64_t begin, int64_t end, int64_t grain, const Work& work) {
+  const auto call = [](int64_t from, int64_t to, void* context) {
+    (*static_cast<const Work*>(context))(from, to);
+  };
+  void* const context = const_cast<Work*>(&work);
+  if (torch_parallel_for(begin, end, grain, call, context)) {
+    throw std::runtime_error("a kernel failed in one of its threads");
+  }
+}
+
+}  // namespace fx

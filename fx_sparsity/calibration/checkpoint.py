@@ -26,6 +26,7 @@ from fx_sparsity.masks.bits import pack_bits
 from fx_sparsity.sparsifier import SparsityRecord
 from fx_sparsity.sparsifier.calibrated import CalibratedSparsifier
 from fx_sparsity.sparsifier.record import MaskRecord
+from fx_sparsity.storage.checkpoint import CheckpointError
 from fx_sparsity.storage.mapped import MappedFile, create_file
 from fx_sparsity.storage.sharded import CheckpointFiles, MappedCheckpoint
 
@@ -36,10 +37,6 @@ _PROGRESS, _MASKS = ".pruning.json", ".pruning.masks"
 _ZEROS = "::zeros"
 _COUNTERS = frozenset({"steps", "enable_mask_update", "_said_squashed"})
 _SHOWN = 8
-
-
-class CheckpointError(ValueError):
-    """A checkpoint does not fit a model, or what was begun does not fit what is asked now."""
 
 
 def prune_checkpoint(

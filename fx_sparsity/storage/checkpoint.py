@@ -52,7 +52,7 @@ Progress = Callable[[str, int, int], None]
 
 
 class CheckpointError(ValueError):
-    """A folder cannot be read as a checkpoint, or written to as asked."""
+    """A checkpoint cannot be read or written as asked, or does not fit the model."""
 
 
 class Checkpoint:

@@ -96,7 +96,7 @@ def prune_checkpoint(
 
         Whatever is raised before the first weight is done, `target` and `source` are as they were.
     """
-    if sparsifier.needs & GRADIENTS:
+    if isinstance(sparsifier, CalibratedSparsifier) and sparsifier.needs & GRADIENTS:
         raise ValueError(
             f"{type(sparsifier).__name__} needs gradients of all weights at once; "
             "load the model and call prune"
@@ -146,8 +146,8 @@ class _Loaded:
     ) -> None:
         tensors = named_tensors(model)
         parameters = {id(parameter) for parameter in model.parameters()}
-        wrong = [f"{fqn}: names speaks of it, the model has none" for fqn in names]
-        wrong = [text for text, fqn in zip(wrong, names, strict=True) if fqn not in dict(tensors)]
+        unknown = names.keys() - dict(tensors).keys()
+        wrong = [f"{fqn}: names speaks of it, the model has none" for fqn in sorted(unknown)]
         fqns: dict[int, list[str]] = {}
         for fqn, tensor in tensors:
             fqns.setdefault(id(tensor), []).append(fqn)

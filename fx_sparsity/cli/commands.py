@@ -203,6 +203,8 @@ def sparsify(src: Path, dst: Path, recipe: Path | None, as_json: bool, **flags: 
         for name, weight in report.items()
     ]
     show(rows, as_json=as_json, numeric=("sparsity",))
+    for name in Checkpoint(src).left:
+        say(f"not copied, weights of another kind: {name}", as_json=as_json)
 
 
 @commands.command(name="convert")

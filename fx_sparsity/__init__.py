@@ -3,7 +3,6 @@
 from fx_sparsity import quantization
 from fx_sparsity.calibration import (
     CalibrationError,
-    CheckpointError,
     PrunedWeight,
     PruningReport,
     prune,
@@ -87,6 +86,7 @@ from fx_sparsity.sparsifier.calibrated import (
     WandaSparsifier,
 )
 from fx_sparsity.storage import (
+    CheckpointError,
     export,
     load,
     load_sparse,
@@ -157,8 +157,8 @@ __all__ = [
     "hold",
     "load",
     "load_dense_state_dict",
-    "lower",
     "load_sparse",
+    "lower",
     "module_to_fqn",
     "parameters_on_meta",
     "post_training_sparse_quantize",

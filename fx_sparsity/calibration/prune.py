@@ -395,7 +395,8 @@ def _allocate(
     batches: Sequence[Batch],
 ) -> dict[str, Plan]:
     """Plans with the levels of a rule; those of weights that cannot be pruned are left out."""
-    plans, measured = todo.plans, {}
+    plans = todo.plans
+    measured: dict[str, Any] = {}
     if measuring is not None and plans:
         looking = pruner.looking(measuring)
         walks = _walks(frame, looking, store, plans, sequential=True)

@@ -21,7 +21,7 @@ def wanda(weight, stats):
 
 RULES = {
     "uniform": fxs.Uniform,
-    "Erdős–Rényi": fxs.ErdosRenyi,
+    "Erdős-Rényi": fxs.ErdosRenyi,
     "OWL": lambda: fxs.OWL(spread=0.2, multiple=2),
     "magnitude": fxs.GlobalRanking,
     "Wanda": lambda: fxs.GlobalRanking(wanda, needs={"input_norm"}),
@@ -162,7 +162,7 @@ class Interrupted(TinyWanda):
         return super().solve(weight, stats, tiling, level)
 
 
-@pytest.mark.parametrize("rule", ["Erdős–Rényi", "OWL"])
+@pytest.mark.parametrize("rule", ["Erdős-Rényi", "OWL"])
 def test_after_an_interruption_the_rest_of_the_budget_is_spread(rule):
     model, batches = mixed()
     sparsifier = Interrupted()

@@ -115,7 +115,7 @@ def prune_checkpoint(
         "source": {name: (files.root / name).stat().st_size for name in files.weights},
     }
     store = _CheckpointStore(files, held, loaded, target, asked, sequential)
-    options = Options(sequential, dynamic_shapes, None, correct_bias, progress)
+    options = Options(sequential, dynamic_shapes, None, None, correct_bias, progress)
     report = calibrate(loaded.model, sparsifier, batches, mapping, store, options)
     store.finish()
     surplus = dict.fromkeys(loaded.surplus, "the model has no such tensor; copied")

@@ -25,13 +25,15 @@
 
 namespace fx {
 
-// Calls `work(Cpu{})` with Avx512, Avx2 or Portable.
+// Calls `work(Cpu{})` with one of the levels.
 template <class Work>
 auto with_cpu(const Work& work) {
   const char* named = std::getenv("FX_SPARSITY_CPU");
   const std::string name = named ? named : "";
 #if FX_AVX512
-  if (name.empty() || name == "avx512") return work(Avx512{});
+  if (name.empty() || name == "avx512") {
+    return fma_is_faster() ? work(Avx512ByFma{}) : work(Avx512{});
+  }
 #endif
 #if FX_AVX2
   if (name.empty() || name == "avx2") return work(Avx2{});

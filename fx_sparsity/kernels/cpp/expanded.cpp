@@ -44,13 +44,13 @@ void multiply_tile(
 
 }  // namespace
 
-template <class Cpu, class Math>
+template <class Math>
 void multiply_expanded(
     int64_t panels, int64_t steps, const Tiles<typename Math::Input>& tiles, const Result& result,
     const MakeReader<Math>& make_reader) {
   using Weights = typename Math::Weights;
   using Sum = typename Math::Sum;
-  constexpr int side = Cpu::kTilePanels;
+  constexpr int side = Math::kTilePanels;
   static_assert(side <= kMostPanels);
   constexpr int64_t slice = (1 << 14) / sizeof(Weights);  // 16 KB a panel
   const int64_t height = tiles.height, sides = (panels + side - 1) / side;
@@ -66,7 +66,7 @@ void multiply_expanded(
       for (int64_t at = 0; at < steps; at += slice) {
         const int64_t count = std::min(slice, steps - at);
         reader->read(count, side, weights.get());
-        with_number<kLeastTileRows<Cpu>, Cpu::kTileRows>(height, [&]<int Rows>() {
+        with_number<kLeastTileRows<Math>, Math::kTileRows>(height, [&]<int Rows>() {
           for (int64_t t = 0; t < tiles.count; t++) {
             const auto* x = tiles.tile(t) + at * Rows * Math::kGroup;
             multiply_tile<Math, Rows, side>(weights.get(), count, x, &sums[t * Rows * side]);
@@ -83,26 +83,27 @@ void multiply_expanded(
   });
 }
 
-#define FX_EXPANDED(Cpu, Math)                                                              \
-  template void multiply_expanded<Cpu, Math>(                                               \
+#define FX_EXPANDED(Math) \
+  template void multiply_expanded<Math>( \
       int64_t, int64_t, const Tiles<Math::Input>&, const Result&, const MakeReader<Math>&)
 
-FX_EXPANDED(Portable, Portable::F32);
-FX_EXPANDED(Portable, Portable::BF16);
-FX_EXPANDED(Portable, Portable::I8);
-FX_EXPANDED(Portable, Portable::W8<float>);
+FX_EXPANDED(Portable::F32);
+FX_EXPANDED(Portable::BF16);
+FX_EXPANDED(Portable::I8);
+FX_EXPANDED(Portable::W8<float>);
 #if FX_AVX2
-FX_EXPANDED(Avx2, Avx2::F32);
-FX_EXPANDED(Avx2, Avx2::BF16);
-FX_EXPANDED(Avx2, Avx2::I8);
-FX_EXPANDED(Avx2, Avx2::W8<float>);
+FX_EXPANDED(Avx2::F32);
+FX_EXPANDED(Avx2::BF16);
+FX_EXPANDED(Avx2::I8);
+FX_EXPANDED(Avx2::W8<float>);
 #endif
 #if FX_AVX512
-FX_EXPANDED(Avx512, Avx512::F32);
-FX_EXPANDED(Avx512, Avx512::BF16);
-FX_EXPANDED(Avx512, Avx512::I8);
-FX_EXPANDED(Avx512, Avx512::W8<float>);
-FX_EXPANDED(Avx512, Avx512::W8<BFloat>);
+FX_EXPANDED(Avx512::F32);
+FX_EXPANDED(Avx512::BF16);
+FX_EXPANDED(Avx512ByFma::BF16);
+FX_EXPANDED(Avx512::I8);
+FX_EXPANDED(Avx512::W8<float>);
+FX_EXPANDED(Avx512::W8<BFloat>);
 #endif
 
 }  // namespace fx

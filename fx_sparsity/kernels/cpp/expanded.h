@@ -25,13 +25,13 @@ class Reader {
 
 constexpr int kMostPanels = 2;
 
-template <class Cpu>
-constexpr int kLeastTileRows = Cpu::kTileRows * 3 / 4;
+template <class Math>
+constexpr int kLeastTileRows = Math::kTileRows * 3 / 4;
 
 template <class Math>
 using MakeReader = std::function<std::unique_ptr<Reader<Math>>()>;  // one a thread
 
-template <class Cpu, class Math>
+template <class Math>
 void multiply_expanded(
     int64_t panels, int64_t steps, const Tiles<typename Math::Input>& tiles, const Result& result,
     const MakeReader<Math>& make_reader);

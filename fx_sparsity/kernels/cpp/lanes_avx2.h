@@ -73,8 +73,15 @@ inline __m256i expand_half(uint32_t mask, const int8_t*& p) {
   return _mm256_set_m128i(_mm_unpacklo_epi64(c, d), _mm_unpacklo_epi64(a, b));
 }
 
+struct Registers {
+  static constexpr int kChains = 4;
+  static constexpr int kDirectRows = 4;
+  static constexpr int kTileRows = 6;
+  static constexpr int kTilePanels = 1;
+};
+
 template <class ValueT, class HalfMask>
-struct Steps {
+struct Steps : Registers {
   using Value = ValueT;
   using Step = avx2::Step;
   static Step load(const Value* p) { return {load32(p), load32(p + 32 / sizeof(Value))}; }
@@ -179,11 +186,6 @@ struct Avx2 {
   using I8 = avx2::I8;
   template <class X>
   using W8 = avx2::W8;
-
-  static constexpr int kChains = 4;
-  static constexpr int kDirectRows = 4;
-  static constexpr int kTileRows = 6;
-  static constexpr int kTilePanels = 1;
 };
 
 }  // namespace fx

@@ -9,9 +9,12 @@
 //   Sum       16 sums of 64 bytes: fp32, or int32 where kInteger
 //   load(p) -> Step, expand(mask, p) -> Step, widen(step) -> Weights
 //   dot(sum, weights, input) -> sum, add(sum, sum) -> sum
+// and how much its registers hold:
+//   kChains      sums that hide the latency of `dot`
+//   kDirectRows  rows that one pass over packed steps can serve
+//   kTileRows, kTilePanels  rows and panels whose sums expanded steps are added to
 // A level ("Cpu") names its arithmetics by what is multiplied, weight by activation:
-//   F32 fp32, BF16 bf16, I8 int8 by uint8, W8<float> and W8<BFloat> int8 codes by activations
-// and how many sums its registers hold.
+//   F32 fp32, BF16 bf16, I8 int8 by uint8, W8<float> and W8<BFloat> int8 codes by activations.
 #pragma once
 
 #include "vectors.h"
@@ -33,8 +36,15 @@ inline float widened(float x) { return x; }
 inline float widened(BFloat x) { return to_float(x); }
 inline int8_t widened(int8_t x) { return x; }
 
+struct Registers {
+  static constexpr int kChains = 2;
+  static constexpr int kDirectRows = 1;
+  static constexpr int kTileRows = 4;
+  static constexpr int kTilePanels = 1;
+};
+
 template <class ValueT, class InputT, int Group, class SumT>
-struct Math {
+struct Math : Registers {
   using Value = ValueT;
   using Input = InputT;
   using Sum = SumT;
@@ -82,11 +92,6 @@ struct Portable {
   using I8 = portable::Math<int8_t, uint8_t, 4, Ints>;
   template <class X>
   using W8 = portable::Math<int8_t, float, 4, Floats>;
-
-  static constexpr int kChains = 2;       // sums that hide the latency of `dot`
-  static constexpr int kDirectRows = 1;   // rows that one pass over packed weights can serve
-  static constexpr int kTileRows = 4;     // rows and panels of a tile of expanded weights
-  static constexpr int kTilePanels = 1;
 };
 
 }  // namespace fx

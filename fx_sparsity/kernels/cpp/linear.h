@@ -24,15 +24,15 @@ void linear_on(const Call& call, const X* x, const Packed& packed) {
   using Integer = typename Cpu::I8;
   const int64_t columns = call.columns;
   if (call.weight != Dtype::i8) {
-    multiply<Cpu, Float>(packed.template operator()<Float>(), x, columns, call.result);
+    multiply<Float>(packed.template operator()<Float>(), x, columns, call.result);
   } else if (call.quantizer == Quantizer::none) {
-    multiply<Cpu, Codes>(packed.template operator()<Codes>(), x, columns, call.result);
+    multiply<Codes>(packed.template operator()<Codes>(), x, columns, call.result);
   } else {
     Result result = call.result;
     const Quantized q = quantize(x, result.rows, columns, call.quantizer);
     result.x_scale = q.scale.get();
     result.x_zero_point = q.zero_point.get();
-    multiply<Cpu, Integer>(packed.template operator()<Integer>(), q.codes.get(), columns, result);
+    multiply<Integer>(packed.template operator()<Integer>(), q.codes.get(), columns, result);
   }
 }
 

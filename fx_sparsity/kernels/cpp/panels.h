@@ -48,15 +48,15 @@ void multiply_panel(
   }
 }
 
-template <class Cpu, class Math, class Packed>
+template <class Math, class Packed>
 void multiply_few(
     const Packed& packed, const Tiles<typename Math::Input>& tiles, const Result& result) {
   const int64_t grain = std::max<int64_t>(1, (1 << 12) / packed.steps);
-  with_height<Cpu::kDirectRows>(tiles.height, [&]<int Rows>() {
+  with_height<Math::kDirectRows>(tiles.height, [&]<int Rows>() {
     parallel_for(0, packed.panels, grain, [&](int64_t begin, int64_t end) {
       for (int64_t p = begin; p < end; p++) {
         typename Math::Sum sums[Rows];
-        constexpr int chains = std::max(1, Cpu::kChains / Rows);
+        constexpr int chains = std::max(1, Math::kChains / Rows);
         multiply_panel<Math, Rows, chains>(packed.panel(p), packed.steps, tiles.data, sums);
         const PanelResult columns(result, p);
         for (int64_t row = 0; row < result.rows; row++) write<Math>(columns, row, sums[row]);
@@ -66,26 +66,26 @@ void multiply_few(
 }
 
 // Rows in a tile, so that the tiles are nearly full.
-template <class Cpu>
+template <class Math>
 int64_t tile_height(int64_t rows) {
-  if (rows > Cpu::kDirectRows) {
-    const int64_t tiles = (rows + Cpu::kTileRows - 1) / Cpu::kTileRows;
-    return std::max<int64_t>(kLeastTileRows<Cpu>, (rows + tiles - 1) / tiles);
+  if (rows > Math::kDirectRows) {
+    const int64_t tiles = (rows + Math::kTileRows - 1) / Math::kTileRows;
+    return std::max<int64_t>(kLeastTileRows<Math>, (rows + tiles - 1) / tiles);
   }
   int64_t height = 1;
-  with_height<Cpu::kDirectRows>(rows, [&]<int Rows>() { height = Rows; });
+  with_height<Math::kDirectRows>(rows, [&]<int Rows>() { height = Rows; });
   return height;
 }
 
 // result = activations of `rows` x `columns` times the packed weight.
-template <class Cpu, class Math, class Packed, class X>
+template <class Math, class Packed, class X>
 void multiply(const Packed& packed, const X* x, int64_t columns, const Result& result) {
   const auto tiles = tiles_of<Math::kGroup, typename Math::Input>(
-      x, result.rows, columns, tile_height<Cpu>(result.rows));
-  if (result.rows <= Cpu::kDirectRows) {
-    multiply_few<Cpu, Math>(packed, tiles, result);
+      x, result.rows, columns, tile_height<Math>(result.rows));
+  if (result.rows <= Math::kDirectRows) {
+    multiply_few<Math>(packed, tiles, result);
   } else {
-    multiply_expanded<Cpu, Math>(packed.panels, packed.steps, tiles, result, [&] {
+    multiply_expanded<Math>(packed.panels, packed.steps, tiles, result, [&] {
       return std::unique_ptr<Reader<Math>>(new ReaderOf<Math, Packed>(packed));
     });
   }

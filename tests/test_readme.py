@@ -23,6 +23,6 @@ def test_the_tour_runs(tmp_path, monkeypatch, capsys):
 
 
 def test_ci_runs_the_test_command_of_the_readme():
-    command = 'pip install -e ".[test]" && pytest'
+    command = 'pip install -e ".[test]" && pytest -n 2'
     assert command in README.read_text()
     assert command in (README.parent / ".ci" / "run").read_text()

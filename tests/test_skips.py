@@ -1,7 +1,12 @@
-"""Runs last: nothing is skipped but what needs a GPU."""
+import pytest
 
-from tests.conftest import SKIPPED
+from tests import conftest
+
+pytest_plugins = ["pytester"]
 
 
-def test_only_gpu_tests_are_skipped():
-    assert [test for test, needs_gpu in SKIPPED if not needs_gpu] == []
+@pytest.mark.parametrize(("marker", "outcome"), [("gpu", "skipped"), ("exhaustive", "failed")])
+def test_only_gpu_tests_may_be_skipped(pytester, marker, outcome):
+    pytester.makepyfile(f"import pytest\n@pytest.mark.{marker}\ndef test(): pytest.skip('why')")
+    result = pytester.inline_run("-p", "no:cacheprovider", plugins=[conftest])
+    result.assertoutcome(**{outcome: 1})

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fx_sparsity.kernels.bitmask import Bitmask
+from fx_sparsity.kernels.block import Block
 from fx_sparsity.kernels.panels import PackingError
 
 __all__ = ["PACKINGS", "Packing", "PackingError"]
@@ -53,4 +54,4 @@ class Packing(Protocol):
         ...
 
 
-PACKINGS: dict[str, Packing] = {packing.name: packing for packing in (Bitmask(),)}
+PACKINGS: dict[str, Packing] = {packing.name: packing for packing in (Bitmask(), Block())}

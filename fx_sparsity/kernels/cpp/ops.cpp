@@ -10,6 +10,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include "bitmask.h"
+#include "block.h"
 
 namespace fx {
 namespace {
@@ -132,9 +133,34 @@ Tensor bitmask_linear(
       [&](const Call& call) { fx::linear(call, packed); });
 }
 
+Tensor block_linear(
+    Tensor x, Tensor values, Tensor index, Tensor offsets, Optional scale, Optional row_sums,
+    Optional bias, int64_t in_features, int64_t out_features, std::string quantize_input,
+    std::string activation) {
+  const Dtype weight = dtype_of(values);
+  STD_TORCH_CHECK(values.dim() == 5, "values are not [blocks, steps, panels, lanes, group]");
+  Block packed{};
+  packed.steps = values.size(1);
+  packed.height = values.size(2);
+  STD_TORCH_CHECK(
+      packed.height == 1 ? packed.steps == 1 : packed.height == 2 && packed.steps % 4 == 0,
+      "values are in blocks that no kernel knows");
+  const int64_t rows = ceil_div(panels_of(out_features), packed.height);
+  packed.offsets =
+      static_cast<const int64_t*>(data_of("offsets", offsets, ScalarType::Long, rows + 1));
+  const int64_t blocks = packed.offsets[rows];
+  packed.index = static_cast<const int32_t*>(data_of("index", index, ScalarType::Int, blocks));
+  const int64_t size = packed.steps * packed.height * kLanes * group_of(weight);
+  packed.values = data_of("values", values, values.scalar_type(), blocks * size);
+  return linear(
+      x, weight, scale, row_sums, bias, in_features, out_features, quantize_input, activation,
+      [&](const Call& call) { fx::linear(call, packed); });
+}
+
 }  // namespace
 }  // namespace fx
 
 STABLE_TORCH_LIBRARY_IMPL(fx_sparsity, CPU, m) {
   m.impl("bitmask_linear", TORCH_BOX(&fx::bitmask_linear));
+  m.impl("block_linear", TORCH_BOX(&fx::block_linear));
 }

@@ -1,0 +1,193 @@
+// Operators over row-pruned tables. What Python has checked when the table was built is checked here
+// again only as far as memory safety needs it.
+#include <atomic>
+#include <optional>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "embedding.h"
+
+namespace fx::ops {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+Integers integers(const Tensor& x) {
+  const bool is_wide = x.scalar_type() == ScalarType::Long;
+  STD_TORCH_CHECK(
+      is_wide || x.scalar_type() == ScalarType::Int,
+      "expected indices and offsets of int32 or int64");
+  return {x.const_data_ptr(), is_wide};
+}
+
+Output output(const Tensor& x) {
+  const bool is_bf16 = x.scalar_type() == ScalarType::BFloat16;
+  STD_TORCH_CHECK(
+      is_bf16 || x.scalar_type() == ScalarType::Float, "expected a result of float32 or bfloat16");
+  return {x.mutable_data_ptr(), is_bf16};
+}
+
+int64_t bits_of(const Tensor& rows) {
+  switch (rows.scalar_type()) {
+    case ScalarType::Float: return 32;
+    case ScalarType::BFloat16: return 16;
+    case ScalarType::Char: return 8;
+    case ScalarType::Byte: return 4;
+    default: STD_TORCH_CHECK(false, "expected rows of float32, bfloat16, int8 or uint8");
+  }
+}
+
+Table table_of(
+    const Tensor& rows, const std::optional<Tensor>& affine, const Tensor& remap, int64_t columns) {
+  const int64_t bits = bits_of(rows), row_bytes = (columns * bits + 7) / 8;
+  STD_TORCH_CHECK(
+      rows.is_cpu() && rows.is_contiguous() && rows.dim() == 2 &&
+          rows.size(1) * int64_t(rows.element_size()) == row_bytes,
+      "expected contiguous rows of ", row_bytes, " bytes on the CPU");
+  STD_TORCH_CHECK(
+      remap.is_cpu() && remap.is_contiguous() && remap.scalar_type() == ScalarType::Int,
+      "expected a contiguous remap of int32 on the CPU");
+  const float* scales = nullptr;
+  if (bits <= 8) {
+    STD_TORCH_CHECK(
+        affine && affine->is_cpu() && affine->is_contiguous() &&
+            affine->scalar_type() == ScalarType::Float && affine->numel() == 2 * rows.size(0),
+        "expected a scale and a zero point of float32 for each row of codes");
+    scales = static_cast<const float*>(affine->const_data_ptr());
+  }
+  return {
+      static_cast<const uint8_t*>(rows.const_data_ptr()),
+      scales,
+      static_cast<const int32_t*>(remap.const_data_ptr()),
+      remap.numel(),
+      rows.size(0),
+      columns,
+      row_bytes};
+}
+
+// Calls `work.operator()<Bits>()`.
+template <class Work>
+void with_bits(int64_t bits, const Work& work) {
+  switch (bits) {
+    case 32: return work.template operator()<32>();
+    case 16: return work.template operator()<16>();
+    case 8: return work.template operator()<8>();
+    default: return work.template operator()<4>();
+  }
+}
+
+// Threads share positions [0, count): `work(begin, end)`, which returns the position of an index that
+// is none of the table's, having read nothing, or a negative number.
+template <class Work>
+void share(const Table& table, Integers indices, int64_t count, const Work& work) {
+  constexpr int64_t kGrain = 1 << 14;  // columns worth a thread's while
+  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, table.columns));
+  std::atomic<int64_t> outside{count};
+  torch::stable::parallel_for(0, std::max<int64_t>(1, count), grain, [&](int64_t begin, int64_t end) {
+    const int64_t found = work(begin, std::min(end, count));
+    int64_t first = outside.load();
+    while (found >= 0 && found < first && !outside.compare_exchange_weak(first, found)) {
+    }
+  });
+  const int64_t at = outside.load();
+  STD_TORCH_CHECK(
+      at == count,
+      "index ", indices[at], " at position ", at, " is out of range for a table of ", table.size,
+      " rows");
+}
+
+Tensor row_pruned_embedding(
+    Tensor indices, Tensor rows, std::optional<Tensor> affine, Tensor remap, int64_t columns,
+    ScalarType dtype) {
+  const Table table = table_of(rows, affine, remap, columns);
+  indices = torch::stable::contiguous(indices);
+  const Integers positions = integers(indices);
+  std::vector<int64_t> shape(indices.sizes().begin(), indices.sizes().end());
+  shape.push_back(columns);
+  Tensor result = torch::stable::empty(shape, dtype);
+  const Output out = output(result);
+  with_bits(bits_of(rows), [&]<int Bits>() {
+    share(table, positions, indices.numel(), [&](int64_t begin, int64_t end) -> int64_t {
+      const int64_t outside = first_outside(positions, begin, end, table.size);
+      if (outside < end) return outside;
+      look_up<Bits>(Reader(table, positions, begin, end), out);
+      return -1;
+    });
+  });
+  return result;
+}
+
+// Positions at which bags begin, and at last where the last one ends.
+std::vector<int64_t> bounds_of(
+    const Tensor& indices, const std::optional<Tensor>& offsets, bool include_last_offset) {
+  std::vector<int64_t> bounds;
+  if (!offsets) {
+    STD_TORCH_CHECK(indices.dim() == 2, "expected offsets, or indices of two dimensions");
+    for (int64_t bag = 0; bag <= indices.size(0); bag++) bounds.push_back(bag * indices.size(1));
+    return bounds;
+  }
+  STD_TORCH_CHECK(
+      indices.dim() == 1 && offsets->dim() == 1 && offsets->numel() >= include_last_offset,
+      "expected indices and offsets of one dimension");
+  const Integers stored = integers(*offsets);
+  for (int64_t bag = 0; bag < offsets->numel(); bag++) bounds.push_back(stored[bag]);
+  if (!include_last_offset) bounds.push_back(indices.numel());
+  STD_TORCH_CHECK(
+      (bounds.size() == 1 || bounds.front() == 0) && bounds.back() <= indices.numel() &&
+          std::is_sorted(bounds.begin(), bounds.end()),
+      "expected offsets that begin with 0, never decrease and end within ", indices.numel(),
+      " indices");
+  if (bounds.size() == 1) bounds.front() = 0;
+  return bounds;
+}
+
+Tensor row_pruned_embedding_bag(
+    Tensor indices, std::optional<Tensor> offsets, std::optional<Tensor> per_sample_weights,
+    Tensor rows, std::optional<Tensor> affine, Tensor remap, int64_t columns, ScalarType dtype,
+    int64_t mode, int64_t padding_idx, bool include_last_offset) {
+  const Table table = table_of(rows, affine, remap, columns);
+  indices = torch::stable::contiguous(indices);
+  const Integers positions = integers(indices);
+  if (offsets) offsets = torch::stable::contiguous(*offsets);
+  const std::vector<int64_t> bounds = bounds_of(indices, offsets, include_last_offset);
+  const auto bags_end = bounds.end() - 1;
+  Bags bags{nullptr, padding_idx, Mode(mode)};
+  STD_TORCH_CHECK(mode >= 0 && mode <= 2, "expected mode 0 (sum), 1 (mean) or 2 (max)");
+  if (per_sample_weights) {
+    per_sample_weights = torch::stable::contiguous(*per_sample_weights);
+    STD_TORCH_CHECK(
+        bags.mode == Mode::sum && per_sample_weights->scalar_type() == ScalarType::Float &&
+            per_sample_weights->numel() == indices.numel(),
+        "expected per_sample_weights of float32 for each index, and mode 0 (sum)");
+    bags.weights = static_cast<const float*>(per_sample_weights->const_data_ptr());
+  }
+  Tensor result = torch::stable::empty({int64_t(bounds.size()) - 1, columns}, dtype);
+  const Output out = output(result);
+  with_bits(bits_of(rows), [&]<int Bits>() {
+    const auto reduce = bags.mode == Mode::max ? reduce_bag<Bits, true> : reduce_bag<Bits, false>;
+    // A bag belongs to the thread whose share it begins in.
+    share(table, positions, bounds.back(), [&](int64_t begin, int64_t end) -> int64_t {
+      const auto first = std::lower_bound(bounds.begin(), bags_end, begin);
+      const auto last = end == bounds.back() ? bags_end : std::lower_bound(first, bags_end, end);
+      const int64_t outside = first_outside(positions, *first, *last, table.size);
+      if (outside < *last) return outside;
+      const Reader reader(table, positions, *first, *last);
+      for (auto bag = first; bag < last; bag++) {
+        reduce(reader, bags, bag[0], bag[1], out, (bag - bounds.begin()) * columns);
+      }
+      return -1;
+    });
+  });
+  return result;
+}
+
+}  // namespace
+}  // namespace fx::ops
+
+STABLE_TORCH_LIBRARY_IMPL(fx_sparsity, CPU, m) {
+  m.impl("row_pruned_embedding", TORCH_BOX(&fx::ops::row_pruned_embedding));
+  m.impl("row_pruned_embedding_bag", TORCH_BOX(&fx::ops::row_pruned_embedding_bag));
+}

@@ -268,7 +268,7 @@ def main(arguments: list[str] | None = None) -> list[str]:
         measured = {tuple(line.split()[:2]) for line in table}
         before = TABLE.read_text().splitlines()[len(head) :] if TABLE.exists() else []
         kept = [line for line in before if tuple(line.split()[:2]) not in measured]
-        TABLE.write_text("\n".join([*head, **kept, *table]) + "\n")
+        TABLE.write_text("\n".join([*head, *kept, *table]) + "\n")
     return table
 
 

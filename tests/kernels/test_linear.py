@@ -13,6 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torchao.quantization import MappingType, PerRow
+from torchao.quantization.quantize_.workflows import Int8Tensor
 
 from fx_sparsity._native import compiler
 from fx_sparsity._native.cache import instruction_set
@@ -128,6 +130,34 @@ def test_many_rows_of_any_strides(dtype, rows, seed):
         with torch.no_grad():
             assert_close(module, strided, module(strided))
             assert torch.equal(module(strided), module(strided.contiguous()))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(
+    ("how", "mapping"),
+    [("token_symmetric", MappingType.SYMMETRIC), ("token_affine", MappingType.ASYMMETRIC)],
+)
+def test_quantizes_as_torchao(how, mapping, dtype):
+    x = torch.cat([torch.randn(50, 23), torch.randn(5, 23).abs(), torch.zeros(1, 23)]).to(dtype)
+    theirs = Int8Tensor.from_hp(x, PerRow(), mapping)
+    ours = quantize(x, how)
+    assert torch.equal(ours.codes, theirs.qdata.int())
+    assert torch.equal(ours.scale, theirs.scale)
+    assert torch.equal(ours.zero_point, theirs.zero_point.int().view(-1, 1))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("size", [1.0, 1e-4, 1e3])
+def test_multiplies_as_torch_ao(size):
+    module = layer(shape=(48, 64), dtype=torch.int8, quantize_input="tensor_affine")
+    scale, zero = module.scale.double(), torch.zeros(48, dtype=torch.long)
+    weight = torch.quantize_per_channel(module.dense_weight(), scale, zero, 0, torch.qint8)
+    assert torch.equal(weight.int_repr(), module.dense_codes())
+    packed = torch.ops.quantized.linear_prepack(weight, None)
+    for x in (torch.randn(7, 64) * size, torch.rand(7, 64) * size, -torch.rand(7, 64) * size):
+        theirs = torch.ops.quantized.linear_dynamic(x, packed, True)
+        with torch.no_grad():
+            torch.testing.assert_close(module(x), theirs, rtol=1e-4, atol=1e-5 * size)
 
 
 @pytest.mark.parametrize("how", QUANTIZED)

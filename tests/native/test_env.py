@@ -31,7 +31,7 @@ def test_build_then_run_without_a_compiler(tmp_path):
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     paths = dict(line.split(": ") for line in out.splitlines())
-    for name in ("masks", "calibrated"):
+    for name in ("masks", "calibrated", "kernels"):
         assert paths[name].startswith(f"{tmp_path}/home/.cache/fx_sparsity/{name}-")
 
     env["CXX"] = "/no/compiler"

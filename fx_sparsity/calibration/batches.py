@@ -88,7 +88,7 @@ def check_forms(model: nn.Module, batches: Sequence[Batch]) -> None:
         InputError: the model rejects a batch, with its own words.
     """
     own = {tensor.dtype for tensor in (*model.parameters(), *model.buffers())}
-    seen = set()
+    seen: set[tuple[Any, ...]] = set()
     for batch in batches:
         tensors = [leaf for leaf in batch.leaves if isinstance(leaf, Tensor)]
         form = tuple((tensor.dtype, tensor.layout) for tensor in tensors)

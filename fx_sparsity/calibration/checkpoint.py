@@ -26,6 +26,7 @@ from fx_sparsity.masks.bits import pack_bits
 from fx_sparsity.sparsifier import SparsityRecord
 from fx_sparsity.sparsifier.calibrated import CalibratedSparsifier
 from fx_sparsity.sparsifier.record import MaskRecord
+from fx_sparsity.storage.checkpoint import CheckpointError
 from fx_sparsity.storage.mapped import MappedFile, create_file
 from fx_sparsity.storage.sharded import CheckpointFiles, MappedCheckpoint
 
@@ -36,10 +37,6 @@ _PROGRESS, _MASKS = ".pruning.json", ".pruning.masks"
 _ZEROS = "::zeros"
 _COUNTERS = frozenset({"steps", "enable_mask_update", "_said_squashed"})
 _SHOWN = 8
-
-
-class CheckpointError(ValueError):
-    """A checkpoint does not fit a model, or what was begun does not fit what is asked now."""
 
 
 def prune_checkpoint(
@@ -99,7 +96,7 @@ def prune_checkpoint(
 
         Whatever is raised before the first weight is done, `target` and `source` are as they were.
     """
-    if sparsifier.needs & GRADIENTS:
+    if isinstance(sparsifier, CalibratedSparsifier) and sparsifier.needs & GRADIENTS:
         raise ValueError(
             f"{type(sparsifier).__name__} needs gradients of all weights at once; "
             "load the model and call prune"
@@ -118,7 +115,7 @@ def prune_checkpoint(
         "source": {name: (files.root / name).stat().st_size for name in files.weights},
     }
     store = _CheckpointStore(files, held, loaded, target, asked, sequential)
-    options = Options(sequential, dynamic_shapes, None, correct_bias, progress)
+    options = Options(sequential, dynamic_shapes, None, None, correct_bias, progress)
     report = calibrate(loaded.model, sparsifier, batches, mapping, store, options)
     store.finish()
     surplus = dict.fromkeys(loaded.surplus, "the model has no such tensor; copied")
@@ -149,8 +146,8 @@ class _Loaded:
     ) -> None:
         tensors = named_tensors(model)
         parameters = {id(parameter) for parameter in model.parameters()}
-        wrong = [f"{fqn}: names speaks of it, the model has none" for fqn in names]
-        wrong = [text for text, fqn in zip(wrong, names, strict=True) if fqn not in dict(tensors)]
+        unknown = names.keys() - dict(tensors).keys()
+        wrong = [f"{fqn}: names speaks of it, the model has none" for fqn in sorted(unknown)]
         fqns: dict[int, list[str]] = {}
         for fqn, tensor in tensors:
             fqns.setdefault(id(tensor), []).append(fqn)
@@ -303,17 +300,15 @@ class _CheckpointStore:
             fqn: {
                 "shape": list(tensors[fqn].shape),
                 "roles": list(weights[fqn].roles),
-                "pattern": str(plan.config.pattern),
-                "level": plan.config.level,
                 "aliases": list(weights[fqn].aliases),
             }
-            for fqn, plan in plans.items()
+            for fqn in plans
         }
         self._save()
 
     def read(self, fqn: str, tensor: Tensor) -> Tensor:
         """See `Store.read`: from the source, where the walk is to see what is done as it was."""
-        names = self._loaded.by_fqn.get(fqn, ())
+        names = self._loaded.by_fqn.get(fqn, [])
         if not self._sequential and not self._written.isdisjoint(names):
             return self._held[names[0]]
         return tensor
@@ -346,14 +341,19 @@ class _CheckpointStore:
                     self._out[name].copy_(buffer)
                     self._out.flush(name)
         masks = {}
-        for fqn in self.done:
+        for fqn, row in self.done.items():
             packed, zeros = self._masks[fqn], self._masks[fqn + _ZEROS]
             zeros = zeros if bool(zeros.any()) else zeros[:0]
-            record = {
-                key: tuple(value) if isinstance(value, list) else value
-                for key, value in self._records[fqn].items()
-            }
-            masks[fqn] = MaskRecord(**record, packed=packed, packed_zeros=zeros)
+            known = self._records[fqn]
+            masks[fqn] = MaskRecord(
+                shape=tuple(known["shape"]),
+                roles=tuple(known["roles"]),
+                pattern=row.pattern,
+                level=row.level,
+                packed=packed,
+                packed_zeros=zeros,
+                aliases=tuple(known["aliases"]),
+            )
         SparsityRecord(masks).save(self._work / RECORD)
         (self._work / _MASKS).unlink()
         (self._work / _PROGRESS).unlink()

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from fx_sparsity.calibration.allocate import Measuring, allocate, measure
 from fx_sparsity.calibration.batches import Batch, Captured, capture, check_forms, read_batches
 from fx_sparsity.calibration.bias import estimate_batch_norms, find_biases, fits
 from fx_sparsity.calibration.gradients import Loss, collect_gradients
@@ -35,7 +36,12 @@ from fx_sparsity.graph.weight_map import WeightMap
 from fx_sparsity.masks import contains_nan
 from fx_sparsity.patterns import SparsityConfig
 from fx_sparsity.sparsifier import Mask
-from fx_sparsity.sparsifier.calibrated import CalibratedSparsifier, Statistic
+from fx_sparsity.sparsifier.calibrated import (
+    Allocation,
+    CalibratedSparsifier,
+    MeasuredAllocation,
+    Statistic,
+)
 from fx_sparsity.sparsifier.target import MaskError, check_maskable, check_memory, mask_on
 
 _log = logging.getLogger(__name__)
@@ -52,6 +58,7 @@ def prune(
     sequential: bool = True,
     dynamic_shapes: Any = None,
     loss: Loss | None = None,
+    allocation: Allocation | None = None,
     correct_bias: bool = False,
     progress: bool | None = None,
 ) -> tuple[_Model, PruningReport]:
@@ -85,6 +92,9 @@ def prune(
         dynamic_shapes: as `torch.export.export` takes it, in place of sizes that differ.
         loss: (what the model returns, the batch) -> scalar; for methods that need gradients, which
             are those of the dense model.
+        allocation: spreads what the mapping's levels come to in all over the weights, and meets it
+            to the element; None prunes each weight to its own level. Rules that measure take one
+            more pass over the dense model before anything is changed.
         correct_bias: add to the bias of each layer the mean of what pruning took from its
             outputs, and measure batch norms anew at the end.
         progress: a bar, see `fx_sparsity.calibration.progress`.
@@ -99,10 +109,11 @@ def prune(
         MaskError: a weight that cannot be masked, or that holds NaN or no data.
         CalibrationError: NaN or infinite inputs of a weight, or shapes whose graphs meet the
             weights in different orders.
-        ValueError: the method needs gradients and there is no loss.
+        ValueError: the method or the allocation needs gradients and there is no loss, or a pattern
+            such as 2:4 fixes the level that an allocation would choose.
     """
     store = MaskStore(model, sparsifier)
-    options = Options(sequential, dynamic_shapes, loss, correct_bias, progress)
+    options = Options(sequential, dynamic_shapes, loss, allocation, correct_bias, progress)
     return model, calibrate(model, sparsifier, batches, mapping, store, options)
 
 
@@ -112,6 +123,7 @@ class Options(NamedTuple):
     sequential: bool
     dynamic_shapes: Any
     loss: Loss | None
+    allocation: Allocation | None
     correct_bias: bool
     progress: bool | None
 
@@ -138,15 +150,20 @@ def calibrate(
         What `prune` does.
     """
     start = time.perf_counter()
-    sequential, dynamic_shapes, loss, correct_bias, progress = options
+    sequential, dynamic_shapes, loss, allocation, correct_bias, progress = options
     if not isinstance(sparsifier, CalibratedSparsifier):
         raise TypeError(
             f"sparsifier: expected a CalibratedSparsifier, found {type(sparsifier).__name__}, "
             "which needs no data; call prepare and step"
         )
-    if sparsifier.needs & GRADIENTS and loss is None:
+    measuring = None
+    if isinstance(allocation, MeasuredAllocation):
+        measuring = Measuring(allocation, sparsifier)
+    gradients = GRADIENTS & (sparsifier.needs | (measuring.needs if measuring else frozenset()))
+    if gradients and loss is None:
+        needy = sparsifier if sparsifier.needs & GRADIENTS else allocation
         raise ValueError(
-            f"{type(sparsifier).__name__} needs gradients: "
+            f"{type(needy).__name__} needs gradients: "
             "pass loss=, a function of what the model returns and the batch"
         )
     read = read_batches(model, batches)
@@ -162,12 +179,14 @@ def calibrate(
             pruner = Pruner(sparsifier, todo.plans, weights, biases, store)
             walks = _walks(frame, pruner, store, todo.plans, sequential)
             store.begin(frame.weights, todo.plans, weights)
-            if loss is not None and sparsifier.needs & GRADIENTS:
+            if loss is not None and gradients:
                 pruner.hold(collect_gradients(model, read, loss, weights))
-            if frame.captured:
-                complete = _complete(walks, sequential)
-            else:
-                complete = _observe(model, pruner, todo.plans, weights, read)
+            if allocation is not None:
+                levels = _allocate(
+                    allocation, measuring, sparsifier, pruner, frame, todo, store, weights, read
+                )
+                todo.plans.update(levels)
+            complete = _complete(frame, walks, pruner, weights, read, sequential)
             try:
                 with torch.no_grad(), show_progress(len(todo.plans), progress) as advance:
                     for fqn in complete:
@@ -198,12 +217,14 @@ class _Frame(NamedTuple):
     """A model as it was captured.
 
     Attributes:
+        model: that was captured.
         weights: of the model.
         captured: graphs; none where no graph can be captured.
         uses: of the weights, graph by graph.
         why: how the statistics come about.
     """
 
+    model: nn.Module
     weights: WeightMap
     captured: Sequence[Captured]
     uses: Sequence[Sequence[Meeting]]
@@ -216,10 +237,12 @@ class _Todo(NamedTuple):
     Attributes:
         plans: FQN -> how.
         dense: FQN -> why not.
+        done: FQN -> how it was pruned, of those that were before.
     """
 
     plans: dict[str, Plan]
     dense: dict[str, str]
+    done: dict[str, Plan]
 
 
 def _capture(model: nn.Module, batches: Sequence[Batch], dynamic_shapes: Any) -> _Frame:
@@ -229,11 +252,11 @@ def _capture(model: nn.Module, batches: Sequence[Batch], dynamic_shapes: Any) ->
         _log.warning("statistics of all weights are taken at once: %s", error)
         weights = find_weights(model, batches[0].inputs)
         cause = type(error.__cause__ or error).__name__
-        return _Frame(weights, (), (), f"no graph ({cause}), the running model was observed")
+        return _Frame(model, weights, (), (), f"no graph ({cause}), the running model was observed")
     weights = read_graph(model, captured[0].graph)
     uses = [find_meetings(found.graph, weights) for found in captured]
     count = len(captured)
-    return _Frame(weights, captured, uses, f"{count} graph{'' if count == 1 else 's'}")
+    return _Frame(model, weights, captured, uses, f"{count} graph{'' if count == 1 else 's'}")
 
 
 def _decide(
@@ -251,6 +274,7 @@ def _decide(
         for entry in assignment.unmatched:
             _log.warning("no weight matches %s of the mapping", entry)
     plans: dict[str, Plan] = {}
+    done: dict[str, Plan] = {}
     for fqn, wish in wishes.items():
         site = frame.weights[fqn]
         uses = [use for use in frame.uses[0] if use.fqn == fqn] if frame.uses else []
@@ -262,13 +286,14 @@ def _decide(
             groups = groups_in(uses) if frame.uses else groups_of_module(model, site)
             plan = make_plan(site, _config(sparsifier, fqn, wish), groups)
             if store.is_done(plan):
+                done[fqn] = plan
                 raise Unreachable("pruned already by this sparsifier")
             plans[fqn] = plan
         except Unreachable as reason:
             dense[fqn] = str(reason)
     for fqn, why in dense.items():
         _log.info("%s is not pruned: %s", fqn, why)
-    return _Todo(plans, dense)
+    return _Todo(plans, dense, done)
 
 
 def _biases(frame: _Frame, todo: _Todo) -> dict[str, Tensor]:
@@ -327,28 +352,62 @@ def _walks(
     return walks
 
 
-def _complete(walks: Sequence[Walk], sequential: bool) -> Iterator[str]:
+def _complete(
+    frame: _Frame,
+    walks: Sequence[Walk],
+    pruner: Pruner,
+    weights: Mapping[str, Tensor],
+    batches: Sequence[Batch],
+    sequential: bool,
+) -> Iterator[str]:
     """FQN after FQN, each when all that meets the weight has been taken in."""
-    steps = zip(*walks, strict=True)
-    if sequential:
-        yield from (fqns[0] for fqns in steps)
-    else:
-        yield from [fqns[0] for fqns in steps]
+    if not frame.captured:
+        return _observe(frame.model, pruner, weights, batches)
+    steps = (fqns[0] for fqns in zip(*walks, strict=True))
+    return steps if sequential else _at_once(steps)
+
+
+def _at_once(steps: Iterator[str]) -> Iterator[str]:
+    yield from list(steps)
 
 
 def _observe(
-    model: nn.Module,
-    pruner: Pruner,
-    plans: Mapping[str, Plan],
-    weights: Mapping[str, Tensor],
-    batches: Sequence[Batch],
+    model: nn.Module, pruner: Pruner, weights: Mapping[str, Tensor], batches: Sequence[Batch]
 ) -> Iterator[str]:
     """FQN after FQN, when all that meets any weight of the running model has been taken in."""
+    plans = pruner.plans
     tables = {fqn for fqn, plan in plans.items() if plan.table}
     found = observe(model, batches, weights, tables, pruner.columns, pruner.take, pruner.refuse)
     if pruner.biases is not None:
         pruner.biases = {fqn: bias for fqn, bias in found.items() if fits(bias, plans[fqn])}
     yield from plans
+
+
+def _allocate(
+    rule: Allocation,
+    measuring: Measuring | None,
+    sparsifier: CalibratedSparsifier,
+    pruner: Pruner,
+    frame: _Frame,
+    todo: _Todo,
+    store: Store,
+    weights: Mapping[str, Tensor],
+    batches: Sequence[Batch],
+) -> dict[str, Plan]:
+    """Plans with the levels of a rule; those of weights that cannot be pruned are left out."""
+    plans = todo.plans
+    measured: dict[str, Any] = {}
+    if measuring is not None and plans:
+        looking = pruner.looking(measuring)
+        walks = _walks(frame, looking, store, plans, sequential=True)
+        steps = _complete(frame, walks, looking, weights, batches, sequential=True)
+        with torch.no_grad():
+            measured = measure(measuring, looking, steps)
+        plans = {fqn: plan for fqn, plan in plans.items() if fqn in measured}
+    done = {
+        fqn: (plan, int((sparsifier.get_mask(fqn) == 0).sum())) for fqn, plan in todo.done.items()
+    }
+    return allocate(rule, plans, done, frame.weights, measured)
 
 
 def _check_orders(walks: Sequence[Walk], captured: Sequence[Captured]) -> None:

@@ -11,13 +11,14 @@ from fx_sparsity.calibration.gradients import Gradients
 from fx_sparsity.calibration.inputs import Met
 from fx_sparsity.calibration.plan import Plan
 from fx_sparsity.calibration.report import PrunedWeight
-from fx_sparsity.calibration.store import Store
+from fx_sparsity.calibration.store import Store, Untouched
 from fx_sparsity.sparsifier.calibrated import (
     CalibratedSparsifier,
     Solution,
     Statistic,
     Statistics,
 )
+from fx_sparsity.sparsifier.calibrated.statistics import relative_error
 
 
 class CalibrationError(ValueError):
@@ -66,6 +67,12 @@ class Pruner:
         self._held = sum(g.total.nbytes + g.squares.nbytes for g in gradients.values())
         self.peak = max(self.peak, self._held)
 
+    def looking(self, sparsifier: CalibratedSparsifier) -> "Pruner":
+        """One that shows the same weights to another method, and writes nothing."""
+        other = Pruner(sparsifier, self.plans, self._weights, None, Untouched(self._store))
+        other.hold(self._gradients)
+        return other
+
     def columns(self, fqn: str) -> Tensor:
         """See `MatrixForm.columns`."""
         return self.plans[fqn].form.columns(self._weights[fqn].device)
@@ -107,7 +114,7 @@ class Pruner:
             raise
         kept = _kept(fqn, dense, solution)
         notes = [*plan.notes, *_told(plan, stats), *solution.notes]
-        relative = _error(dense, kept, stats.gram)
+        relative = None if stats.gram is None else relative_error(dense, kept, stats)
         bias = self._correction(fqn, dense - kept, stats, notes)
         row = PrunedWeight(
             fqn=fqn,
@@ -210,13 +217,3 @@ def _told(plan: Plan, stats: Statistics) -> list[str]:
     if stats.gram is not None and fewest < size:
         notes.append(f"{fewest} inputs for {size} columns: the Gram matrix is singular")
     return notes
-
-
-def _error(dense: Tensor, kept: Tensor, gram: Tensor | None) -> float | None:
-    """`||(W - W') X|| / ||W X||`: with G = X X^T, a squared norm is tr(W G W^T)."""
-    if gram is None:
-        return None
-    lost = dense - kept
-    whole = float(((dense @ gram) * dense).sum(dtype=torch.float64))
-    missing = float(((lost @ gram) * lost).sum(dtype=torch.float64))
-    return (max(missing, 0.0) / whole) ** 0.5 if whole > 0 else 0.0

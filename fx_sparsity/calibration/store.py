@@ -55,6 +55,37 @@ class Store(Protocol):
         """
 
 
+class Untouched:
+    """Reads as another store does, and writes nothing.
+
+    Args:
+        store: to read from.
+    """
+
+    how_to_go_on = "Nothing was changed."
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def is_done(self, plan: Plan) -> bool:
+        """See `Store.is_done`."""
+        return self._store.is_done(plan)
+
+    def begin(
+        self, weights: WeightMap, plans: Mapping[str, Plan], tensors: Mapping[str, Tensor]
+    ) -> None:
+        """See `Store.begin`."""
+
+    def read(self, fqn: str, tensor: Tensor) -> Tensor:
+        """See `Store.read`."""
+        return self._store.read(fqn, tensor)
+
+    def write(
+        self, row: PrunedWeight, keep: Tensor, value: Tensor, bias: tuple[Tensor, Tensor] | None
+    ) -> None:
+        """See `Store.write`."""
+
+
 class MaskStore:
     """Puts masks on a model, and writes kept values beneath them.
 

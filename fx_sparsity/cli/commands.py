@@ -31,6 +31,12 @@ SOURCE = click.Path(exists=True, path_type=Path)
 TARGET = click.Path(path_type=Path)
 
 
+class _BadInput(click.ClickException):
+    """Files or settings that cannot be used."""
+
+    exit_code = BAD_INPUT
+
+
 class _Commands(click.Group):
     """Errors become one line on standard error and an exit code, without a traceback."""
 
@@ -38,9 +44,7 @@ class _Commands(click.Group):
         try:
             return super().invoke(ctx)
         except (ValueError, OSError, TypeError, MemoryError) as error:
-            failure = click.ClickException(str(error) or type(error).__name__)
-            failure.exit_code = BAD_INPUT
-            raise failure from error
+            raise _BadInput(str(error) or type(error).__name__) from error
 
 
 def _json_flag(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -199,6 +203,8 @@ def sparsify(src: Path, dst: Path, recipe: Path | None, as_json: bool, **flags: 
         for name, weight in report.items()
     ]
     show(rows, as_json=as_json, numeric=("sparsity",))
+    for name in Checkpoint(src).left:
+        say(f"not copied, weights of another kind: {name}", as_json=as_json)
 
 
 @commands.command(name="convert")

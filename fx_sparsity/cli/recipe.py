@@ -84,11 +84,12 @@ def roles_of(recipe: Mapping[str, Any]) -> dict[str, Sequence[Role]]:
     """
     found: dict[str, Sequence[Role]] = {}
     for regex, text in recipe.get("roles", {}).items():
-        names = [part.strip() for part in text.split(",")] if isinstance(text, str) else text
-        roles = tuple(role for role in ROLES for name in names if role == name)
-        if len(roles) != len(names):
+        names = text if isinstance(text, list) else str(text).split(",")
+        named: dict[str, Role] = {role: role for role in ROLES}
+        roles = [named.get(str(name).strip()) for name in names]
+        if None in roles:
             raise RecipeError(f"roles {regex!r}: expected some of {', '.join(ROLES)}, found {text}")
-        found[regex] = tuple(names)
+        found[regex] = [role for role in roles if role is not None]
     return found
 
 

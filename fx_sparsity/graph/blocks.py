@@ -68,7 +68,7 @@ def _open(gm: fx.GraphModule, node: fx.Node) -> None:
     (results,) = body.graph.output_node().args
     for user in list(node.users):
         assert user.target is operator.getitem
-        user.replace_all_uses_with(values[results[user.args[1]]])  # type: ignore[index]
+        user.replace_all_uses_with(values[results[user.args[1]]])
         gm.graph.erase_node(user)
     gm.graph.erase_node(node)
     if not held.users:

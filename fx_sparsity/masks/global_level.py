@@ -135,7 +135,8 @@ class _Search:
 
     def cut(self, level: float) -> GlobalCut:
         k = round(level * self.elements)
-        key, here = 0, []
+        key = 0
+        here: list[tuple[Tensor, Tensor]] = []
         for shift in range(self.bits - _DIGIT, -1, -_DIGIT):
             counts = torch.zeros(1 << _DIGIT, dtype=torch.int64, device=self.device)
             here = []  # of each tensor: the digits that occur, and how often

@@ -6,6 +6,7 @@ tensor is where; configuration and tokenizer beside them.
 
 import hashlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,6 +31,7 @@ from fx_sparsity.storage.files import (
     CompressedFile,
     CompressedWriter,
     Counts,
+    Encoded,
     PlainWriter,
     check_layout,
 )
@@ -43,6 +45,7 @@ REPORT = "sparsity.json"
 """File that a sparsified checkpoint carries: what was asked of each weight, and its zeros."""
 
 _PROGRESS = ".sparsify-progress.json"
+_SYNCED = 1 << 26  # bytes that are written before they are synced
 _EMBEDDING = re.compile(r"(?:.*[._])?(?:\w*embed\w*|wte|wpe)(?:[._].*)?", re.IGNORECASE)
 
 Roles = Mapping[str, Sequence[Role]]
@@ -52,7 +55,7 @@ Progress = Callable[[str, int, int], None]
 
 
 class CheckpointError(ValueError):
-    """A folder cannot be read as a checkpoint, or written to as asked."""
+    """A checkpoint cannot be read or written as asked, or does not fit the model."""
 
 
 class Checkpoint:
@@ -419,9 +422,8 @@ class _Run:
         self._folder.mkdir(parents=True, exist_ok=True)
         if self._log.exists():
             self._state = json.loads(self._log.read_text())
-        for name in self._names.values():  # of a killed run
-            for left in self._folder.glob(f".{_escaped(name)}.*.part"):
-                left.unlink()
+        for left in self._leftovers():
+            left.unlink()
         self._save_log()
         self._state["known"] = self._criterion.prepare(self._state["known"])
         self._save_log()
@@ -433,6 +435,13 @@ class _Run:
             self._finish_folder(results)
         self._log.unlink()
         return results
+
+    def _leftovers(self) -> list[Path]:
+        """Unfinished files of a killed run."""
+        if not self._single:
+            return list(self._folder.rglob(".*.part"))
+        names = (*self._names.values(), self._log.name)
+        return [path for name in names for path in self._folder.glob(f".{_escaped(name)}.*.part")]
 
     def _fingerprint(self) -> str:
         """Changes with the source, what is done to it, and how it is written."""
@@ -472,6 +481,17 @@ class _Run:
             else:
                 metadata = {"format": "pt"} if source.ours else source.file.metadata
                 writer = PlainWriter(file, shapes, self._layout, metadata)
+            unsynced = 0
+
+            def write(encoded: Encoded) -> None:
+                nonlocal unsynced
+                writer.write(encoded)
+                unsynced += encoded.nbytes
+                if unsynced > _SYNCED:  # so that the disk works while the next one is masked
+                    file.flush()
+                    os.fdatasync(file.fileno())
+                    unsynced = 0
+
             counts = Counts()
             weights: dict[str, Any] = {}
             earlier: Future[None] | None = None
@@ -483,7 +503,7 @@ class _Run:
                 counts.add(encoded)
                 if earlier is not None:
                     earlier.result()
-                earlier = thread.submit(writer.write, encoded)
+                earlier = thread.submit(write, encoded)
                 self._tell(shard, source.stored_bytes(name))
                 del tensor, encoded
             if earlier is not None:

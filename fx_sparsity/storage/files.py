@@ -34,6 +34,7 @@ _KEY = "fx_sparsity"
 _HEADER_CHECKSUM = "fx_sparsity_checksum"
 _VERSION = 2
 _ALL: dict[str, Format] = {**FORMATS, **OUTSIDE}
+_PART_NAMES = {part for form in FORMATS.values() for part in form.parts if part}
 _LARGE = 1 << 22  # bytes from which memory is asked for in huge pages
 
 
@@ -345,7 +346,8 @@ class CompressedFile:
             self._read(text)
         for name, form in self.forms.items():
             if self.ours or form != "dense":
-                _ALL[form].check(name, self.parts(name), *reversed(self._shapes[name]))
+                dtype, shape = self._shapes[name]
+                _ALL[form].check(name, self.parts(name), shape, dtype)
 
     @property
     def names(self) -> list[str]:
@@ -466,6 +468,12 @@ class CompressedFile:
         self._checksums[name] = entry["crc32"]
 
     def _read_foreign(self) -> None:
+        for key in (*self.file.metadata, *self.file.entries):
+            _, separator, part = key.rpartition("::")
+            if key == _HEADER_CHECKSUM or (separator and part in _PART_NAMES):
+                raise FileFormatError(
+                    f"{key}: of a compressed file, whose metadata are not in {self.file.path}"
+                )
         taken: set[str] = set()
         for form, outside in OUTSIDE.items():
             for key in self.file.entries:
@@ -541,7 +549,7 @@ def _state(file: CompressedFile, targets: Mapping[str, Any]) -> "OrderedDict[str
     """All entries; those that fit a tensor of `targets` are decoded into it, and are that."""
     tensors: dict[str, Any] = {}
     for name in file.forms:
-        target = targets.get(name)
+        target: Any = targets.get(name)
         if _takes(target, *file.dtype_and_shape(name)):
             file.fill(name, target)
             tensors[name] = target

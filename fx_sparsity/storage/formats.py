@@ -12,10 +12,12 @@ from fx_sparsity.storage.container import FileFormatError
 from fx_sparsity.storage.packing import (
     as_integers,
     count_bits,
+    count_of_fours,
     find_bits,
     gather_blocks,
     pack,
     scatter_blocks,
+    two_of_four,
     unpack,
 )
 
@@ -117,7 +119,7 @@ class Format(Protocol):
 class Dense:
     """The tensor as it is."""
 
-    parts = ("",)
+    parts: Sequence[str] = ("",)
 
     def size(self, contents: Contents) -> int:
         """See `Format.size`."""
@@ -144,7 +146,7 @@ class Bitmask:
     Zeros fill the values up to a multiple of eight bytes, so that what follows is aligned.
     """
 
-    parts = ("bitmask", "values")
+    parts: Sequence[str] = ("bitmask", "values")
 
     def size(self, contents: Contents) -> int:
         """See `Format.size`."""
@@ -181,7 +183,7 @@ class TwoFour:
     stand for values where a group has fewer.
     """
 
-    parts = ("bitmask", "values")
+    parts: Sequence[str] = ("bitmask", "values")
 
     def size(self, contents: Contents) -> int | None:
         """See `Format.size`."""
@@ -189,7 +191,7 @@ class TwoFour:
             return None
         if contents.found[1] > contents.tensor.numel() // 2:
             return None
-        if bool(((_of_every_four(contents.found[0]) + 0x11) & 0x44).any()):  # three or four
+        if bool(((count_of_fours(contents.found[0]) + 0x11) & 0x44).any()):  # three or four
             return None
         return -(-contents.tensor.numel() // 8) + contents.nbytes // 2
 
@@ -212,8 +214,7 @@ class TwoFour:
             _contradiction(name, "a last axis that four divides", f"shape {tuple(shape)}")
         _check_bits(name, "bitmask", bits, elements)
         expect_part(name, "values", parts["values"], dtype, (*shape[:-1], shape[-1] // 2))
-        counts = _of_every_four(bits)
-        if bool((counts[: elements // 8] != 0x22).any()) or (elements % 8 and counts[-1] != 2):
+        if not two_of_four(bits, elements):
             _contradiction(name, "two bits of every four", "others")
 
     def decode(self, parts: Mapping[str, Tensor], out: Tensor) -> None:
@@ -228,7 +229,7 @@ class Block:
     The matrix is the last axis against all others. `values` is [blocks, height, width].
     """
 
-    parts = ("blocks", "values")
+    parts: Sequence[str] = ("blocks", "values")
 
     def size(self, contents: Contents) -> int | None:
         """See `Format.size`."""
@@ -274,7 +275,7 @@ class Rows:
     `remap` turns the bits into what lookups take.
     """
 
-    parts = ("kept", "values")
+    parts: Sequence[str] = ("kept", "values")
 
     def size(self, contents: Contents) -> int | None:
         """See `Format.size`."""
@@ -348,12 +349,6 @@ def _filled(count: int, itemsize: int) -> int:
 def _matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
     width = shape[-1] if shape else 1
     return torch.Size(shape[:-1]).numel(), width
-
-
-def _of_every_four(bits: Tensor) -> Tensor:
-    """How many of every four bits are set, four bits to a count."""
-    pairs = bits - ((bits >> 1) & 0x55)
-    return (pairs & 0x33) + ((pairs >> 2) & 0x33)
 
 
 def _with_two_of_four(byte: int) -> int:

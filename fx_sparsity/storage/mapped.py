@@ -54,10 +54,10 @@ class MappedFile(Mapping[str, Tensor]):
                 f"{name}: expected its {dtype} to begin at a multiple of {dtype.itemsize} bytes in "
                 f"{self.path}, found {entry.start}; load the file and save it anew"
             )
-        place = {"offset": entry.start, "count": entry.nbytes}
+        start, count = entry.start, entry.nbytes
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The given buffer is not writable")
-            flat = torch.frombuffer(self._map, dtype=torch.uint8, **place)
+            flat = torch.frombuffer(self._map, dtype=torch.uint8, offset=start, count=count)
         return flat.view(dtype).view(entry.shape)
 
     def flush(self, *names: str) -> None:

@@ -27,7 +27,8 @@ def parameters_on_meta() -> Iterator[None]:
             moved[parameter] = meta
         return moved[parameter]
 
-    handle = register_module_parameter_registration_hook(move)
+    # Its annotation forgets that a hook may return a parameter.
+    handle = register_module_parameter_registration_hook(move)  # type: ignore[arg-type]
     try:
         yield
     finally:

@@ -55,6 +55,20 @@ def unpack(bits: Tensor, values: Tensor, out: Tensor) -> None:
         out.zero_()[found] = values[: int(found.count_nonzero())]
 
 
+def count_of_fours(bits: Tensor) -> Tensor:
+    """How many of every four bits are set: uint8, four bits to a count."""
+    pairs = bits - ((bits >> 1) & 0x55)
+    return (pairs & 0x33) + ((pairs >> 2) & 0x33)
+
+
+def two_of_four(bits: Tensor, elements: int) -> bool:
+    """Whether two of every four bits are set; `elements`, which four divides, are meant."""
+    if LIBRARY.ready():
+        return torch.ops.fx_sparsity_storage.two_of_four(bits, elements)
+    counts, whole = count_of_fours(bits), elements // 8
+    return bool((counts[:whole] == 0x22).all() and (counts[whole:] == 2).all())
+
+
 def gather_blocks(x: Tensor, bits: Tensor, blocks: Tensor) -> None:
     """Copy the blocks of a matrix whose bit is set to `blocks`, [n, height, width]."""
     if LIBRARY.ready():

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -125,5 +126,6 @@ def _fill(
             filled[id(target)] = (
                 nn.Parameter(tensor, target.requires_grad) if is_parameter else tensor
             )
-        held = owner._parameters if attribute in owner._parameters else owner._buffers
+        held: dict[str, Any] = owner._parameters
+        held = held if attribute in held else owner._buffers
         held[attribute] = filled[id(target)]

@@ -217,10 +217,10 @@ class _Reader:
         if what["kind"] == "tuple":
             return tuple(self.build(f"{name}/{i}", item) for i, item in enumerate(what["items"]))
         if what["kind"] == "quantized":
-            return _make_quantized(
-                *(self._tensors[f"{name}/{part}"] for part in ("codes", "scale", "zero_point")),
-                what["axis"],
+            codes, scale, zero_point = (
+                self._tensors[f"{name}/{part}"] for part in ("codes", "scale", "zero_point")
             )
+            return _make_quantized(codes, scale, zero_point, what["axis"])
         raise TypeError(
             f"{name} is a {what['class']}: pass a model that is quantized alike, to load into"
         )

@@ -257,10 +257,7 @@ def main(arguments: list[str] | None = None) -> tuple[list[Speed], list[Quality]
         lines.extend(texts)
         print(*texts, sep="\n", flush=True)
 
-    path = "C++ kernels" if LIBRARY.ready() else LIBRARY.state()[1]
-    say(
-        f"{machine()}; one-shot pruning: {path}, times in seconds", f"median of {options.runs} runs"
-    )
+    say(f"{machine(LIBRARY, 'seconds')}; one-shot pruning", f"median of {options.runs} runs")
     say("", "SparseGPT, 50%", "")
     say(
         f"{'size':<7}{'pattern':<14}{'reference':>11}{'C++':>8}{'times':>7}{'plain':>8}{'times':>7}"

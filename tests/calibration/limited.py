@@ -5,6 +5,7 @@ of the process's own beyond what it takes at the start (RLIMIT_DATA, which the k
 shows that the model cannot be loaded under that limit. Prints figures as JSON.
 """
 
+import ctypes
 import json
 import resource
 import sys
@@ -20,6 +21,7 @@ import fx_sparsity as fxs
 from fx_sparsity.storage.mapped import MappedFile, create_file
 
 MIB = 2**20
+M_MMAP_THRESHOLD = -3  # malloc.h
 
 
 class Stack(nn.Module):
@@ -84,6 +86,7 @@ def prune(root, layers, width):
 
 def main():
     root, (layers, width, allowance) = Path(sys.argv[1]), map(int, sys.argv[2:])
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MIB)  # what is freed is given back at once
     make_checkpoint(root / "small" / "source", 2, width)
     prune(root / "small", 2, width)  # whatever is loaded, built and kept once
     make_checkpoint(root / "source", layers, width)

@@ -293,6 +293,7 @@ def test_calls_that_cannot_work_are_refused(tmp_path):
     )
     refuse(tmp_path, fxs.CheckpointError, "x: names speaks of it", names={"x": "y"})
     refuse(tmp_path, ValueError, "Fisher needs gradients of all weights", method=Fisher)
+    refuse(tmp_path, TypeError, "needs no data; call prepare", method=fxs.WeightNormSparsifier)
     refuse(tmp_path, FileNotFoundError, "nowhere", source=tmp_path / "nowhere")
     refuse(tmp_path, FileExistsError, "source exists", target=tmp_path / "source")
     refuse(tmp_path, fxs.InputError, "expected at least one batch", batches=[])

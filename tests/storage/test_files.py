@@ -260,6 +260,15 @@ def test_a_header_that_was_tampered_with_is_refused(tmp_path):
         fxs.load(path)
 
 
+@pytest.mark.parametrize("gone", [b'"fx_sparsity"', b'"fx_sparsity_checksum"'])
+def test_a_file_without_its_description_is_not_taken_for_another(tmp_path, gone):
+    path = tmp_path / "f"
+    fxs.save({"w": torch.eye(64)}, path)
+    path.write_bytes(path.read_bytes().replace(gone, gone.replace(b"fx", b"ax")))
+    with pytest.raises(FileFormatError, match="of a compressed file|does not match the header"):
+        fxs.load(path)
+
+
 def test_an_older_version_is_refused(tmp_path):
     path = tmp_path / "f"
     save_file({"t": torch.ones(4)}, path, metadata={"fx_sparsity": json.dumps({"version": 1})})

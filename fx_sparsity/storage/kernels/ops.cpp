@@ -118,33 +118,25 @@ void unpack(Tensor bits, Tensor values, Tensor out) {
   });
 }
 
-// Calls `work(block's values, its place in the matrix)` for every block of h x w elements that has a
-// bit, rows of blocks in parallel, each after `begin(first element of the row of blocks)`.
-template <class Begin, class Work>
-void for_blocks(
-    const uint8_t* bits, int64_t blocks, int64_t rows, int64_t width, int64_t h, int64_t w,
-    const Begin& begin, const Work& work) {
-  const int64_t across = width / w, down = rows / h;
-  std::vector<int64_t> starts(size_t(down + 1), 0);
-  const auto has = [&](int64_t i) { return (bits[i / 8] >> (i % 8)) & 1; };
-  for (int64_t r = 0; r < down; r++) {
-    int64_t count = 0;
-    for (int64_t c = 0; c < across; c++) count += has(r * across + c);
-    starts[size_t(r + 1)] = starts[size_t(r)] + count;
-  }
-  STD_TORCH_CHECK(starts.back() == blocks, "expected a block for every bit that is set");
-  const int64_t grain = std::max<int64_t>(1, (1 << 16) / std::max<int64_t>(1, h * width));
-  torch::stable::parallel_for(0, down, grain, [&](int64_t first, int64_t last) {
-    for (int64_t r = first; r < last; r++) {
-      begin(r * h * width);
-      int64_t block = starts[size_t(r)];
-      for (int64_t c = 0; c < across; c++) {
-        if (!has(r * across + c)) continue;
-        if (block == starts[size_t(r + 1)]) break;
-        work(block++ * h * w, r * h * width + c * w);
-      }
+// Whether two of every four bits are set, and in what is left of the last byte's, two and no more.
+bool two_of_four(Tensor bits, int64_t elements) {
+  const uint8_t* from = bits_of(bits, elements);
+  const int64_t bytes = (elements + 7) / 8;
+  std::atomic<bool> all{true};
+  for_chunks(elements, [&](int64_t chunk) {
+    const int64_t last = std::min((bytes + 7) / 8, (chunk + 1) * kWords);
+    uint64_t wrong = 0;
+    for (int64_t w = chunk * kWords; w < last; w++) {
+      const uint64_t word = word_of(from, bytes, w);
+      const uint64_t pairs = word - ((word >> 1) & 0x5555555555555555);
+      const uint64_t fours = (pairs & 0x3333333333333333) + ((pairs >> 2) & 0x3333333333333333);
+      const int64_t there = std::min(kWord, elements - kWord * w);
+      const uint64_t mask = there == kWord ? ~uint64_t(0) : (uint64_t(1) << there) - 1;
+      wrong |= fours ^ (0x2222222222222222 & mask);
     }
+    if (wrong) all.store(false, std::memory_order_relaxed);
   });
+  return all;
 }
 
 struct Matrix {
@@ -162,30 +154,76 @@ Matrix matrix_of(const Tensor& x, const Tensor& blocks) {
   return {x.size(0), x.size(1), blocks.size(1), blocks.size(2)};
 }
 
+// Where the blocks of each row of blocks start; the last entry is how many there are in all.
+std::vector<int64_t> block_starts(const uint8_t* bits, int64_t down, int64_t across) {
+  std::vector<int64_t> starts(size_t(down + 1), 0);
+  for (int64_t r = 0; r < down; r++) {
+    int64_t count = 0;
+    for (int64_t i = r * across; i < (r + 1) * across; i++) count += (bits[i / 8] >> (i % 8)) & 1;
+    starts[size_t(r + 1)] = starts[size_t(r)] + count;
+  }
+  return starts;
+}
+
+// Calls `work(row of blocks, places)` for every row of blocks, in parallel. `places` has the number
+// of each block among those whose bit is set, or -1.
+template <class Work>
+void for_block_rows(const Tensor& bits, const Matrix& m, int64_t blocks, const Work& work) {
+  const int64_t down = m.rows / m.h, across = m.width / m.w;
+  const uint8_t* from = bits_of(bits, down * across);
+  const std::vector<int64_t> starts = block_starts(from, down, across);
+  STD_TORCH_CHECK(starts.back() == blocks, "expected a block for every bit that is set");
+  const int64_t grain = std::max<int64_t>(1, (1 << 16) / std::max<int64_t>(1, m.h * m.width));
+  torch::stable::parallel_for(0, down, grain, [&](int64_t first, int64_t last) {
+    std::vector<int64_t> places(size_t(across), -1);
+    for (int64_t r = first; r < last; r++) {
+      int64_t next = starts[size_t(r)];
+      for (int64_t c = 0; c < across; c++) {
+        const int64_t i = r * across + c;
+        const bool has = ((from[i / 8] >> (i % 8)) & 1) && next < starts[size_t(r + 1)];
+        places[size_t(c)] = has ? next++ : -1;
+      }
+      work(r, places);
+    }
+  });
+}
+
 // Copies the blocks [n, h, w] out of the matrix `x` whose bit is set.
 void gather_blocks(Tensor x, Tensor bits, Tensor blocks) {
-  const auto [rows, width, h, w] = matrix_of(x, blocks);
-  const uint8_t* from = bits_of(bits, (rows / h) * (width / w));
+  const Matrix m = matrix_of(x, blocks);
   with_width(x, [&]<class T>(T) {
     const T* data = static_cast<const T*>(x.const_data_ptr());
     T* out = static_cast<T*>(blocks.mutable_data_ptr());
-    const auto nothing = [](int64_t) {};
-    for_blocks(from, blocks.size(0), rows, width, h, w, nothing, [&](int64_t block, int64_t place) {
-      for (int64_t i = 0; i < h; i++) std::copy_n(data + place + i * width, w, out + block + i * w);
+    for_block_rows(bits, m, blocks.size(0), [&](int64_t r, const std::vector<int64_t>& places) {
+      for (int64_t i = 0; i < m.h; i++) {
+        const T* row = data + (r * m.h + i) * m.width;
+        for (const int64_t place : places) {
+          if (place >= 0) std::copy_n(row, m.w, out + (place * m.h + i) * m.w);
+          row += m.w;
+        }
+      }
     });
   });
 }
 
 // Undoes `gather_blocks`; what belongs to no block becomes zero.
 void scatter_blocks(Tensor bits, Tensor blocks, Tensor out) {
-  const auto [rows, width, h, w] = matrix_of(out, blocks);
-  const uint8_t* from = bits_of(bits, (rows / h) * (width / w));
+  const Matrix m = matrix_of(out, blocks);
   with_width(out, [&]<class T>(T) {
     const T* data = static_cast<const T*>(blocks.const_data_ptr());
     T* to = static_cast<T*>(out.mutable_data_ptr());
-    const auto clear = [&](int64_t place) { std::fill_n(to + place, h * width, T(0)); };
-    for_blocks(from, blocks.size(0), rows, width, h, w, clear, [&](int64_t block, int64_t place) {
-      for (int64_t i = 0; i < h; i++) std::copy_n(data + block + i * w, w, to + place + i * width);
+    for_block_rows(bits, m, blocks.size(0), [&](int64_t r, const std::vector<int64_t>& places) {
+      for (int64_t i = 0; i < m.h; i++) {
+        T* row = to + (r * m.h + i) * m.width;
+        for (const int64_t place : places) {
+          if (place >= 0) {
+            std::copy_n(data + (place * m.h + i) * m.w, m.w, row);
+          } else {
+            std::fill_n(row, m.w, T(0));
+          }
+          row += m.w;
+        }
+      }
     });
   });
 }
@@ -198,6 +236,7 @@ STABLE_TORCH_LIBRARY(fx_sparsity_storage, m) {
   m.def("find_bits(Tensor x, Tensor(a!) bits) -> int");
   m.def("pack(Tensor x, Tensor bits, Tensor(a!) values) -> ()");
   m.def("unpack(Tensor bits, Tensor values, Tensor(a!) out) -> ()");
+  m.def("two_of_four(Tensor bits, int elements) -> bool");
   m.def("gather_blocks(Tensor x, Tensor bits, Tensor(a!) blocks) -> ()");
   m.def("scatter_blocks(Tensor bits, Tensor blocks, Tensor(a!) out) -> ()");
 }
@@ -207,6 +246,7 @@ STABLE_TORCH_LIBRARY_IMPL(fx_sparsity_storage, CPU, m) {
   m.impl("find_bits", TORCH_BOX(&fx::ops::find_bits));
   m.impl("pack", TORCH_BOX(&fx::ops::pack));
   m.impl("unpack", TORCH_BOX(&fx::ops::unpack));
+  m.impl("two_of_four", TORCH_BOX(&fx::ops::two_of_four));
   m.impl("gather_blocks", TORCH_BOX(&fx::ops::gather_blocks));
   m.impl("scatter_blocks", TORCH_BOX(&fx::ops::scatter_blocks));
 }

@@ -35,6 +35,7 @@ from fx_sparsity.storage.files import (
     PlainWriter,
     check_layout,
 )
+from fx_sparsity.storage.packing import as_integers
 from fx_sparsity.storage.sharded import INDEX, OTHER_WEIGHTS, CheckpointFiles
 
 Layout = Literal["dense", "compressed", "sparse-bitmask", "sparse-24-bitmask"]
@@ -45,6 +46,7 @@ REPORT = "sparsity.json"
 """File that a sparsified checkpoint carries: what was asked of each weight, and its zeros."""
 
 _PROGRESS = ".sparsify-progress.json"
+_PART = 1 << 20  # elements
 _SYNCED = 1 << 26  # bytes that are written before they are synced
 _EMBEDDING = re.compile(r"(?:.*[._])?(?:\w*embed\w*|wte|wpe)(?:[._].*)?", re.IGNORECASE)
 
@@ -521,7 +523,13 @@ class _Run:
                 f"{name}: {error}" if name not in str(error) else str(error)
             ) from error
         kept = int(keep.count_nonzero())
-        tensor.masked_fill_(keep.logical_not_(), 0)
+        # As integers, times 0 or 1: exact, and many times faster than masked_fill_ on bfloat16. In
+        # parts, since the mask is cast to the integers' dtype.
+        parts = zip(
+            as_integers(tensor).view(-1).split(_PART), keep.view(-1).split(_PART), strict=True
+        )
+        for part, kept_part in parts:
+            part.mul_(kept_part)
         return tensor.numel() - kept
 
     def _results(self) -> dict[str, StoredWeight]:

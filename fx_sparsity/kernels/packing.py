@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fx_sparsity.kernels.bitmask import Bitmask
 from fx_sparsity.kernels.block import Block
+from fx_sparsity.kernels.nm import NM
 from fx_sparsity.kernels.panels import PackingError
 
 __all__ = ["PACKINGS", "Packing", "PackingError"]
@@ -54,4 +55,4 @@ class Packing(Protocol):
         ...
 
 
-PACKINGS: dict[str, Packing] = {packing.name: packing for packing in (Bitmask(), Block())}
+PACKINGS: dict[str, Packing] = {packing.name: packing for packing in (Bitmask(), NM(), Block())}

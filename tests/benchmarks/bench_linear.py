@@ -41,6 +41,25 @@ def unstructured(weight: Tensor, sparsity: float) -> Tensor:
     return weight * (torch.rand(weight.shape) >= sparsity)
 
 
+def two_of_four(weight: Tensor, sparsity: float) -> Tensor:
+    """2:4, which is half."""
+    assert sparsity == 0.5
+    groups = weight.unflatten(1, (-1, 4))
+    smaller = groups.abs().topk(2, largest=False).indices
+    return groups.scatter(-1, smaller, 0).flatten(1)
+
+
+def blocks(height: int, width: int) -> Callable[[Tensor, float], Tensor]:
+    """Whole blocks of zeros, at random."""
+
+    def zeros(weight: Tensor, sparsity: float) -> Tensor:
+        rows, columns = weight.shape
+        kept = torch.rand(rows // height, columns // width) >= sparsity
+        return weight * kept.repeat_interleave(height, 0).repeat_interleave(width, 1)
+
+    return zeros
+
+
 @dataclass(frozen=True)
 class Entry:
     """A packing to measure: how weights get zeros that suit it, and how many."""
@@ -51,7 +70,12 @@ class Entry:
     sparsities: tuple[float, ...]
 
 
-ENTRIES = [Entry("bitmask", "bitmask", unstructured, (0.5, 0.7, 0.9))]
+ENTRIES = [
+    Entry("bitmask", "bitmask", unstructured, (0.5, 0.7, 0.9)),
+    Entry("2:4", "nm", two_of_four, (0.5,)),
+    Entry("16x4 block", "block", blocks(16, 4), (0.5, 0.9)),
+    Entry("32x32 block", "block", blocks(32, 32), (0.5, 0.9)),
+]
 
 # (dtype, entry, sparsity, tokens) -> speed against torch's best of the dtype.
 TARGETS = {
@@ -59,6 +83,15 @@ TARGETS = {
     ("bf16", "bitmask", 0.7, 1): 2.7,
     ("bf16", "bitmask", 0.5, 4): 1.5,
     ("int8", "bitmask", 0.5, 1): 2.2,
+    ("bf16", "2:4", 0.5, 1): 2.0,
+    ("bf16", "2:4", 0.5, 4): 1.7,
+    ("bf16", "2:4", 0.5, 16): 1.0,
+    ("bf16", "16x4 block", 0.9, 1): 10.0,
+    ("bf16", "32x32 block", 0.5, 1): 2.3,
+    ("bf16", "32x32 block", 0.9, 1): 10.0,
+    ("bf16", "32x32 block", 0.5, 16): 2.1,
+    ("bf16", "32x32 block", 0.5, 64): 1.8,
+    ("bf16", "32x32 block", 0.9, 64): 7.0,
 }
 # The same against torch's int4.
 INT4_TARGETS = {("int8", "bitmask", 0.5, 1): 1.0, ("int8", "bitmask", 0.7, 1): 1.6}

@@ -194,6 +194,9 @@ def test_unusual_activations(how):
 @settings(max_examples=15, deadline=None)
 def test_packs_exactly(packing, dtype, rows, columns, density):
     weight = sparse((rows, columns), density, dtype, rows)
+    if packing == "nm":
+        weight[:, columns // 2 :] = 0
+        weight[:, : columns // 2 : 2] = 0
     parts = PACKINGS[packing].pack(weight)
     PACKINGS[packing].check(parts, weight.shape, dtype)
     back = PACKINGS[packing].unpack(parts, weight.shape, dtype)

@@ -35,10 +35,12 @@ class BitmaskPanels {
         steps((call.columns + Math::kGroup - 1) / Math::kGroup),
         mask_(weight.mask),
         values_(static_cast<const Value*>(weight.values)),
-        offsets_(weight.offsets) {}
+        offsets_(weight.offsets),
+        stride_(weight.stride) {}
 
   Panel panel(int64_t p) const {
-    return {mask_ + p * steps * sizeof(Mask<Math>), values_ + offsets_[p]};
+    const int64_t first = offsets_ ? offsets_[p] : p * stride_;
+    return {mask_ + p * steps * sizeof(Mask<Math>), values_ + first};
   }
 
   const int64_t panels, steps;
@@ -47,6 +49,7 @@ class BitmaskPanels {
   const uint8_t* mask_;
   const Value* values_;
   const int64_t* offsets_;
+  const int64_t stride_;
 };
 
 }  // namespace

@@ -5,6 +5,8 @@
 namespace fx {
 namespace {
 
+constexpr int64_t kAhead = 2048;  // bytes from what is read to what is prefetched
+
 template <class Math>
 class Blocks {
  public:
@@ -49,8 +51,10 @@ template <class Math, int Rows, int Panels>
     typename Math::Sum (&sum)[Rows][Panels]) {
   typename Math::Weights step[Panels];
 #pragma GCC unroll 2
-  for (int p = 0; p < Panels; p++) {
-    step[p] = Math::widen(Math::load(weights + p * kLanes * Math::kGroup));
+  for (int p = 0; p < Panels; p++, weights += kLanes * Math::kGroup) {
+    // The processor's own prefetching stops at the end of a page.
+    __builtin_prefetch(reinterpret_cast<const char*>(weights) + kAhead);
+    step[p] = Math::widen(Math::load(weights));
   }
 #pragma GCC unroll 16
   for (int r = 0; r < Rows; r++) {
@@ -136,11 +140,11 @@ void multiply_blocks(
   });
 }
 
-template <class Cpu, class Math, class X>
+template <class Math, class X>
 void multiply(const Blocks<Math>& blocks, const X* x, int64_t columns, const Result& result) {
-  constexpr int most = std::min(8, Cpu::kTileRows);  // twelve rows are no faster, only more code
+  constexpr int most = std::min(8, Math::kTileRows);  // twelve rows are no faster, only more code
   with_height<most>(result.rows, [&]<int Rows>() {
-    constexpr int one = std::clamp(2 * Cpu::kChains / Rows, 1, 4), two = std::max(1, one / 2);
+    constexpr int one = std::clamp(2 * Math::kChains / Rows, 1, 4), two = std::max(1, one / 2);
     const auto tiles = tiles_of<Math::kGroup, typename Math::Input>(x, result.rows, columns, Rows);
     multiply_blocks(
         blocks, tiles, result,

@@ -133,6 +133,24 @@ Tensor bitmask_linear(
       [&](const Call& call) { fx::linear(call, packed); });
 }
 
+Tensor nm_linear(
+    Tensor x, Tensor mask, Tensor values, Optional scale, Optional row_sums, Optional bias,
+    int64_t in_features, int64_t out_features, std::string quantize_input,
+    std::string activation) {
+  const Dtype weight = dtype_of(values);
+  const int64_t group = group_of(weight), panels = panels_of(out_features);
+  const int64_t bytes = panels * ceil_div(in_features, group) * 2 * group;
+  const int64_t total = values.numel() - 16 * group;  // less what may be read past the last value
+  STD_TORCH_CHECK(total >= 0 && total % panels == 0, "values are not as many in each panel");
+  Bitmask packed{};
+  packed.mask = static_cast<const uint8_t*>(data_of("mask", mask, ScalarType::Byte, bytes));
+  packed.values = data_of("values", values, values.scalar_type(), values.numel());
+  packed.stride = total / panels;
+  return linear(
+      x, weight, scale, row_sums, bias, in_features, out_features, quantize_input, activation,
+      [&](const Call& call) { fx::linear(call, packed); });
+}
+
 Tensor block_linear(
     Tensor x, Tensor values, Tensor index, Tensor offsets, Optional scale, Optional row_sums,
     Optional bias, int64_t in_features, int64_t out_features, std::string quantize_input,
@@ -162,5 +180,6 @@ Tensor block_linear(
 
 STABLE_TORCH_LIBRARY_IMPL(fx_sparsity, CPU, m) {
   m.impl("bitmask_linear", TORCH_BOX(&fx::bitmask_linear));
+  m.impl("nm_linear", TORCH_BOX(&fx::nm_linear));
   m.impl("block_linear", TORCH_BOX(&fx::block_linear));
 }

@@ -523,13 +523,12 @@ class _Run:
                 f"{name}: {error}" if name not in str(error) else str(error)
             ) from error
         kept = int(keep.count_nonzero())
-        # As integers, times 0 or 1: exact, and many times faster than masked_fill_ on bfloat16. In
-        # parts, since the mask is cast to the integers' dtype.
+        # As integers, times 0 or 1: exact, and +0.0. In parts, since the mask is cast to integers.
         parts = zip(
             as_integers(tensor).view(-1).split(_PART), keep.view(-1).split(_PART), strict=True
         )
         for part, kept_part in parts:
-            part.mul_(kept_part)
+            part.mul_(kept_part.view(torch.int8).to(part.dtype))
         return tensor.numel() - kept
 
     def _results(self) -> dict[str, StoredWeight]:

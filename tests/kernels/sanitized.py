@@ -30,7 +30,8 @@ def layers():
 def corrupt(module, source):
     """Flip bits of one part; whether the check lets that through."""
     parts = {name: part.clone() for name, part in module.parts().items()}
-    raw = parts[source.choice(sorted(parts))].view(-1).view(torch.uint8)
+    filled = sorted(name for name, part in parts.items() if part.numel())
+    raw = parts[source.choice(filled)].view(-1).view(torch.uint8)
     for _ in range(source.randint(1, 4)):
         raw[source.randrange(len(raw))] ^= source.randint(1, 255)
     try:

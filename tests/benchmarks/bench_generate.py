@@ -105,9 +105,9 @@ def make(form: Form, dim: int, layers: int) -> tuple[nn.Module, int]:
 
 
 def compiled(model: nn.Module, freezing: bool) -> Callable[[Tensor], Tensor]:
-    # As an option of torch.compile it would not pack bf16 weights for oneDNN (torch 2.13).
-    step = torch.compile(model, fullgraph=True)
+    # Not as an option of torch.compile, which would not pack bf16 weights for oneDNN (torch 2.13).
     with torch.no_grad(), torch._inductor.config.patch(freezing=freezing):
+        step = torch.compile(model, fullgraph=True)
         step(TOKEN)
     return step
 

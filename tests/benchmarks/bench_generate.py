@@ -105,8 +105,9 @@ def make(form: Form, dim: int, layers: int) -> tuple[nn.Module, int]:
 
 
 def compiled(model: nn.Module, freezing: bool) -> Callable[[Tensor], Tensor]:
-    step = torch.compile(model, fullgraph=True, options={"freezing": freezing})
-    with torch.no_grad():
+    # Not as an option of torch.compile, which would not pack bf16 weights for oneDNN (torch 2.13).
+    with torch.no_grad(), torch._inductor.config.patch(freezing=freezing):
+        step = torch.compile(model, fullgraph=True)
         step(TOKEN)
     return step
 

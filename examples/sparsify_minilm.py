@@ -27,7 +27,7 @@ from torch.nn.functional import normalize
 
 import fx_sparsity as fxs
 from fx_sparsity.quantization import Order, get_backend, read_weights, sparsify_and_quantize
-from fx_sparsity.storage import Bitmask
+from fx_sparsity.storage import Contents, sizes
 
 PATTERNS = {"50%": "unstructured 50%", "2:4": "2:4", "1x4 blocks": "block:1x4 50%"}
 BACKENDS = {"pt2e": "torchao pt2e", "eager": "torch.ao eager"}
@@ -122,7 +122,7 @@ def packed_bytes(model: nn.Module) -> int:
     for weight in read_weights(model):
         if weight.quantized:
             codes = weight.data - weight.zero_code()
-            saved += codes.nbytes - min(codes.nbytes, Bitmask().size(codes))
+            saved += codes.nbytes - min(codes.nbytes, sizes(Contents(codes))["bitmask"])
     return file_bytes(model) - saved
 
 

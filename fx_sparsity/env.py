@@ -9,9 +9,11 @@ import torch
 
 from fx_sparsity._native import cache, compiler
 from fx_sparsity._native.compiler import BuildError
-from fx_sparsity.masks.native import LIBRARY
+from fx_sparsity.kernels.native import LIBRARY as KERNELS
+from fx_sparsity.masks.native import LIBRARY as MASKS
+from fx_sparsity.sparsifier.calibrated.native import LIBRARY as CALIBRATED
 
-LIBRARIES = (LIBRARY,)
+LIBRARIES = (MASKS, CALIBRATED, KERNELS)
 
 
 def describe() -> str:

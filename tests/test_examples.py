@@ -28,8 +28,30 @@ def test_the_real_encoder_keeps_every_zero():
     assert "lost" not in result.stdout
 
 
-@pytest.mark.parametrize("script", ["transform_script.py", "compile_pipeline.py"])
+@pytest.mark.parametrize(
+    "script", ["transform_script.py", "compile_pipeline.py", "fast_sparse_inference.py"]
+)
 def test_the_other_examples_run(script):
     result = run(script)
     assert result.returncode == 0, result.stderr
     assert result.stdout
+
+
+def test_the_checkpoint_shrinks_from_the_command_line():
+    folder = Path(sys.executable).parent
+    result = subprocess.run(
+        ["bash", str(EXAMPLES / "shrink_checkpoint.sh")],
+        capture_output=True,
+        text=True,
+        env={
+            **os.environ,
+            "FX_SPARSITY": f"{sys.executable} -m fx_sparsity.cli",
+            "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}",
+            "PYTHONPATH": str(EXAMPLES.parent),
+        },
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "38 patterns stated, 0 faults" in result.stdout
+    assert "zeros in the first query: 50.0%" in result.stdout
+    assert "the compressed file gives the same embeddings" in result.stdout

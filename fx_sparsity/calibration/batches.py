@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
+from fx_sparsity.graph.blocks import OpenBlocks
 from fx_sparsity.graph.capture import (
     CaptureError,
     ExampleInputs,
@@ -71,6 +72,42 @@ def read_batches(model: nn.Module, batches: Iterable[ExampleInputs]) -> list[Bat
     return read
 
 
+@torch.no_grad()
+def check_forms(model: nn.Module, batches: Sequence[Batch]) -> None:
+    """Raise for batches of dtypes or layouts that the model rejects.
+
+    Graphs are captured without data, where dtypes that do not go together go unnoticed until they
+    meet. So the model is run once for every form of batch other than the first, and for the first
+    where it has a floating dtype that is not among the model's.
+
+    Args:
+        model: in the mode that is to be captured.
+        batches: of any shapes.
+
+    Raises:
+        InputError: the model rejects a batch, with its own words.
+    """
+    own = {tensor.dtype for tensor in (*model.parameters(), *model.buffers())}
+    seen: set[tuple[Any, ...]] = set()
+    for batch in batches:
+        tensors = [leaf for leaf in batch.leaves if isinstance(leaf, Tensor)]
+        form = tuple((tensor.dtype, tensor.layout) for tensor in tensors)
+        usual = all(
+            t.layout == torch.strided and (t.dtype in own or not t.is_floating_point())
+            for t in tensors
+        )
+        if form not in seen and (seen or not usual):
+            args, kwargs = call_arguments(batch.inputs)
+            try:
+                model(*args, **kwargs)
+            except Exception as error:
+                raise InputError(
+                    f"batch {batch.number}: {type(model).__name__} raises "
+                    f"{type(error).__name__}: {error}"
+                ) from error
+        seen.add(form)
+
+
 def capture(
     model: nn.Module, batches: Sequence[Batch], dynamic_shapes: Any = None
 ) -> list[Captured]:
@@ -91,7 +128,10 @@ def capture(
     while left:
         alike = [batch for batch in left if batch.spec == left[0].spec]
         shapes = dynamic_shapes if dynamic_shapes is not None else _varying(alike)
-        graph = _export(model, left[0], shapes, given=dynamic_shapes is not None)
+        try:
+            graph = _export(model, left[0], shapes, given=dynamic_shapes is not None)
+        except InputError as error:
+            raise InputError(f"batch {left[0].number} of the calibration data: {error}") from error
         fitting = [batch for batch in alike if _fits(graph, batch)]
         if left[0] not in fitting:
             raise CaptureError(f"the graph of batch {left[0].number} does not take that batch")
@@ -117,6 +157,7 @@ def _export(model: nn.Module, batch: Batch, shapes: Any, given: bool) -> fx.Grap
 def _module(program: ExportedProgram) -> fx.GraphModule:
     module = program.module()
     assert isinstance(module, fx.GraphModule)
+    OpenBlocks()(module)
     return module
 
 

@@ -30,12 +30,14 @@ def find_biases(
         if not isinstance(node, fx.Node) or node.op != "get_attr" or len(node.users) > 1:
             continue
         bias = operator.attrgetter(str(node.target))(graph)
-        if (
-            isinstance(bias, nn.Parameter)
-            and bias.numel() == plan.form.sizes[0] * plan.form.sizes[1]
-        ):
+        if isinstance(bias, nn.Parameter) and fits(bias, plan):
             found[fqn] = bias
     return found
+
+
+def fits(bias: Tensor, plan: Plan) -> bool:
+    """Whether a bias has one value for each output of a weight."""
+    return bias.numel() == plan.form.sizes[0] * plan.form.sizes[1]
 
 
 @torch.no_grad()

@@ -1,15 +1,17 @@
 """Without a graph: the operators of a running model, observed below everything that wraps them."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fx_sparsity.calibration.batches import Batch
-from fx_sparsity.calibration.inputs import UnsupportedUse, meet, supports
+from fx_sparsity.calibration.inputs import UnsupportedUse, bias_argument, meet, supports
 from fx_sparsity.calibration.walk import Refuse, Take
 from fx_sparsity.graph.capture import InputError, call_arguments
 from fx_sparsity.graph.operators import OPERATORS, SAME_VALUES, Axes
@@ -26,7 +28,7 @@ def observe(
     columns: Callable[[str], Tensor],
     take: Take,
     refuse: Refuse,
-) -> None:
+) -> dict[str, nn.Parameter]:
     """Run a model, and take in whatever meets its weights.
 
     A weight is told by its memory, also through views, and is followed through casts, copies, masks
@@ -41,19 +43,26 @@ def observe(
         take: receives what meets the weights.
         refuse: is told of each weight where that is not possible.
 
+    Returns:
+        FQN -> the parameter that its product adds, for weights with one product a batch, of
+        parameters that nothing else reads.
+
     Raises:
         InputError: the model rejects a batch, with its own words.
     """
+    biases = _Biases(model)
     for batch in batches:
         args, kwargs = call_arguments(batch.inputs)
         try:
-            with _Observer(weights, tables, columns, take, refuse):
+            with _Observer(weights, tables, columns, take, refuse, biases):
                 model(*args, **kwargs)
         except Exception as error:
             raise InputError(
                 f"batch {batch.number}: {type(model).__name__} raises "
                 f"{type(error).__name__}: {error}"
             ) from error
+        biases.end_batch()
+    return biases.found
 
 
 def groups_of_module(model: nn.Module, site: WeightSite) -> tuple[Role, int]:
@@ -77,6 +86,45 @@ class _Known(NamedTuple):
     tensor: Tensor
 
 
+class _Biases:
+    """Which parameter belongs to which weight, batch by batch.
+
+    Attributes:
+        found: FQN -> parameter, see `observe`.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.found: dict[str, nn.Parameter] = {}
+        self._parameters = {id(parameter): parameter for parameter in model.parameters()}
+        self._not_one: set[str] = set()
+        self._reads: Counter[int] = Counter()
+        self._added: dict[str, list[int]] = {}
+
+    def read(self, values: Any) -> None:
+        """An operator has these arguments."""
+        self._reads.update(id(v) for v in pytree.tree_leaves(values) if id(v) in self._parameters)
+
+    def add(self, fqn: str, bias: Any) -> None:
+        """The product of a weight adds `bias`."""
+        self._added.setdefault(fqn, []).append(id(bias))
+
+    def end_batch(self) -> None:
+        """Judge by what one batch has shown."""
+        for fqn, added in self._added.items():
+            bias = self._parameters.get(added[0])
+            alone = bias is not None and len(added) == 1 and self._reads[added[0]] == 1
+            if bias is None or not alone or self.found.get(fqn, bias) is not bias:
+                self._not_one.add(fqn)
+            else:
+                self.found[fqn] = bias
+        for fqn, bias in list(self.found.items()):
+            if fqn in self._not_one or (fqn not in self._added and self._reads[id(bias)]):
+                self._not_one.add(fqn)
+                del self.found[fqn]
+        self._reads.clear()
+        self._added.clear()
+
+
 class _Observer(TorchDispatchMode):
     """Sees every ATen operator of one call of a model."""
 
@@ -87,10 +135,11 @@ class _Observer(TorchDispatchMode):
         columns: Callable[[str], Tensor],
         take: Take,
         refuse: Refuse,
+        biases: _Biases,
     ) -> None:
         super().__init__()
         self._weights, self._columns, self._take, self._refuse = weights, columns, take, refuse
-        self._tables = tables
+        self._tables, self._biases = tables, biases
         self._fqns = {_memory(tensor): fqn for fqn, tensor in weights.items()}
         self._known: dict[int, _Known] = {}
 
@@ -100,10 +149,12 @@ class _Observer(TorchDispatchMode):
         bound = {**dict(zip(names, args, strict=False)), **kwargs}
         name = func._schema.name.rpartition("::")[2]
         row = OPERATORS.get(name)
+        self._biases.read((args, kwargs))
         for arg, value, axes in row.find(bound) if row is not None and supports(name) else ():
             found = self._find(value)
             if found is None or not _varies(found[1], axes):
                 continue
+            self._biases.add(found[0], bound.get(bias_argument(name)))
             try:
                 for met in meet(name, arg, bound, found[1]):
                     if (met.x is None) == (found[0] in self._tables):

@@ -9,9 +9,10 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fx_sparsity.calibration.batches import Batch, Captured, capture, read_batches
-from fx_sparsity.calibration.bias import estimate_batch_norms, find_biases
-from fx_sparsity.calibration.gradients import Gradients, Loss, collect_gradients
+from fx_sparsity.calibration.allocate import Measuring, allocate, measure
+from fx_sparsity.calibration.batches import Batch, Captured, capture, check_forms, read_batches
+from fx_sparsity.calibration.bias import estimate_batch_norms, find_biases, fits
+from fx_sparsity.calibration.gradients import Loss, collect_gradients
 from fx_sparsity.calibration.observe import groups_of_module, observe
 from fx_sparsity.calibration.plan import (
     Plan,
@@ -22,24 +23,30 @@ from fx_sparsity.calibration.plan import (
     shared_inputs,
 )
 from fx_sparsity.calibration.progress import progress as show_progress
-from fx_sparsity.calibration.pruner import DONE, CalibrationError, Pruner
+from fx_sparsity.calibration.pruner import CalibrationError, Pruner
 from fx_sparsity.calibration.report import PruningReport
+from fx_sparsity.calibration.store import MaskStore, Store
 from fx_sparsity.calibration.walk import Meeting, Walk, canonical_names, find_meetings
 from fx_sparsity.graph.capture import CaptureError, ExampleInputs, named_tensors
 from fx_sparsity.graph.discovery import find_weights, read_graph
 from fx_sparsity.graph.mapping import SparsityMapping
-from fx_sparsity.graph.prepare import group_entry, mask_weights
+from fx_sparsity.graph.prepare import group_entry
 from fx_sparsity.graph.uses import canonical_fqn
 from fx_sparsity.graph.weight_map import WeightMap
 from fx_sparsity.masks import contains_nan
 from fx_sparsity.patterns import SparsityConfig
 from fx_sparsity.sparsifier import Mask
-from fx_sparsity.sparsifier.calibrated import CalibratedSparsifier
+from fx_sparsity.sparsifier.calibrated import (
+    Allocation,
+    CalibratedSparsifier,
+    MeasuredAllocation,
+    Statistic,
+)
 from fx_sparsity.sparsifier.target import MaskError, check_maskable, check_memory, mask_on
 
 _log = logging.getLogger(__name__)
 _Model = TypeVar("_Model", bound=nn.Module)
-_GRADIENTS = frozenset({"gradient", "gradient_norm"})
+GRADIENTS: frozenset[Statistic] = frozenset({"gradient", "gradient_norm"})
 
 
 def prune(
@@ -51,6 +58,7 @@ def prune(
     sequential: bool = True,
     dynamic_shapes: Any = None,
     loss: Loss | None = None,
+    allocation: Allocation | None = None,
     correct_bias: bool = False,
     progress: bool | None = None,
 ) -> tuple[_Model, PruningReport]:
@@ -84,6 +92,9 @@ def prune(
         dynamic_shapes: as `torch.export.export` takes it, in place of sizes that differ.
         loss: (what the model returns, the batch) -> scalar; for methods that need gradients, which
             are those of the dense model.
+        allocation: spreads what the mapping's levels come to in all over the weights, and meets it
+            to the element; None prunes each weight to its own level. Rules that measure take one
+            more pass over the dense model before anything is changed.
         correct_bias: add to the bias of each layer the mean of what pruning took from its
             outputs, and measure batch norms anew at the end.
         progress: a bar, see `fx_sparsity.calibration.progress`.
@@ -98,58 +109,106 @@ def prune(
         MaskError: a weight that cannot be masked, or that holds NaN or no data.
         CalibrationError: NaN or infinite inputs of a weight, or shapes whose graphs meet the
             weights in different orders.
-        ValueError: the method needs gradients and there is no loss.
+        ValueError: the method or the allocation needs gradients and there is no loss, or a pattern
+            such as 2:4 fixes the level that an allocation would choose.
+    """
+    store = MaskStore(model, sparsifier)
+    options = Options(sequential, dynamic_shapes, loss, allocation, correct_bias, progress)
+    return model, calibrate(model, sparsifier, batches, mapping, store, options)
+
+
+class Options(NamedTuple):
+    """What `prune` takes beside model, method and data; see there."""
+
+    sequential: bool
+    dynamic_shapes: Any
+    loss: Loss | None
+    allocation: Allocation | None
+    correct_bias: bool
+    progress: bool | None
+
+
+def calibrate(
+    model: nn.Module,
+    sparsifier: CalibratedSparsifier,
+    batches: Iterable[ExampleInputs],
+    mapping: SparsityMapping | None,
+    store: Store,
+    options: Options,
+) -> PruningReport:
+    """What `prune` does, wherever the pruned weights go.
+
+    Args:
+        model: as `prune` takes it; changed by `store` alone.
+        sparsifier: chooses masks and values.
+        batches: as `prune` takes them.
+        mapping: as `prune` takes it.
+        store: takes the pruned weights.
+        options: as `prune` takes them.
+
+    Raises:
+        What `prune` does.
     """
     start = time.perf_counter()
+    sequential, dynamic_shapes, loss, allocation, correct_bias, progress = options
     if not isinstance(sparsifier, CalibratedSparsifier):
         raise TypeError(
             f"sparsifier: expected a CalibratedSparsifier, found {type(sparsifier).__name__}, "
             "which needs no data; call prepare and step"
         )
-    if sparsifier.needs & _GRADIENTS and loss is None:
+    measuring = None
+    if isinstance(allocation, MeasuredAllocation):
+        measuring = Measuring(allocation, sparsifier)
+    gradients = GRADIENTS & (sparsifier.needs | (measuring.needs if measuring else frozenset()))
+    if gradients and loss is None:
+        needy = sparsifier if sparsifier.needs & GRADIENTS else allocation
         raise ValueError(
-            f"{type(sparsifier).__name__} needs gradients: "
+            f"{type(needy).__name__} needs gradients: "
             "pass loss=, a function of what the model returns and the batch"
         )
     read = read_batches(model, batches)
     with _evaluating(model):
         with _buffers_kept(model):
+            check_forms(model, read)
             frame = _capture(model, read, dynamic_shapes)
-            todo = _decide(model, sparsifier, frame, mapping)
+            todo = _decide(model, sparsifier, frame, mapping, store)
             tensors = {canonical_fqn(name): tensor for name, tensor in named_tensors(model)}
             weights = {fqn: tensors[fqn] for fqn in todo.plans}
             _check_weights(model, weights)
-            if sparsifier.model is None and sparsifier.names:
-                sparsifier.attach(model)
-            gradients: Mapping[str, Gradients] = {}
-            if loss is not None and sparsifier.needs & _GRADIENTS:
-                gradients = collect_gradients(model, read, loss, weights)
             biases = _biases(frame, todo) if correct_bias else None
-            pruner = Pruner(
-                *(sparsifier, todo.plans, weights, gradients, biases),
-                mask=lambda fqn: _mask(model, sparsifier, frame.weights, todo.plans[fqn]),
-            )
+            pruner = Pruner(sparsifier, todo.plans, weights, biases, store)
+            walks = _walks(frame, pruner, store, todo.plans, sequential)
+            store.begin(frame.weights, todo.plans, weights)
+            if loss is not None and gradients:
+                pruner.hold(collect_gradients(model, read, loss, weights))
+            if allocation is not None:
+                levels = _allocate(
+                    allocation, measuring, sparsifier, pruner, frame, todo, store, weights, read
+                )
+                todo.plans.update(levels)
+            complete = _complete(frame, walks, pruner, weights, read, sequential)
             try:
                 with torch.no_grad(), show_progress(len(todo.plans), progress) as advance:
-                    for fqn in _complete(model, frame, pruner, todo, weights, read, sequential):
+                    for fqn in complete:
                         why = pruner.prune(fqn)
                         if why is not None:
                             todo.dense[fqn] = why
                             _log.warning("%s is not pruned: %s", fqn, why)
                         advance(fqn)
             except BaseException as error:
-                _tell(error, pruner, len(todo.plans))
+                _tell(error, pruner, len(todo.plans), store)
                 raise
         if correct_bias:
             estimate_batch_norms(model, read)
     walked = bool(frame.captured)
-    return model, PruningReport(
+    return PruningReport(
         weights=tuple(pruner.pruned),
         dense=todo.dense,
         sequential=walked and sequential,
         why=frame.why if sequential or not walked else "asked for",
         batches=len(read),
         statistics_bytes=pruner.peak,
+        activation_bytes=sum(walk.peak for walk in walks),
         seconds=time.perf_counter() - start,
     )
 
@@ -158,12 +217,14 @@ class _Frame(NamedTuple):
     """A model as it was captured.
 
     Attributes:
+        model: that was captured.
         weights: of the model.
         captured: graphs; none where no graph can be captured.
         uses: of the weights, graph by graph.
         why: how the statistics come about.
     """
 
+    model: nn.Module
     weights: WeightMap
     captured: Sequence[Captured]
     uses: Sequence[Sequence[Meeting]]
@@ -176,10 +237,12 @@ class _Todo(NamedTuple):
     Attributes:
         plans: FQN -> how.
         dense: FQN -> why not.
+        done: FQN -> how it was pruned, of those that were before.
     """
 
     plans: dict[str, Plan]
     dense: dict[str, str]
+    done: dict[str, Plan]
 
 
 def _capture(model: nn.Module, batches: Sequence[Batch], dynamic_shapes: Any) -> _Frame:
@@ -189,11 +252,11 @@ def _capture(model: nn.Module, batches: Sequence[Batch], dynamic_shapes: Any) ->
         _log.warning("statistics of all weights are taken at once: %s", error)
         weights = find_weights(model, batches[0].inputs)
         cause = type(error.__cause__ or error).__name__
-        return _Frame(weights, (), (), f"no graph ({cause}), the running model was observed")
+        return _Frame(model, weights, (), (), f"no graph ({cause}), the running model was observed")
     weights = read_graph(model, captured[0].graph)
     uses = [find_meetings(found.graph, weights) for found in captured]
     count = len(captured)
-    return _Frame(weights, captured, uses, f"{count} graph{'' if count == 1 else 's'}")
+    return _Frame(model, weights, captured, uses, f"{count} graph{'' if count == 1 else 's'}")
 
 
 def _decide(
@@ -201,6 +264,7 @@ def _decide(
     sparsifier: CalibratedSparsifier,
     frame: _Frame,
     mapping: SparsityMapping | None,
+    store: Store,
 ) -> _Todo:
     dense = {u.fqn: f"{u.reason} {u.detail}".strip() for u in frame.weights.unclaimed}
     wishes: Mapping[str, SparsityConfig | None] = dict.fromkeys(frame.weights)
@@ -210,26 +274,30 @@ def _decide(
         for entry in assignment.unmatched:
             _log.warning("no weight matches %s of the mapping", entry)
     plans: dict[str, Plan] = {}
+    done: dict[str, Plan] = {}
     for fqn, wish in wishes.items():
         site = frame.weights[fqn]
         uses = [use for use in frame.uses[0] if use.fqn == fqn] if frame.uses else []
         try:
-            if fqn in sparsifier.names and DONE in sparsifier.state[fqn]:
-                raise Unreachable("pruned already by this sparsifier")
             if uses and only_scales(uses) and not (mapping and mapping.names(site)):
                 raise Unreachable("only a factor of constants; name it in the mapping to prune it")
             if any(use.node.graph is not frame.captured[0].graph.graph for use in uses):
                 raise Unreachable("used in a subgraph, whose inputs are not seen")
             groups = groups_in(uses) if frame.uses else groups_of_module(model, site)
-            plans[fqn] = make_plan(site, _config(sparsifier, fqn, wish), groups)
+            plan = make_plan(site, _config(sparsifier, fqn, wish), groups)
+            if store.is_done(plan):
+                done[fqn] = plan
+                raise Unreachable("pruned already by this sparsifier")
+            plans[fqn] = plan
         except Unreachable as reason:
             dense[fqn] = str(reason)
     for fqn, why in dense.items():
         _log.info("%s is not pruned: %s", fqn, why)
-    return _Todo(plans, dense)
+    return _Todo(plans, dense, done)
 
 
 def _biases(frame: _Frame, todo: _Todo) -> dict[str, Tensor]:
+    """As the graph shows them; those of a running model are only known when it has run."""
     if not frame.captured:
         return {}
     return find_biases(frame.captured[0].graph, frame.uses[0], todo.plans)
@@ -264,39 +332,82 @@ def _check_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
         raise MaskError(f"{bad} contains NaN; it cannot be ranked")
 
 
+def _walks(
+    frame: _Frame, pruner: Pruner, store: Store, plans: Mapping[str, Plan], sequential: bool
+) -> list[Walk]:
+    """A walk through every graph; none where there is no graph, or nothing to prune."""
+    if not plans or not frame.captured:
+        return []
+    named = canonical_names(frame.weights)
+    walks: list[Walk] = []
+    shared: list[dict[str, str]] = []
+    for captured, uses in zip(frame.captured, frame.uses, strict=True):
+        counted = [u for u in uses if u.fqn in plans and plans[u.fqn].counts(u.use)]
+        arguments = (named, pruner.columns, store.read, pruner.take, pruner.refuse)
+        walks.append(Walk(captured.graph, captured.batches, counted, *arguments))
+        shared.append(shared_inputs(walks[-1].order, counted, plans))
+    _check_orders(walks, frame.captured)
+    if sequential:
+        pruner.shares = dict(set.intersection(*(set(found.items()) for found in shared)))
+    return walks
+
+
 def _complete(
-    model: nn.Module,
     frame: _Frame,
+    walks: Sequence[Walk],
     pruner: Pruner,
-    todo: _Todo,
     weights: Mapping[str, Tensor],
     batches: Sequence[Batch],
     sequential: bool,
 ) -> Iterator[str]:
     """FQN after FQN, each when all that meets the weight has been taken in."""
-    if not todo.plans:
-        return
     if not frame.captured:
-        tables = {fqn for fqn, plan in todo.plans.items() if plan.table}
-        observe(model, batches, weights, tables, pruner.columns, pruner.take, pruner.refuse)
-        yield from todo.plans
-        return
-    named = canonical_names(frame.weights)
-    walks: list[Walk] = []
-    shared: list[dict[str, str]] = []
-    for captured, uses in zip(frame.captured, frame.uses, strict=True):
-        counted = [u for u in uses if u.fqn in todo.plans and todo.plans[u.fqn].counts(u.use)]
-        arguments = (named, pruner.columns, pruner.read, pruner.take, pruner.refuse)
-        walks.append(Walk(captured.graph, captured.batches, counted, *arguments))
-        shared.append(shared_inputs(walks[-1].order, counted, todo.plans))
-    _check_orders(walks, frame.captured)
-    if sequential:
-        pruner.shares = dict(set.intersection(*(set(found.items()) for found in shared)))
-    steps = zip(*walks, strict=True)
-    if sequential:
-        yield from (fqns[0] for fqns in steps)
-    else:
-        yield from [fqns[0] for fqns in steps]
+        return _observe(frame.model, pruner, weights, batches)
+    steps = (fqns[0] for fqns in zip(*walks, strict=True))
+    return steps if sequential else _at_once(steps)
+
+
+def _at_once(steps: Iterator[str]) -> Iterator[str]:
+    yield from list(steps)
+
+
+def _observe(
+    model: nn.Module, pruner: Pruner, weights: Mapping[str, Tensor], batches: Sequence[Batch]
+) -> Iterator[str]:
+    """FQN after FQN, when all that meets any weight of the running model has been taken in."""
+    plans = pruner.plans
+    tables = {fqn for fqn, plan in plans.items() if plan.table}
+    found = observe(model, batches, weights, tables, pruner.columns, pruner.take, pruner.refuse)
+    if pruner.biases is not None:
+        pruner.biases = {fqn: bias for fqn, bias in found.items() if fits(bias, plans[fqn])}
+    yield from plans
+
+
+def _allocate(
+    rule: Allocation,
+    measuring: Measuring | None,
+    sparsifier: CalibratedSparsifier,
+    pruner: Pruner,
+    frame: _Frame,
+    todo: _Todo,
+    store: Store,
+    weights: Mapping[str, Tensor],
+    batches: Sequence[Batch],
+) -> dict[str, Plan]:
+    """Plans with the levels of a rule; those of weights that cannot be pruned are left out."""
+    plans = todo.plans
+    measured: dict[str, Any] = {}
+    if measuring is not None and plans:
+        looking = pruner.looking(measuring)
+        walks = _walks(frame, looking, store, plans, sequential=True)
+        steps = _complete(frame, walks, looking, weights, batches, sequential=True)
+        with torch.no_grad():
+            measured = measure(measuring, looking, steps)
+        plans = {fqn: plan for fqn, plan in plans.items() if fqn in measured}
+    done = {
+        fqn: (plan, int((sparsifier.get_mask(fqn) == 0).sum())) for fqn, plan in todo.done.items()
+    }
+    return allocate(rule, plans, done, frame.weights, measured)
 
 
 def _check_orders(walks: Sequence[Walk], captured: Sequence[Captured]) -> None:
@@ -313,19 +424,13 @@ def _check_orders(walks: Sequence[Walk], captured: Sequence[Captured]) -> None:
             )
 
 
-def _mask(
-    model: nn.Module, sparsifier: CalibratedSparsifier, weights: WeightMap, plan: Plan
-) -> None:
-    mask_weights(model, sparsifier, weights, {plan.fqn: plan.config})
-
-
-def _tell(error: BaseException, pruner: Pruner, total: int) -> None:
+def _tell(error: BaseException, pruner: Pruner, total: int, store: Store) -> None:
     """Add to an error what has been done so far."""
     done = len(pruner.pruned)
     if done:
         note = (
             f"{done} of {total} weights are pruned, the last of them {pruner.pruned[-1].fqn}; "
-            "the others are untouched. Call prune again with the same sparsifier to go on."
+            f"the others are untouched. {store.how_to_go_on}"
         )
         error.add_note(note)
         _log.warning("%s", note)

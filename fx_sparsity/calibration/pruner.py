@@ -1,7 +1,7 @@
 """One weight is the unit of change: its statistics, its solution, and the writing of it."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -11,15 +11,14 @@ from fx_sparsity.calibration.gradients import Gradients
 from fx_sparsity.calibration.inputs import Met
 from fx_sparsity.calibration.plan import Plan
 from fx_sparsity.calibration.report import PrunedWeight
+from fx_sparsity.calibration.store import Store, Untouched
 from fx_sparsity.sparsifier.calibrated import (
     CalibratedSparsifier,
     Solution,
     Statistic,
     Statistics,
 )
-
-DONE = "calibrated"
-"""Counter in a sparsifier's state of a weight that has been pruned."""
+from fx_sparsity.sparsifier.calibrated.statistics import relative_error
 
 
 class CalibrationError(ValueError):
@@ -33,11 +32,11 @@ class Pruner:
         sparsifier: the method.
         plans: FQN -> plan of every weight that is to be pruned.
         weights: FQN -> tensor of each, not masked.
-        gradients: of each, where the method needs them.
-        biases: FQN -> the bias that makes up for the mean error of the weight; empty for none.
-        mask: puts a mask on a weight of the model; called right before the weight is written.
+        biases: see the attribute.
+        store: holds what has been done, and writes what is.
 
     Attributes:
+        biases: FQN -> the bias that makes up for the mean error of the weight; None for none.
         shares: FQN -> the one right before it, which meets the same inputs.
         pruned: what has been done.
         peak: the most bytes that statistics took at a time.
@@ -48,20 +47,31 @@ class Pruner:
         sparsifier: CalibratedSparsifier,
         plans: Mapping[str, Plan],
         weights: Mapping[str, Tensor],
-        gradients: Mapping[str, Gradients],
         biases: Mapping[str, Tensor] | None,
-        mask: Callable[[str], None],
+        store: Store,
     ) -> None:
         self.sparsifier, self.plans, self.pruned = sparsifier, plans, list[PrunedWeight]()
-        self._weights, self._gradients = weights, gradients
-        self._biases, self._mask = biases, mask
+        self._weights = weights
+        self._gradients: Mapping[str, Gradients] = {}
+        self.biases, self._store = biases, store
         self.shares: Mapping[str, str] = {}
         self._refused: dict[str, str] = {}
         self._last: Collector | None = None
         self._collectors: dict[str, Collector] = {}
         self._needs = frozenset(sparsifier.needs)
+        self._held = self.peak = 0
+
+    def hold(self, gradients: Mapping[str, Gradients]) -> None:
+        """Take the gradients of all weights, for methods that need them."""
+        self._gradients = gradients
         self._held = sum(g.total.nbytes + g.squares.nbytes for g in gradients.values())
-        self.peak = self._held
+        self.peak = max(self.peak, self._held)
+
+    def looking(self, sparsifier: CalibratedSparsifier) -> "Pruner":
+        """One that shows the same weights to another method, and writes nothing."""
+        other = Pruner(sparsifier, self.plans, self._weights, None, Untouched(self._store))
+        other.hold(self._gradients)
+        return other
 
     def columns(self, fqn: str) -> Tensor:
         """See `MatrixForm.columns`."""
@@ -71,12 +81,6 @@ class Pruner:
         """Take in what met a weight, unless it shares the statistics of the one before."""
         if fqn not in self.shares:
             self._collector(fqn).add(met)
-
-    def read(self, fqn: str, tensor: Tensor) -> Tensor:
-        """A tensor of the model as it is now: through its mask, where it has one."""
-        if fqn in self.sparsifier.names:
-            return self.sparsifier.get_data(fqn, return_original=False)
-        return tensor
 
     def refuse(self, fqn: str, why: str) -> None:
         """Leave a weight dense: what meets it cannot be told."""
@@ -110,21 +114,20 @@ class Pruner:
             raise
         kept = _kept(fqn, dense, solution)
         notes = [*plan.notes, *_told(plan, stats), *solution.notes]
-        relative = _error(dense, kept, stats.gram)
+        relative = None if stats.gram is None else relative_error(dense, kept, stats)
         bias = self._correction(fqn, dense - kept, stats, notes)
-        self._mask(fqn)
-        self._write(plan, solution, bias)
-        self.pruned.append(
-            PrunedWeight(
-                fqn=fqn,
-                pattern=str(plan.config.pattern),
-                level=plan.config.level,
-                tokens=int(stats.tokens.sum()),
-                error=relative,
-                seconds=time.perf_counter() - start,
-                notes=tuple(notes),
-            )
+        row = PrunedWeight(
+            fqn=fqn,
+            pattern=str(plan.config.pattern),
+            level=plan.config.level,
+            tokens=int(stats.tokens.sum()),
+            error=relative,
+            seconds=time.perf_counter() - start,
+            notes=tuple(notes),
         )
+        value = plan.form.from_matrix(kept).to(weight.dtype)
+        self._store.write(row, plan.form.from_matrix(solution.mask), value, bias)
+        self.pruned.append(row)
         return None
 
     def _statistics(self, fqn: str) -> Statistics:
@@ -141,7 +144,7 @@ class Pruner:
     def _collector(self, fqn: str) -> Collector:
         if fqn not in self._collectors:
             needs: set[Statistic] = {*self._needs}
-            if self._biases is not None:
+            if self.biases is not None:
                 needs.add("input_mean")
             plan = self.plans[fqn]
             device = self._weights[fqn].device
@@ -163,32 +166,16 @@ class Pruner:
         self, fqn: str, lost: Tensor, stats: Statistics, notes: list[str]
     ) -> tuple[Tensor, Tensor] | None:
         """A bias, and what it has to become."""
-        if self._biases is None:
+        if self.biases is None:
             return None
-        if fqn not in self._biases:
+        if fqn not in self.biases:
             notes.append("no bias of its own to correct")
             return None
         assert stats.sums is not None
         mean = stats.sums / stats.tokens.clamp(min=1).unsqueeze(1)
-        bias = self._biases[fqn]
+        bias = self.biases[fqn]
         missing = (lost @ mean.unsqueeze(-1)).reshape(bias.shape)
         return bias, (bias.float() + missing).to(bias.dtype)
-
-    def _write(self, plan: Plan, solution: Solution, bias: tuple[Tensor, Tensor] | None) -> None:
-        """Write mask, weight and bias; after an interruption, none of them."""
-        weight, mask = self._weights[plan.fqn], self.sparsifier.get_mask(plan.fqn)
-        keep = plan.form.from_matrix(solution.mask)
-        value = torch.where(keep, plan.form.from_matrix(solution.weight).to(weight.dtype), weight)
-        written = [(weight, value), (mask, keep.to(mask.dtype))] + ([bias] if bias else [])
-        before = [tensor.clone() for tensor, _ in written]
-        try:
-            for tensor, new in written:
-                tensor.copy_(new)
-            self.sparsifier.state[plan.fqn][DONE] = True
-        except BaseException:
-            for (tensor, _), old in zip(written, before, strict=True):
-                tensor.copy_(old)
-            raise
 
 
 def _check(fqn: str, stats: Statistics) -> None:
@@ -230,13 +217,3 @@ def _told(plan: Plan, stats: Statistics) -> list[str]:
     if stats.gram is not None and fewest < size:
         notes.append(f"{fewest} inputs for {size} columns: the Gram matrix is singular")
     return notes
-
-
-def _error(dense: Tensor, kept: Tensor, gram: Tensor | None) -> float | None:
-    """`||(W - W') X|| / ||W X||`: with G = X X^T, a squared norm is tr(W G W^T)."""
-    if gram is None:
-        return None
-    lost = dense - kept
-    whole = float(((dense @ gram) * dense).sum(dtype=torch.float64))
-    missing = float(((lost @ gram) * lost).sum(dtype=torch.float64))
-    return (max(missing, 0.0) / whole) ** 0.5 if whole > 0 else 0.0

@@ -41,6 +41,8 @@ class PruningReport(Mapping[str, PrunedWeight]):
         why: how the statistics came about.
         batches: number of calibration batches.
         statistics_bytes: the most that statistics took at any one time.
+        activation_bytes: the most that activations of all batches took between two weights; 0 where
+            the running model was observed.
         seconds: of the whole call.
     """
 
@@ -50,6 +52,7 @@ class PruningReport(Mapping[str, PrunedWeight]):
     why: str
     batches: int
     statistics_bytes: int
+    activation_bytes: int
     seconds: float
 
     def __getitem__(self, fqn: str) -> PrunedWeight:
@@ -76,6 +79,7 @@ class PruningReport(Mapping[str, PrunedWeight]):
         parts.append(
             f"{'sequential' if self.sequential else 'all at once'}: {self.why}; "
             f"{self.batches} batches, {self.seconds:.1f} s, "
-            f"at most {self.statistics_bytes / 2**20:.1f} MiB of statistics"
+            f"at most {self.statistics_bytes / 2**20:.1f} MiB of statistics "
+            f"and {self.activation_bytes / 2**20:.1f} MiB of activations"
         )
         return "\n\n".join(parts)

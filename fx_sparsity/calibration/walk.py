@@ -6,9 +6,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from fx_sparsity.calibration.batches import Batch
 from fx_sparsity.calibration.inputs import Met, UnsupportedUse, meet
+from fx_sparsity.graph.blocks import run_node
 from fx_sparsity.graph.capture import module_source
 from fx_sparsity.graph.operators import (
     COMBINATIONS,
@@ -83,6 +85,7 @@ class Walk:
 
     Attributes:
         order: FQNs of the weights in the order in which they are complete.
+        peak: the most bytes that activations of all batches took at a stop.
     """
 
     def __init__(
@@ -114,6 +117,7 @@ class Walk:
         self._fixed = _of_state_alone(self._nodes)
         self._state: dict[fx.Node, Any] = {}
         self._followed: dict[Meeting, Tensor] = {}
+        self.peak = 0
         self._dying = _last_uses(self._nodes, self._fixed)
         inputs = graph.graph.find_nodes(op="placeholder")
         self._values: list[dict[fx.Node, Any]] = [
@@ -130,7 +134,14 @@ class Walk:
                 self._run(start, stop, batch, values)
             start = stop
             self._state.clear()
+            self.peak = max(self.peak, self._held())
             yield from self._stops[node]
+
+    def _held(self) -> int:
+        """Bytes that values take now, those of views once."""
+        held = pytree.tree_leaves([list(values.values()) for values in self._values])
+        storages = (leaf.untyped_storage() for leaf in held if isinstance(leaf, Tensor))
+        return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
     def _run(self, start: int, stop: int, batch: Batch, values: dict[fx.Node, Any]) -> None:
         """Take one batch from a stop, whose node has met its inputs already, to the next."""
@@ -146,7 +157,7 @@ class Walk:
                         self._meet(use, value)
                 if position < stop and node.op == "call_function" and node not in self._fixed:
                     args, kwargs = fx.map_arg((node.args, node.kwargs), value)
-                    values[node] = node.target(*args, **kwargs)
+                    values[node] = run_node(node, args, kwargs)
             except Exception as error:
                 error.add_note(f"at {node.name}, in batch {batch.number} of the calibration data")
                 raise
@@ -165,7 +176,7 @@ class Walk:
                 self._state[node] = operator.attrgetter(str(node.target))(self._graph)
             else:
                 args, kwargs = fx.map_arg((node.args, node.kwargs), self._of_state)
-                self._state[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+                self._state[node] = run_node(node, args, kwargs)
         return self._state[node]
 
     def _meet(self, use: Meeting, value: Callable[[fx.Node], Any]) -> None:

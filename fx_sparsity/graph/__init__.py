@@ -1,5 +1,6 @@
 """Capture, discovery, mapping and the passes."""
 
+from fx_sparsity.graph.blocks import OpenBlocks
 from fx_sparsity.graph.capture import CaptureError, InputError
 from fx_sparsity.graph.discovery import find_weights
 from fx_sparsity.graph.mapping import Assignment, MappingError, SparsityMapping
@@ -14,6 +15,7 @@ __all__ = [
     "InputError",
     "InsertMasks",
     "MappingError",
+    "OpenBlocks",
     "Reason",
     "RemoveMasks",
     "SparsityMapping",

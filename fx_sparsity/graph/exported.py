@@ -5,9 +5,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
+from torch.func import functional_call
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from fx_sparsity.graph.passes import is_mask_name, mask_path
 from fx_sparsity.sparsifier import Mask
@@ -30,8 +32,7 @@ def insert_masks(program: ExportedProgram, masks: Mapping[str, Mask]) -> Exporte
     specs = list(program.graph_signature.input_specs)
     placeholders = {node.name: node for node in gm.graph.find_nodes(op="placeholder")}
     nodes = {spec.target: placeholders[spec.arg.name] for spec in specs if spec.target in masks}
-    state_kinds = (InputKind.PARAMETER, InputKind.BUFFER)
-    place = 1 + max(i for i, spec in enumerate(specs) if spec.kind in state_kinds)
+    place = _after_state(specs)
     first = next(node for node in gm.graph.nodes if node.op != "placeholder")
     following = [*placeholders.values(), first][place]
     for fqn, mask in masks.items():
@@ -81,6 +82,96 @@ def remove_masks(program: ExportedProgram) -> ExportedProgram:
     state = {n: t for n, t in program.state_dict.items() if not is_mask_name(n)}
     constants = {n: t for n, t in program.constants.items() if not is_mask_name(n)}
     kept = [spec for spec in specs if not is_mask_name(spec.target)]
+    return _rebuilt(program, gm, kept, state, constants)
+
+
+def replace_nodes(
+    program: ExportedProgram, calls: Mapping[str, tuple[str, nn.Module, str]]
+) -> ExportedProgram:
+    """Compute what nodes compute by modules instead, whose tensors become buffers of the program.
+
+    Parameters and buffers that only these nodes have read are gone.
+
+    Args:
+        program: not changed.
+        calls: name of a node -> FQN for the module's tensors, the module, and the name of the node
+            that is its one input. The module gives what the node gives, and mutates nothing.
+    """
+    gm = _copied_graph(program)
+    state = dict(program.state_dict)
+    specs = list(program.graph_signature.input_specs)
+    nodes = {node.name: node for node in gm.graph.nodes}
+    for name, (path, module, input_name) in calls.items():
+        node, x = nodes[name], nodes[input_name]
+        tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        body = _traced(module, x.meta["val"], tensors)
+        first = next(n for n in gm.graph.nodes if n.op != "placeholder")
+        inner: dict[fx.Node, fx.Node] = {}
+        inputs = iter([x, *[None] * len(tensors)])
+        names = iter(tensors)
+        for inside in body.graph.nodes:
+            if inside.op == "placeholder" and (given := next(inputs)) is not None:
+                inner[inside] = given
+            elif inside.op == "placeholder":
+                attribute = f"{path}.{next(names)}"
+                tensor = tensors[attribute.removeprefix(f"{path}.")].detach()
+                place = _after_state(specs)
+                placeholders = gm.graph.find_nodes(op="placeholder")
+                with gm.graph.inserting_before([*placeholders, first][place]):
+                    added = gm.graph.placeholder(f"b_{attribute}".replace(".", "_"))
+                added.meta["val"] = inside.meta["val"]
+                argument = TensorArgument(name=added.name)
+                specs.insert(place, InputSpec(InputKind.BUFFER, argument, attribute, True))
+                state[attribute] = tensor
+                inner[inside] = added
+            elif inside.op == "output":
+                (returned,) = inside.args[0]
+                result = inner[returned]
+                result.meta = dict(node.meta)
+                node.replace_all_uses_with(result)
+            else:
+                with gm.graph.inserting_before(node):
+                    inner[inside] = gm.graph.node_copy(inside, inner.__getitem__)
+        gm.graph.erase_node(node)
+        result.name = name  # by which the signature knows it if it is returned
+    gm.graph.eliminate_dead_code()
+    return _without_unread(program, gm, specs, state)
+
+
+def _traced(module: nn.Module, x: Tensor, tensors: Mapping[str, Tensor]) -> fx.GraphModule:
+    """The operators of a module, in a graph that takes its input and then its tensors."""
+    mode = x.fake_mode  # type: ignore[attr-defined]
+    fakes = [mode.from_tensor(tensor.detach(), static_shapes=True) for tensor in tensors.values()]
+
+    def call(x: Tensor, *held: Tensor) -> tuple[Tensor]:
+        return (functional_call(module, dict(zip(tensors, held, strict=True)), (x,)),)
+
+    with mode:
+        return make_fx(call)(x, *fakes)
+
+
+def _after_state(specs: list[InputSpec]) -> int:
+    """Where in a signature the next buffer goes."""
+    state_kinds = (InputKind.PARAMETER, InputKind.BUFFER)
+    return 1 + max((i for i, spec in enumerate(specs) if spec.kind in state_kinds), default=-1)
+
+
+def _without_unread(
+    program: ExportedProgram, gm: fx.GraphModule, specs: list[InputSpec], state: dict[str, Any]
+) -> ExportedProgram:
+    """A program without the parameters and buffers that no node reads, but `program` did."""
+    read_before = {node.name for node in program.graph.nodes if node.users}
+    kinds = (InputKind.PARAMETER, InputKind.BUFFER)
+    kept = []
+    for node, spec in zip(gm.graph.find_nodes(op="placeholder"), specs, strict=True):
+        if spec.kind in kinds and not node.users and node.name in read_before:
+            gm.graph.erase_node(node)
+        else:
+            kept.append(spec)
+    held = {spec.target for spec in kept}
+    gone = {spec.target for spec in specs if spec.target is not None} - held
+    state = {fqn: tensor for fqn, tensor in state.items() if fqn not in gone}
+    constants = {fqn: value for fqn, value in program.constants.items() if fqn not in gone}
     return _rebuilt(program, gm, kept, state, constants)
 
 

@@ -141,14 +141,19 @@ class SparsityMapping:
                 setter(mapping, name, config)
         return mapping
 
-    def resolve(self, weights: WeightMap) -> Assignment:
+    def resolve(self, weights: WeightMap, *, partial: bool = False) -> Assignment:
         """Apply the mapping to the weights of a model.
+
+        Args:
+            weights: of the model.
+            partial: they are some of its weights, so that names may be those of others.
 
         Raises:
             MappingError: a name that no weight has (with the nearest that exist), or weights that
                 cannot take their pattern; all of them are named.
         """
-        self._check_names(weights)
+        if not partial:
+            self._check_names(weights)
         configs: dict[str, SparsityConfig] = {}
         dense: dict[str, str] = {}
         misfits: list[str] = []

@@ -107,12 +107,14 @@ class AnnotateWeights(PassBase):
         return PassResult(graph_module, False)
 
 
-def seen_weights(graph_module: fx.GraphModule) -> Iterator[tuple[fx.Node, str, SeenWeight]]:
+def seen_weights(
+    graph_module: fx.GraphModule, source: Source | None = None
+) -> Iterator[tuple[fx.Node, str, SeenWeight]]:
     """(consumer, name of its argument, what it sees) of every weight that a graph reads.
 
-    A weight goes by the name of the attribute that is read.
+    A weight goes by the name that `source` gives; by that of the attribute that is read by default.
     """
-    for found in weight_uses(graph_module.graph, module_source(graph_module)):
+    for found in weight_uses(graph_module.graph, source or module_source(graph_module)):
         if found.origin.exact and found.use() is not None:
             fqn = canonical_fqn(found.origin.fqn)
             yield found.node, found.arg, SeenWeight(fqn, _steps(found.origin))

@@ -5,7 +5,7 @@ that loads the C++ library, whose kernels are then found instead, here and in wh
 compiled or exported before.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -56,31 +56,11 @@ def _define(packing: Packing) -> None:
         tags=(torch.Tag.pt2_compliant_tag,),
     )
 
-    def dense(
-        parts: tuple[Tensor, ...], scale: Tensor | None, shape: torch.Size, like: Tensor
-    ) -> Tensor:
-        dtype = like.dtype if scale is None else torch.int8
-        weight = packing.unpack(dict(zip(packing.parts, parts, strict=True)), shape, dtype)
-        return weight.float() if scale is None else weight.float() * scale.unsqueeze(1)
-
     @torch.library.impl(name, "CompositeExplicitAutograd")
-    def plain(x: Tensor, *rest: Any) -> Tensor:
+    def run(x: Tensor, *rest: Any) -> Tensor:
         if x.device.type == "cpu" and LIBRARY.ready() and _has_cpu_kernel(name):
             return linear_operator(packing)(x, *rest)
-        parts, (scale, _, bias, inputs, outputs, how, activation) = rest[:count], rest[count:]
-        expect_input(x, inputs)
-        shape = torch.Size((outputs, inputs))
-        if how == "none" or not x.numel():
-            y = linear(x.float(), dense(parts, scale, shape, x))
-        else:
-            codes, x_scale, zero_point = quantize(x, how)
-            weight = packing.unpack(dict(zip(packing.parts, parts, strict=True)), shape, torch.int8)
-            # Exact: sums of products of 8-bit integers fit into the 53 bits of a double.
-            product = linear((codes - zero_point).double(), weight.double())
-            y = product.float() * (x_scale * scale)
-        if bias is not None:
-            y = y + bias.float()
-        return ACTIVATIONS[activation](y).to(x.dtype)
+        return plain_linear(packing, x, *rest)
 
     @torch.library.register_fake(name)
     def fake(x: Tensor, *rest: Any) -> Tensor:
@@ -102,13 +82,45 @@ def _define(packing: Packing) -> None:
         needs = ctx.needs_input_grad
         to_x = to_bias = None
         if needs[0]:
-            weight = dense(tuple(parts), scale, torch.Size((outputs, inputs)), x)
+            weight = _dense(packing, parts, scale, torch.Size((outputs, inputs)), x)
             to_x = (grad.float() @ weight).to(x.dtype)
         if needs[count + 3]:
             to_bias = grad.float().flatten(0, -2).sum(0).to(bias.dtype)
         return (to_x, *[None] * (count + 2), to_bias, *[None] * 4)
 
     torch.library.register_autograd(name, backward, setup_context=setup_context)
+
+
+def plain_linear(packing: Packing, x: Tensor, *rest: Any) -> Tensor:
+    """What the operator of `packing` does, in plain torch and on any device."""
+    count = len(packing.parts)
+    parts, (scale, _, bias, inputs, outputs, how, activation) = rest[:count], rest[count:]
+    expect_input(x, inputs)
+    shape = torch.Size((outputs, inputs))
+    if how == "none" or not x.numel():
+        y = linear(x.float(), _dense(packing, parts, scale, shape, x))
+    else:
+        codes, x_scale, zero_point = quantize(x, how)
+        weight = packing.unpack(_named(packing, parts), shape, torch.int8)
+        # Exact: sums of products of 8-bit integers fit into the 53 bits of a double.
+        product = linear((codes - zero_point).double(), weight.double())
+        y = product.float() * (x_scale * scale)
+    if bias is not None:
+        y = y + bias.float()
+    return ACTIVATIONS[activation](y).to(x.dtype)
+
+
+def _named(packing: Packing, parts: Sequence[Tensor]) -> dict[str, Tensor]:
+    return dict(zip(packing.parts, parts, strict=True))
+
+
+def _dense(
+    packing: Packing, parts: Sequence[Tensor], scale: Tensor | None, shape: torch.Size, x: Tensor
+) -> Tensor:
+    """The weight in fp32, scaled if it consists of codes."""
+    dtype = x.dtype if scale is None else torch.int8
+    weight = packing.unpack(_named(packing, parts), shape, dtype).float()
+    return weight if scale is None else weight * scale.unsqueeze(1)
 
 
 def expect_input(x: Tensor, in_features: int) -> None:

@@ -259,17 +259,22 @@ def check_runs(model: nn.Module, example_inputs: ExampleInputs) -> None:
         ) from error
 
 
+def masked_weights(model: nn.Module) -> list[str]:
+    """FQNs of the weights that have a live mask."""
+    return [
+        name.removeprefix(f"{GRAPH_MASKS}.").replace("parametrizations.", "").removesuffix(".0")
+        for name, module in model.named_modules()
+        if isinstance(module, Mask)
+    ]
+
+
 def check_unmasked(model: nn.Module) -> None:
     """Raise if a model has live masks: quantizers leave masked weights in float, without a word.
 
     Raises:
         BackendError: naming every masked weight.
     """
-    masked = [
-        name.removeprefix(f"{GRAPH_MASKS}.").replace("parametrizations.", "").removesuffix(".0")
-        for name, module in model.named_modules()
-        if isinstance(module, Mask)
-    ]
+    masked = masked_weights(model)
     if masked:
         raise BackendError(f"{', '.join(masked)} still masked; squash before quantizing")
 

@@ -239,3 +239,7 @@ def _reduce_bags(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out
     )
     counts = torch.zeros(len(ends)).index_add_(0, bag, counted[: len(bag)])
     return output / counts.clamp(min=1).unsqueeze(1)
+
+
+FORWARD_HOOKS = (_contiguous_indices, _flatten_bags, _reduce_bags)
+"""What `match_float_forward` puts on modules."""

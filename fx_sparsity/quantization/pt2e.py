@@ -1,12 +1,10 @@
 """torchao's pt2e: `prepare_pt2e` and `convert_pt2e` on an exported graph."""
 
-import operator
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.nn import functional
 from torchao.quantization.pt2e import (
     FakeQuantize,
@@ -32,8 +30,8 @@ from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
 )
 
 from fx_sparsity.graph import AnnotateWeights, WeightMap
-from fx_sparsity.graph.capture import ExampleInputs, export_model
-from fx_sparsity.graph.operators import OPERATORS, SAME_VALUES, bind, is_view, operator_name
+from fx_sparsity.graph.capture import ExampleInputs, export_model, module_source
+from fx_sparsity.graph.operators import OPERATORS, bind, operator_name
 from fx_sparsity.graph.passes import WEIGHT_META, SeenWeight, seen_weights, weight_arguments
 from fx_sparsity.quantization.backend import (
     Backend,
@@ -46,12 +44,13 @@ from fx_sparsity.quantization.backend import (
     copied,
     refusing,
 )
+from fx_sparsity.quantization.graph_reader import read_value
 from fx_sparsity.quantization.observers import (
     EMBEDDING_SPEC,
     FarRowsAlone,
     IntegerZeroPoint,
 )
-from fx_sparsity.quantization.stored import StoredWeight, float_weight
+from fx_sparsity.quantization.stored import StoredWeight
 
 
 class EmbeddingObserver(IntegerZeroPoint, PerChannelMinMaxObserver):
@@ -255,74 +254,12 @@ def read_graph(model: fx.GraphModule) -> Iterator[StoredWeight]:
     seen: set[tuple[str, str]] = set()
     found: dict[fx.Node, dict[str, SeenWeight]] = {}
     annotated = any(WEIGHT_META in node.meta for node in model.graph.nodes)
+    source = module_source(model)
     for node, arg, weight in () if annotated else seen_weights(model):
         found.setdefault(node, {}).setdefault(arg, weight)
     for node in model.graph.nodes:
         for weight, value in weight_arguments(node, None if annotated else found.get(node, {})):
-            stored = _read_value(model, weight, value)
+            stored = read_value(source, weight, value)
             if (weight.fqn, stored.where) not in seen:
                 seen.add((weight.fqn, stored.where))
                 yield stored
-
-
-def _read_value(model: fx.GraphModule, weight: SeenWeight, node: fx.Node) -> StoredWeight:
-    """Walk from a consumer's argument back to the attribute that holds the weight."""
-    dequantize: fx.Node | None = None
-    obstacle, viewed_since = "", False
-    while node.op != "get_attr":
-        name = operator_name(node)
-        if name.startswith("dequantize"):
-            dequantize = node
-        elif is_view(node):
-            viewed_since = viewed_since or dequantize is None
-        elif name not in SAME_VALUES and not name.startswith("quantize"):
-            obstacle = f"read through {name}"
-        if not node.all_input_nodes:
-            obstacle = obstacle or f"not read from the model but from {node.name}"
-            nothing = torch.empty(weight.size, device="meta")
-            return replace(float_weight(weight.fqn, node.name, nothing), obstacle=obstacle)
-        node = node.all_input_nodes[0]
-    where = str(node.target)
-    tensor: Tensor = operator.attrgetter(where)(model)
-    # Where views come after the codes, these are stored as the weight itself is.
-    view = None if dequantize is None or viewed_since or weight.is_whole else weight
-    expected = weight.shape if view is None else weight.size
-    if tuple(tensor.shape) != expected:
-        obstacle = obstacle or f"stored in shape {tuple(tensor.shape)}, expected {expected}"
-    if dequantize is None:
-        return replace(float_weight(weight.fqn, where, tensor), obstacle=obstacle)
-
-    def constant(value: Any) -> Tensor:
-        if isinstance(value, fx.Node):
-            return operator.attrgetter(str(value.target))(model)
-        return torch.tensor(value)
-
-    args = bind(dequantize)
-    if operator_name(dequantize) == "dequantize_per_channel":
-        axis = args["axis"]
-        shape = [-1 if dim == axis else 1 for dim in range(tensor.ndim)]
-        scale, zero_point = constant(args["scales"]).view(shape), constant(args["zero_points"])
-        zero_point = zero_point.view(shape)
-        kind = "float" if zero_point.is_floating_point() else "integer"
-        scheme = f"per-channel affine ({kind} zero point), axis {axis}"
-    else:
-        scale, zero_point = constant(args["scale"]), constant(args["zero_point"])
-        scheme = "per-tensor affine"
-
-    @torch.no_grad()
-    def write(codes: Tensor) -> None:
-        tensor.copy_(codes)
-
-    return StoredWeight(
-        weight.fqn,
-        where,
-        str(tensor.dtype).removeprefix("torch."),
-        scheme,
-        tensor.detach().clone(),
-        write,
-        scale,
-        zero_point,
-        (int(args["quant_min"]), int(args["quant_max"])),
-        view,
-        obstacle,
-    )

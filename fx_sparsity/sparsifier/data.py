@@ -103,6 +103,39 @@ class BaseDataSparsifier(SparsifierCore):
         self.data_groups[name] = merged
         return self.get_data(name, return_original=False)
 
+    @torch.no_grad()
+    def mask_for(self, name: str, tensor: Tensor, **config: Any) -> Tensor:
+        """The mask that a step would give a tensor, which is not held: for more than fit in memory.
+
+        Args:
+            name: for messages, and for `update_mask`.
+            tensor: floating; not changed.
+            config: overrides the defaults.
+
+        Returns:
+            Boolean tensor of its shape: True is kept.
+
+        Raises:
+            ValueError: a tensor of that name is held, or this one cannot be ranked.
+            MaskError: not floating.
+        """
+        if name in self._targets:
+            raise ValueError(f"{name}: held under this name already")
+        merged = copy.deepcopy(self.defaults) | config
+        self._check(name, tensor)
+        self.check_config(name, tensor, merged)
+        holder = _Container()
+        holder.register_buffer("data", tensor)
+        target = Target(name, [(holder, "data")], Mask(torch.ones_like(tensor, dtype=torch.bool)))
+        self._register(target)
+        self.data_groups[name] = merged
+        try:
+            self.check_updates([name])
+            self._update(name)
+        finally:
+            del self._targets[name], self.state[name], self.data_groups[name]
+        return target.mask.mask
+
     def config_of(self, name: str) -> dict[str, Any]:
         """See `SparsifierCore.config_of`."""
         self._target(name)

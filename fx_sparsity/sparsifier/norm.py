@@ -58,6 +58,12 @@ class _NormMixin(SparsifierCore):
         level = pattern.implied_level
         return pattern, min(max(config["sparsity_level"], 0.0), 1.0) if level is None else level
 
+    def ranked(self, weight: Tensor) -> tuple[Tensor, Rank]:
+        """What this sparsifier ranks of a weight, and how: scores by value, or itself by a norm."""
+        if callable(self.norm):
+            return self.norm(weight), Rank.VALUE
+        return weight, _RANKS[self.norm]
+
     def check_config(self, name: str, tensor: Tensor, config: Mapping[str, Any]) -> None:
         """See `SparsifierCore.check_config`. A key that no method reads is refused by name."""
         for key in config:
@@ -92,10 +98,8 @@ class _NormMixin(SparsifierCore):
         tiling = pattern.tiling(weight.shape, roles_of(config, weight.ndim))
         mask = target.mask.mask
         try:
-            if callable(self.norm):
-                compute_mask(self.norm(weight), tiling, level, out=mask)
-            else:
-                compute_mask(weight, tiling, level, _RANKS[self.norm], out=mask, checked=True)
+            scores, rank = self.ranked(weight)
+            compute_mask(scores, tiling, level, rank, out=mask, checked=scores is weight)
         except ScoreError as error:
             raise ScoreError(f"{name}: {error}") from error
 

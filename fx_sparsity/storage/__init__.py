@@ -1,22 +1,59 @@
 """Files that shrink: tensors stored by the format that takes the fewest bytes."""
 
-from fx_sparsity.storage.files import load, save
+from fx_sparsity.storage.checkpoint import (
+    LAYOUTS,
+    Checkpoint,
+    CheckpointError,
+    StoredWeight,
+    convert,
+    find_stored_weights,
+    sparsify_checkpoint,
+    stated_patterns,
+)
+from fx_sparsity.storage.container import FileFormatError, SafetensorsFile, SafetensorsWriter
+from fx_sparsity.storage.files import CompressedFile, export, load, save, verify
 from fx_sparsity.storage.formats import (
     FORMATS,
-    Bitmask,
-    Dense,
-    FileFormatError,
+    MOST_EXPANSION,
+    Contents,
     Format,
+    remap,
+    sizes,
     smallest_format,
 )
+from fx_sparsity.storage.mapped import MappedFile, create_file
+from fx_sparsity.storage.meta import parameters_on_meta
+from fx_sparsity.storage.sharded import CheckpointFiles, MappedCheckpoint
+from fx_sparsity.storage.sparse import load_sparse
 
 __all__ = [
     "FORMATS",
-    "Bitmask",
-    "Dense",
+    "LAYOUTS",
+    "MOST_EXPANSION",
+    "Checkpoint",
+    "CheckpointError",
+    "CheckpointFiles",
+    "CompressedFile",
+    "Contents",
     "FileFormatError",
     "Format",
+    "MappedCheckpoint",
+    "MappedFile",
+    "SafetensorsFile",
+    "SafetensorsWriter",
+    "StoredWeight",
+    "convert",
+    "create_file",
+    "export",
+    "find_stored_weights",
     "load",
+    "load_sparse",
+    "parameters_on_meta",
+    "remap",
     "save",
+    "sizes",
     "smallest_format",
+    "sparsify_checkpoint",
+    "stated_patterns",
+    "verify",
 ]

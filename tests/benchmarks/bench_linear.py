@@ -178,7 +178,7 @@ DENSE: dict[str, list[tuple[str, Callable[[Tensor], Run], torch.dtype]]] = {
         ("static onednn", static, U8),
         ("weight only", weight_only, BF16),
     ],
-    "int8 only": [("weight only", weight_only, BF16)],
+    "int8-only": [("weight only", weight_only, BF16)],
 }
 
 
@@ -273,7 +273,9 @@ def lines(
 def main(arguments: list[str] | None = None) -> list[str]:
     """Measure, print, and write the table if asked to."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.bench_linear")
-    parser.add_argument("--write", action="store_true", help=f"write {TABLE.name}")
+    parser.add_argument(
+        "--write", action="store_true", help=f"write {TABLE.name}, where other weights stay"
+    )
     parser.add_argument("--runs", type=int, default=15)
     parser.add_argument("--copies", type=int, default=2, help="of each weight")
     parser.add_argument("--packing", default="", help="only those whose name contains this")
@@ -286,8 +288,9 @@ def main(arguments: list[str] | None = None) -> list[str]:
     if options.shape:
         rows, columns = options.shape.split("x")
         shapes = [(int(rows), int(columns))]
-    table = [machine(LIBRARY), f"median of {options.runs} runs", "", HEADER]
-    print("\n".join(table), flush=True)
+    table = []
+    head = [machine(LIBRARY), f"median of {options.runs} runs", "", HEADER]
+    print("\n".join(head), flush=True)
     for shape in shapes:
         for dtype in [options.dtype] if options.dtype else DENSE:
             chosen = [entry for entry in ENTRIES if options.packing in entry.name]
@@ -295,7 +298,10 @@ def main(arguments: list[str] | None = None) -> list[str]:
                 table.append(line)
                 print(line, flush=True)
     if options.write:
-        TABLE.write_text("\n".join(table) + "\n")
+        measured = {tuple(line.split()[:2]) for line in table}
+        before = TABLE.read_text().splitlines()[len(head) :] if TABLE.exists() else []
+        kept = [line for line in before if tuple(line.split()[:2]) not in measured]
+        TABLE.write_text("\n".join([*head, *kept, *table]) + "\n")
     return table
 
 

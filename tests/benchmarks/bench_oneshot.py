@@ -42,12 +42,12 @@ METHODS: dict[str, CalibratedSparsifier] = {
     "Wanda": WandaSparsifier(),
     "SparseGPT": SparseGPTSparsifier(),
     "reordered": ReorderedSparseGPTSparsifier(),
-    "composed": Pipeline(
-        ReorderedSparseGPTSparsifier(), Swaps(passes=1), ExactUpdate(tolerance=0.03)
-    ),
+    "composed": Pipeline(ReorderedSparseGPTSparsifier(), Swaps()),
     "converged": Pipeline(ReorderedSparseGPTSparsifier(), Swaps(), ExactUpdate()),
     "ALPS": Pipeline(ADMMSparsifier(), ExactUpdate()),
 }
+SLOW = ("converged", "ALPS")
+"""Run once, and not on the largest layers."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Quality:
     times: dict[str, float]
 
     def line(self) -> str:
-        cells = [f"{self.errors[name]:>8.3f}{self.times[name]:>7.2f}" for name in METHODS]
+        cells = [f"{self.errors[name]:>8.3f}{self.times[name]:>7.2f}" for name in self.errors]
         return f"{self.size:<7}{self.inputs:<8}{self.pattern:<14}" + "".join(cells)
 
 
@@ -208,9 +208,9 @@ def measure_quality(size: int, inputs: str, pattern: str, runs: int) -> Quality:
         if name not in errors:
             errors[name] = error(weight[0], solved.weight[0], stats.gram[0])  # type: ignore[index]
 
-    quick = [name for name in METHODS if name not in ("converged", "ALPS")]
+    quick = [name for name in METHODS if name not in SLOW]
     times = medians({name: lambda name=name: solve(name) for name in quick}, runs)  # type: ignore[misc]
-    for name in ("converged", "ALPS"):
+    for name in SLOW if size <= 1024 else ():
         start = time.perf_counter()
         solve(name)
         times[name] = time.perf_counter() - start
@@ -234,8 +234,9 @@ def verdicts(speeds: list[Speed], qualities: list[Quality]) -> Iterator[str]:
     yield f"2:4, composed: at most 4 times its time: {longest:.1f}; {_met(longest <= 4)}"
     worst = min(q.errors["Wanda"] for q in chosen)
     yield f"2:4, SparseGPT: an error below Wanda's: Wanda's is at least {worst:.2f}; {_met(worst > 1)}"
-    published = statistics.mean(q.errors["ALPS"] for q in chosen)
-    yield f"2:4, the published mark: ALPS {published:.3f}, at as many times the time as listed"
+    marks = [(q.errors["ALPS"], q.times["ALPS"]) for q in chosen if "ALPS" in q.errors]
+    published, slower = (statistics.mean(values) for values in zip(*marks, strict=True))
+    yield f"2:4, the published mark, ALPS: {published:.3f} on average, at {slower:.0f} times its time"
 
 
 def _met(reached: bool) -> str:
@@ -256,10 +257,7 @@ def main(arguments: list[str] | None = None) -> tuple[list[Speed], list[Quality]
         lines.extend(texts)
         print(*texts, sep="\n", flush=True)
 
-    path = "C++ kernels" if LIBRARY.ready() else LIBRARY.state()[1]
-    say(
-        f"{machine()}; one-shot pruning: {path}, times in seconds", f"median of {options.runs} runs"
-    )
+    say(f"{machine(LIBRARY, 'seconds')}; one-shot pruning", f"median of {options.runs} runs")
     say("", "SparseGPT, 50%", "")
     say(
         f"{'size':<7}{'pattern':<14}{'reference':>11}{'C++':>8}{'times':>7}{'plain':>8}{'times':>7}"

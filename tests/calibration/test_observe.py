@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.modules.conv import _ConvNd
+from transformers.pytorch_utils import Conv1D
 
 import fx_sparsity as fxs
 from fx_sparsity import prune
@@ -159,3 +161,43 @@ def test_a_batch_that_the_model_rejects_is_named():
     with pytest.raises(fxs.InputError, match="batch 1: Decides raises RuntimeError"):
         prune(model, TinyWanda(), batches)
     assert model.state_dict().keys() == before.keys()
+
+
+def test_biases_are_corrected_without_a_graph(no_graph):
+    torch.manual_seed(0)
+    for layer, x in (
+        (nn.Linear(8, 6), torch.randn(20, 8)),
+        (nn.Linear(8, 6), torch.randn(5, 4, 8)),
+        (nn.Conv2d(4, 6, 3, groups=2, padding=1), torch.randn(3, 4, 6, 6)),
+        (nn.ConvTranspose1d(4, 6, 3, groups=2), torch.randn(3, 4, 6)),
+        (Conv1D(5, 8), torch.randn(9, 8)),
+    ):
+        channels = 1 if isinstance(layer, _ConvNd) else x.ndim - 1
+        dims = [d for d in range(x.ndim) if d != channels]
+        wanted = layer(x).mean(dims)
+        _, report = prune(layer, TinyWanda(), [(x[:2],), (x[2:],)], correct_bias=True)
+        assert "observed" in report.why
+        assert torch.allclose(layer(x).mean(dims), wanted, atol=1e-5), layer
+
+
+class Shared(nn.Module):
+    """Biases that do not belong to one use of one weight alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.twice, self.read, self.one, self.other = (nn.Linear(4, 4) for _ in range(4))
+        self.other.bias = self.one.bias
+
+    def forward(self, x):
+        x = self.twice(self.twice(x))
+        return self.read(x) + self.read.bias + self.one(x) + self.other(x)
+
+
+def test_biases_that_others_read_are_left_alone(no_graph):
+    torch.manual_seed(0)
+    model, x = Shared(), torch.randn(9, 4)
+    before = {n: p.clone() for n, p in model.named_parameters() if n.endswith("bias")}
+    _, report = prune(model, TinyWanda(), [(x,)], correct_bias=True)
+    assert len(report) == 4
+    assert all(w.notes == ("no bias of its own to correct",) for w in report.weights)
+    assert all(torch.equal(model.get_parameter(n), value) for n, value in before.items())

@@ -357,6 +357,39 @@ def test_later_batches_are_named():
     assert_unchanged(model, before)
 
 
+class TwoInputs(nn.Module):
+    """The second input meets its weight after the first has met its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 4), nn.Linear(6, 4)
+
+    def forward(self, x, y):
+        return self.first(x).relu() + self.second(y)
+
+
+WRONG = {
+    "width": (torch.randn(3, 8), torch.randn(3, 7)),
+    "count": (torch.randn(3, 8), torch.randn(2, 6)),
+    "dtype": (torch.randn(3, 8), torch.randn(3, 6, dtype=torch.float64)),
+    "layout": (torch.randn(3, 8), torch.randn(3, 6, 2).to_sparse()),
+    "arguments": (torch.randn(3, 8),),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("place", [0, 2])
+def test_the_form_of_every_batch_is_checked_before_anything_is_pruned(wrong, place):
+    torch.manual_seed(0)
+    model = TwoInputs()
+    before = snapshot(model)
+    batches = [(torch.randn(n, 8), torch.randn(n, 6)) for n in (3, 5)]
+    batches.insert(place, WRONG[wrong])
+    with pytest.raises(fxs.InputError, match=f"batch {place}"):
+        prune(model, TinyWanda(), batches)
+    assert_unchanged(model, before)
+
+
 def test_models_without_data_are_refused():
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(4, 4))

@@ -1,6 +1,7 @@
 """The walk: sequential statistics, shapes, and what is undisturbed by it."""
 
 import copy
+import operator
 
 import pytest
 import torch
@@ -298,6 +299,78 @@ def test_weights_inside_a_subgraph_are_left_dense():
 
         def forward(self, x):
             return torch.cond(x.sum() > 0, lambda x: self.b(x), lambda x: x + 1, (self.a(x),))
+
+    _, report = prune(Conditional(), TinyWanda(), [(torch.randn(3, 4),)])
+    assert list(report) == ["a.weight"]
+    assert report.dense == {"b.weight": "used in a subgraph, whose inputs are not seen"}
+
+
+class Blocks(nn.Module):
+    """Layers in blocks, one within another, and an output that leaves one."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c, self.d = (nn.Linear(12, 12) for _ in range(4))
+        self.scale = nn.Parameter(torch.rand(12))
+
+    def forward(self, x):
+        x = self.a(x)
+        with torch.no_grad():
+            y, same = self.b(x).relu(), x
+        with torch.autocast("cpu", torch.bfloat16):
+            x = self.c(x * self.scale) + same
+            with torch.no_grad():
+                z = self.d(x).relu()
+            with torch.autocast("cpu", enabled=False):
+                z = self.a(x.float()) + z
+        return x + y + z
+
+
+def test_blocks_without_gradients_or_with_autocasting_are_opened():
+    torch.manual_seed(0)
+    model, batches = Blocks().eval(), [(torch.randn(20, 12),) for _ in range(2)]
+    seen = inputs_of(model, matmul_modules(model), batches)
+    method = Recorded()
+    _, report = prune(model, method, batches, sequential=False)
+    assert set(report) == {"a.weight", "b.weight", "c.weight", "d.weight"}
+    assert report.dense == {}
+    for fqn, gram in zip(report, method.grams, strict=True):
+        x = seen[fqn]
+        assert report[fqn].tokens == len(x)
+        assert torch.allclose(gram[0].double(), x.T @ x, rtol=1e-4, atol=1e-4)
+
+
+def test_opened_blocks_give_what_the_model_gives():
+    """Node by node, to the bit: the casts are those of the model's own blocks."""
+    from fx_sparsity.calibration.batches import capture, read_batches
+    from fx_sparsity.graph.blocks import run_node
+
+    torch.manual_seed(0)
+    model, x = Blocks().eval(), torch.randn(20, 12)
+    (captured,) = capture(model, read_batches(model, [(x,)]))
+    values = {}
+    for node in captured.graph.graph.nodes:
+        if node.op == "placeholder":
+            values[node] = x
+        elif node.op == "get_attr":
+            values[node] = operator.attrgetter(node.target)(captured.graph)
+        elif node.op == "call_function":
+            args, kwargs = torch.fx.map_arg((node.args, node.kwargs), values.__getitem__)
+            values[node] = run_node(node, args, kwargs)
+    ((result,),) = captured.graph.graph.output_node().args
+    assert torch.equal(values[result], model(x))
+
+
+def test_conditions_inside_blocks_stay():
+    class Conditional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            with torch.no_grad():
+                x = self.a(x)
+                return torch.cond(x.sum() > 0, lambda x: self.b(x), lambda x: x + 1, (x,))
 
     _, report = prune(Conditional(), TinyWanda(), [(torch.randn(3, 4),)])
     assert list(report) == ["a.weight"]

@@ -1,19 +1,35 @@
 """Packed linear layers against dense float64, in every way that torch runs an operator."""
 
 import io
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torchao.quantization import MappingType, PerRow
+from torchao.quantization.quantize_.workflows import Int8Tensor
 
+from fx_sparsity._native import compiler
+from fx_sparsity._native.cache import instruction_set
 from fx_sparsity.kernels import PACKINGS, PackingError, SparseLinear
 from fx_sparsity.kernels.activations import ACTIVATIONS, quantize
-from fx_sparsity.kernels.ops import linear_operator
+from fx_sparsity.kernels.native import LIBRARY
+from fx_sparsity.kernels.ops import linear_operator, plain_linear
 
+ROOT = Path(__file__).parents[2]
 FLOATS = (torch.float32, torch.bfloat16)
+LEVELS = [
+    name
+    for name, flag in {"avx512": "avx512_bf16", "avx2": "avx2", "portable": ""}.items()
+    if flag in instruction_set()
+]
 QUANTIZED = ("token_symmetric", "token_affine", "tensor_affine")
 
 
@@ -75,12 +91,99 @@ def cases(draw):
     return module, torch.randn(*leading, module.in_features).to(x_dtype)
 
 
-@given(cases())
-@settings(max_examples=60, deadline=None)
-def test_against_float64(case):
+def operands(module, x):
+    """What the layer calls its operator with."""
+    bias = None if module.bias is None else module.bias.detach().to(x.dtype)
+    options = (module.in_features, module.out_features, module.quantize_input, module.activation)
+    return (x, *module.parts().values(), module.scale, module.row_sums, bias, *options)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@given(case=cases())
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_against_float64(monkeypatch, level, case):
+    assert LIBRARY.ready(), LIBRARY.state()
+    monkeypatch.setenv("FX_SPARSITY_CPU", level)
     module, x = case
     with torch.no_grad():
         assert_close(module, x, module(x))
+        assert_close(module, x, plain_linear(PACKINGS[module.packing], *operands(module, x)))
+
+
+def test_unknown_level(monkeypatch):
+    monkeypatch.setenv("FX_SPARSITY_CPU", "sse")
+    with pytest.raises(RuntimeError, match="FX_SPARSITY_CPU is 'sse'"):
+        layer()(torch.randn(1, 23))
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.int8])
+@given(rows=st.integers(17, 300), seed=st.integers(0, 100))
+@settings(max_examples=10, deadline=None)
+def test_many_rows_of_any_strides(dtype, rows, seed):
+    module = layer(shape=(50, 600), dtype=dtype)
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(600, 2 * rows, generator=generator)
+    x = x.to(torch.float32 if dtype == torch.int8 else dtype)
+    for strided in (x.T[::2], x.T[:rows].expand(2, -1, -1), x.T[None, :rows, None]):
+        with torch.no_grad():
+            assert_close(module, strided, module(strided))
+            assert torch.equal(module(strided), module(strided.contiguous()))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(
+    ("how", "mapping"),
+    [("token_symmetric", MappingType.SYMMETRIC), ("token_affine", MappingType.ASYMMETRIC)],
+)
+def test_quantizes_as_torchao(how, mapping, dtype):
+    x = torch.cat([torch.randn(50, 23), torch.randn(5, 23).abs(), torch.zeros(1, 23)]).to(dtype)
+    theirs = Int8Tensor.from_hp(x, PerRow(), mapping)
+    ours = quantize(x, how)
+    assert torch.equal(ours.codes, theirs.qdata.int())
+    assert torch.equal(ours.scale, theirs.scale)
+    assert torch.equal(ours.zero_point, theirs.zero_point.int().view(-1, 1))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("size", [1.0, 1e-4, 1e3])
+def test_multiplies_as_torch_ao(size):
+    module = layer(shape=(48, 64), dtype=torch.int8, quantize_input="tensor_affine")
+    scale, zero = module.scale.double(), torch.zeros(48, dtype=torch.long)
+    weight = torch.quantize_per_channel(module.dense_weight(), scale, zero, 0, torch.qint8)
+    assert torch.equal(weight.int_repr(), module.dense_codes())
+    packed = torch.ops.quantized.linear_prepack(weight, None)
+    for x in (torch.randn(7, 64) * size, torch.rand(7, 64) * size, -torch.rand(7, 64) * size):
+        theirs = torch.ops.quantized.linear_dynamic(x, packed, True)
+        with torch.no_grad():
+            torch.testing.assert_close(module(x), theirs, rtol=1e-4, atol=1e-5 * size)
+
+
+@pytest.mark.parametrize("how", QUANTIZED)
+def test_unusual_activations(how):
+    module = layer(dtype=torch.int8, quantize_input=how)
+    rows = {
+        "zero": torch.zeros(23),
+        "constant": torch.full((23,), 3.0),
+        "huge": torch.randn(23) * 1e30,
+        "tiny": torch.randn(23) * 1e-30,
+        "positive": torch.rand(23) + 1,
+        "negative": -torch.rand(23) - 1,
+        "ties": torch.arange(23) / 2,
+    }
+    with torch.no_grad():
+        for name, row in rows.items():
+            for dtype in FLOATS:
+                x = row.to(dtype).repeat(2, 1)
+                plain = plain_linear(PACKINGS["bitmask"], *operands(module, x))
+                assert torch.allclose(module(x), plain, rtol=1e-2, atol=1e-30), name
+        x = torch.randn(2, 23)
+        x[0, 5] = torch.nan
+        assert module(x)[0].isnan().all()
+        assert module(x)[1].isnan().all() == (how == "tensor_affine")
+        x[0, 5] = torch.inf
+        assert not module(x)[0].isfinite().any()
 
 
 @pytest.mark.parametrize("packing", sorted(PACKINGS))
@@ -230,3 +333,101 @@ def test_counts_bytes():
     module = layer(shape=(64, 64), density=0.5, dtype=torch.bfloat16)
     kept = int(module.dense_weight().count_nonzero())
     assert module.nbytes == 64 * 64 // 8 + 2 * kept + 64 + 8 * 5
+
+
+@given(seed=st.integers(0, 10**6))
+@settings(max_examples=100, deadline=None)
+def test_flipped_bits_are_refused_or_harmless(seed):
+    generator = torch.Generator().manual_seed(seed)
+    module = layer(dtype=[*FLOATS, torch.int8][seed % 3], shape=(20, 30))
+    parts = {name: part.clone() for name, part in module.parts().items()}
+    name = sorted(parts)[seed // 3 % len(parts)]
+    raw = parts[name].view(-1).view(torch.uint8)
+    at = torch.randint(len(raw), (1 + seed % 2,), generator=generator)
+    raw[at] ^= torch.randint(1, 256, at.shape, generator=generator).to(torch.uint8)
+    try:
+        PACKINGS[module.packing].check(parts, torch.Size((20, 30)), module.weight_dtype)
+    except PackingError:
+        return
+    for name, part in parts.items():
+        setattr(module, name, part)
+    x = torch.ones(3, 30, dtype=torch.bfloat16 if seed % 3 else torch.float32)
+    plain = plain_linear(PACKINGS[module.packing], *operands(module, x))
+    with torch.no_grad():
+        torch.testing.assert_close(module(x), plain, rtol=0.1, atol=0.1, equal_nan=True)
+
+
+@pytest.mark.parametrize("how", ["none", "token_symmetric"])
+def test_compiles_at_most_twice_for_all_batches(how):
+    module = layer(shape=(64, 48), dtype=torch.int8, quantize_input=how, activation="silu")
+    counter = CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+    compiled = torch.compile(module, fullgraph=True, backend=counter)
+    with torch.no_grad():
+        for tokens in (1, 4, 16, 64, 3):
+            x = torch.randn(2, tokens, 48)
+            assert torch.equal(compiled(x), module(x))
+    assert counter.frame_count <= 2
+
+
+def exported(module, dtype=torch.float32):
+    tokens = torch.export.Dim("tokens", min=1, max=4096)
+    example = torch.randn(2, module.in_features).to(dtype)
+    return torch.export.export(module, (example,), dynamic_shapes=({0: tokens},))
+
+
+def test_exports_and_saves():
+    module = layer(activation="gelu", bias=torch.randn(37))
+    buffer = io.BytesIO()
+    torch.export.save(exported(module), buffer)
+    buffer.seek(0)
+    program = torch.export.load(buffer).module()
+    for tokens in (1, 16, 64):
+        x = torch.randn(tokens, 23)
+        assert torch.equal(program(x), module(x))
+
+
+def test_packages(tmp_path):
+    module = layer(dtype=torch.bfloat16)
+    program = exported(module, torch.bfloat16)
+    path = torch._inductor.aoti_compile_and_package(program, package_path=f"{tmp_path}/layer.pt2")
+    package = torch._inductor.aoti_load_package(path)
+    for tokens in (1, 4, 64):
+        x = torch.randn(tokens, 23).bfloat16()
+        assert torch.equal(package(x), module(x))
+
+
+def test_without_kernels(tmp_path):
+    """A program saved here runs where no kernels can be had."""
+    module = layer(dtype=torch.int8, quantize_input="token_affine")
+    x = torch.randn(5, 23)
+    torch.export.save(exported(module), tmp_path / "program.pt2")
+    torch.save((x, module(x)), tmp_path / "pair.pt")
+    script = (
+        "import sys, torch, fx_sparsity.kernels.native as native\n"
+        "import fx_sparsity.kernels\n"
+        "x, y = torch.load(sys.argv[2])\n"
+        "torch.testing.assert_close(torch.export.load(sys.argv[1]).module()(x), y)\n"
+        "assert not native.LIBRARY.ready()\n"
+    )
+    command = [sys.executable, "-c", script, tmp_path / "program.pt2", tmp_path / "pair.pt"]
+    subprocess.run(command, env={**os.environ, "FX_SPARSITY_KERNELS": "0"}, cwd=ROOT, check=True)
+
+
+@pytest.mark.exhaustive
+def test_under_the_address_sanitizer(tmp_path):
+    """Every kernel at every level, at the edges of its memory, and with parts that are corrupt."""
+    command = [compiler.find()[0], "-print-file-name=libasan.so"]
+    library = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    environment = {
+        **os.environ,
+        "FX_SPARSITY_CACHE": str(tmp_path),
+        "LD_PRELOAD": library,
+        "ASAN_OPTIONS": "detect_leaks=0",
+    }
+    command = [sys.executable, "-m", "tests.kernels.sanitized"]
+    done = subprocess.run(
+        command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.splitlines()[-1].startswith("clean")

@@ -1,49 +1,21 @@
+"""Saving and loading whole states: models, ties, quantized ones; failures that change nothing."""
+
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from torch import nn
 
 import fx_sparsity as fxs
-from fx_sparsity.storage import FORMATS, FileFormatError, smallest_format
+from fx_sparsity.storage import CompressedFile, FileFormatError, verify
 from tests.models import make
-
-DTYPES = [
-    torch.float32,
-    torch.float16,
-    torch.bfloat16,
-    torch.float8_e4m3fn,
-    torch.int8,
-    torch.uint8,
-]
-
-
-@given(
-    st.lists(st.integers(0, 9), max_size=3),
-    st.sampled_from(DTYPES),
-    st.floats(0, 1),
-    st.sampled_from(sorted(FORMATS)),
-    st.integers(0, 2**31),
-)
-def test_every_format_is_exact_to_the_bit(shape, dtype, density, name, seed):
-    generator = torch.Generator().manual_seed(seed)
-    bits = torch.randint(0, 256, (*shape, dtype.itemsize), generator=generator, dtype=torch.uint8)
-    bits[torch.rand(shape, generator=generator) >= density] = 0
-    tensor = bits.view(dtype).view(shape)
-    parts = FORMATS[name].encode(tensor)
-    decoded = FORMATS[name].decode(parts, shape, "t")
-    assert decoded.dtype == dtype
-    assert decoded.shape == tensor.shape
-    assert torch.equal(decoded.reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8))
-    assert sum(part.nbytes for part in parts.values()) == FORMATS[name].size(tensor)
-
-
-def test_negative_zeros_come_back():
-    tensor = torch.tensor([0.0, -0.0, 0.0, 1.0])
-    decoded = FORMATS["bitmask"].decode(FORMATS["bitmask"].encode(tensor), (4,), "t")
-    assert torch.equal(torch.signbit(decoded), torch.signbit(tensor))
+from tests.storage.test_formats import same_bits
 
 
 def test_a_sparse_model_shrinks_and_loads_back(tmp_path):
@@ -54,13 +26,34 @@ def test_a_sparse_model_shrinks_and_loads_back(tmp_path):
     model, _ = fxs.squash(model, sparsifier)
     path = tmp_path / "model.safetensors"
     fxs.save(model, path)
+    assert path.stat().st_mode & 0o077 == 0o666 & ~_umask() & 0o077
     other, _ = make("tied")
     with torch.no_grad():
         other.embed.weight.fill_(9)
+    before = {name: p.data_ptr() for name, p in other.named_parameters()}
     fxs.load(path, other)
     assert torch.equal(other(*inputs), model(*inputs))
     assert other.head.weight is other.embed.weight
+    assert {name: p.data_ptr() for name, p in other.named_parameters()} == before
     assert list(tmp_path.iterdir()) == [path]
+    assert verify(path) == []
+
+
+def _umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_a_user_can_look_into_the_file(tmp_path):
+    weight = torch.randn(64, 64)
+    weight[torch.rand(64, 64) < 0.8] = 0
+    fxs.save({"w": weight, "b": torch.ones(3)}, tmp_path / "f.safetensors")
+    parts = load_file(tmp_path / "f.safetensors")
+    assert sorted(parts) == ["b", "w::bitmask", "w::values"]
+    assert parts["w::values"].dtype == torch.float32
+    stored = weight[weight != 0]
+    assert torch.equal(parts["w::values"][: len(stored)], stored)
 
 
 def test_half_of_a_bf16_matrix_takes_at_most_57_percent(tmp_path):
@@ -71,18 +64,43 @@ def test_half_of_a_bf16_matrix_takes_at_most_57_percent(tmp_path):
     assert torch.equal(fxs.load(tmp_path / "w.safetensors")["w"], weight)
 
 
-def test_dense_stays_dense_and_plain_files_load(tmp_path):
-    tensor = torch.randn(64)
-    assert smallest_format(tensor) == "dense"
-    save_file({"t": tensor}, tmp_path / "plain.safetensors")
-    assert torch.equal(fxs.load(tmp_path / "plain.safetensors")["t"], tensor)
+def test_plain_files_load(tmp_path):
+    tensors = {"t": torch.randn(64), "u": torch.ones(3, dtype=torch.uint8), "e": torch.empty(0, 2)}
+    save_file(tensors, tmp_path / "plain.safetensors")
+    loaded = fxs.load(tmp_path / "plain.safetensors")
+    assert all(same_bits(loaded[name], tensor) for name, tensor in tensors.items())
+    assert verify(tmp_path / "plain.safetensors") == []
+
+
+def test_every_tensor_is_aligned(tmp_path):
+    state = {f"t{i}": torch.ones(i, dtype=torch.int8) for i in range(1, 9)}
+    state |= {"d": torch.ones(5, dtype=torch.float64), "h": torch.ones(3).half()}
+    fxs.save(state, tmp_path / "f")
+    file = CompressedFile(tmp_path / "f").file
+    assert all(entry.start % entry.dtype.itemsize == 0 for entry in file.entries.values())
+    shifted = (tmp_path / "f").read_bytes()
+    length = int.from_bytes(shifted[:8], "little")
+    shifted = (
+        (length + 1).to_bytes(8, "little") + shifted[8 : 8 + length] + b" " + shifted[8 + length :]
+    )
+    (tmp_path / "f").write_bytes(shifted)  # as others may write them
+    assert all(same_bits(t, state[name]) for name, t in fxs.load(tmp_path / "f").items())
+
+
+def test_loaded_tensors_can_be_written_to_and_the_file_stays(tmp_path):
+    fxs.save({"t": torch.ones(1000)}, tmp_path / "f")
+    content = (tmp_path / "f").read_bytes()
+    fxs.load(tmp_path / "f")["t"].zero_()
+    assert (tmp_path / "f").read_bytes() == content
 
 
 def test_views_are_saved_alone(tmp_path):
     base = torch.randn(1000, 8)
-    fxs.save({"row": base[3]}, tmp_path / "f.safetensors")
-    assert (tmp_path / "f.safetensors").stat().st_size < 1000
-    assert torch.equal(fxs.load(tmp_path / "f.safetensors")["row"], base[3])
+    fxs.save({"row": base[3], "columns": base.t()[:2]}, tmp_path / "f.safetensors")
+    assert (tmp_path / "f.safetensors").stat().st_size < 10_000
+    loaded = fxs.load(tmp_path / "f.safetensors")
+    assert torch.equal(loaded["row"], base[3])
+    assert torch.equal(loaded["columns"], base.t()[:2])
 
 
 def test_ties_are_told_apart_by_the_state_not_by_copies(tmp_path, monkeypatch):
@@ -91,53 +109,202 @@ def test_ties_are_told_apart_by_the_state_not_by_copies(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "cpu", torch.Tensor.clone)  # as on another device
     fxs.save(tensors, tmp_path / "f.safetensors")
     loaded = fxs.load(tmp_path / "f.safetensors")
+    assert list(loaded) == list(tensors)
     assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
     assert loaded["tied"] is loaded["t1"]
 
 
+def test_a_state_that_does_not_fit_leaves_the_model_alone(tmp_path):
+    fxs.save({"weight": torch.ones(2, 2), "more": torch.ones(1)}, tmp_path / "f")
+    model = nn.Linear(2, 2)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with pytest.raises(RuntimeError, match="bias: not in the file\nmore: not in the model"):
+        fxs.load(tmp_path / "f", model)
+    fxs.save({"weight": torch.ones(2, 3), "bias": torch.ones(2)}, tmp_path / "f")
+    with pytest.raises(RuntimeError, match=r"weight: expected shape \(2, 2\), found \(2, 3\)"):
+        fxs.load(tmp_path / "f", model)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_other_dtypes_are_cast_into_the_model(tmp_path):
+    fxs.save(nn.Linear(3, 3).bfloat16(), tmp_path / "f")
+    model = nn.Linear(3, 3)
+    fxs.load(tmp_path / "f", model)
+    assert model.weight.dtype == torch.float32
+    assert torch.equal(model.weight.bfloat16(), fxs.load(tmp_path / "f")["weight"])
+
+
+# -- quantized models ----------------------------------------------------------------------------
+
+
+class Quantizable(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.items = nn.EmbeddingBag(40, 32, mode="sum")
+        self.fc = nn.Linear(32, 32)
+        self.head = nn.Linear(32, 4)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.fc(self.items(x))))
+
+
+def quantized(backend):
+    model = Quantizable().eval()
+    basket = torch.randint(40, (6, 5))
+    mapping = fxs.SparsityMapping().set_global("unstructured 50%")
+    model, _ = fxs.quantization.sparsify_and_quantize(
+        model,
+        fxs.WeightNormSparsifier(),
+        (basket,),
+        order="sparsify_first",
+        backend=backend,
+        mapping=mapping,
+    )
+    return model, basket
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("backend", ["eager", "fx", "torchao"])
+def test_quantized_models_come_back_bit_for_bit(backend, tmp_path):
+    model, basket = quantized(backend)
+    other, _ = quantized(backend)
+    assert not torch.equal(model(basket), other(basket))
+    fxs.save(model, tmp_path / "f")
+    fxs.load(tmp_path / "f", other, check=True)
+    assert torch.equal(model(basket), other(basket))
+    fxs.save(other, tmp_path / "g")
+    assert (tmp_path / "f").read_bytes() == (tmp_path / "g").read_bytes()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_quantized_tensors_keep_codes_scales_and_zero_points(tmp_path):
+    x = torch.randn(6, 8)
+    scales, points = torch.rand(6).double() + 0.1, torch.arange(6)
+    state = {
+        "tensor": torch.quantize_per_tensor(x, 0.1, 3, torch.quint8),
+        "channel": torch.quantize_per_channel(x, scales, points, 0, torch.qint8),
+        "float": torch.quantize_per_channel(x, scales.float(), points / 7, 0, torch.quint8),
+        "wide": torch.quantize_per_tensor(x, 0.1, 0, torch.qint32),
+        "plain": x,
+    }
+    fxs.save(state, tmp_path / "f")
+    loaded = fxs.load(tmp_path / "f")
+    assert list(loaded) == list(state)
+    for name, tensor in list(state.items())[:-1]:
+        found = loaded[name]
+        assert torch.equal(found.int_repr(), tensor.int_repr())
+        assert found.qscheme() == tensor.qscheme()
+        assert found.dtype == tensor.dtype
+        assert torch.equal(found.dequantize(), tensor.dequantize())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_torchao_tensor_needs_a_model_that_is_quantized_alike(tmp_path):
+    model, _ = quantized("torchao")
+    fxs.save(model, tmp_path / "f")
+    with pytest.raises(TypeError, match="fc.weight is a torchao.*pass a model"):
+        fxs.load(tmp_path / "f")
+    plain = Quantizable()
+    before = plain.fc.weight.detach().clone()
+    with pytest.raises(RuntimeError, match="fc.weight: expected torchao.*found Parameter"):
+        fxs.load(tmp_path / "f", plain)
+    assert torch.equal(plain.fc.weight, before)
+
+
 @pytest.mark.filterwarnings("ignore:.*deprecated.*")
 @pytest.mark.parametrize(
-    ("tensor", "found"),
+    ("value", "found"),
     [
-        (torch.quantize_per_tensor(torch.ones(3), 1.0, 0, torch.qint8), "a quantized one"),
-        (torch.eye(3).to_sparse(), "torch.sparse_coo"),
+        (torch.eye(3).to_sparse(), "expected a strided tensor.*torch.sparse_coo"),
+        (3, "expected a tensor, found int"),
+        ((torch.ones(1), object()), "expected a tensor, found object"),
+        (
+            torch.quantize_per_channel(
+                torch.ones(2, 2), torch.ones(2), torch.zeros(2), 0, torch.quint4x2
+            ),
+            "expected a tensor of qint8, quint8, qint32, found a quantized one of quint4x2",
+        ),
     ],
 )
-def test_what_is_no_plain_tensor_is_refused_by_name(tmp_path, tensor, found):
-    with pytest.raises(TypeError, match=f"t: expected a strided tensor.*{found}"):
-        fxs.save({"t": tensor}, tmp_path / "f.safetensors")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_failed_save_leaves_the_old_file(tmp_path):
+def test_what_cannot_be_stored_is_refused_by_name_and_the_old_file_stays(tmp_path, value, found):
     path = tmp_path / "f.safetensors"
     fxs.save({"t": torch.ones(3)}, path)
-    with pytest.raises(TypeError, match="extra: expected a tensor, found int"):
-        fxs.save({"t": torch.zeros(3), "extra": 3}, path)
+    with pytest.raises(TypeError, match=f"bad(/1)?: {found}"):
+        fxs.save({"t": torch.zeros(3), "bad": value}, path)
     assert fxs.load(path)["t"].sum() == 3
+    assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize(
-    ("parts", "entry", "message"),
-    [
-        (
-            {"t::bitmask": torch.tensor([255], dtype=torch.uint8)},
-            {"format": "bitmask"},
-            "t: expected parts",
-        ),
-        ({"t": torch.ones(4)}, {"format": "dense", "shape": [5]}, r"t: expected shape \(5,\)"),
-        ({"t": torch.ones(4)}, {"format": "pickle"}, "t: expected a format of dense, bitmask"),
-        ({}, {"same_as": "u"}, "t: tied to 'u'"),
-        (
-            {"t::bitmask": torch.tensor([3], dtype=torch.uint8), "t::values": torch.ones(3)},
-            {"format": "bitmask"},
-            "t: expected 2 values",
-        ),
-    ],
-)
-def test_files_that_contradict_themselves(tmp_path, parts, entry, message):
-    header = {"version": 1, "tensors": {"t": {"shape": [8], **entry}}}
-    path = tmp_path / "bad.safetensors"
-    save_file(parts, path, metadata={"fx_sparsity": json.dumps(header)})
-    with pytest.raises(FileFormatError, match=message):
+# -- faults --------------------------------------------------------------------------------------
+
+
+def test_a_flipped_payload_is_found_on_request(tmp_path):
+    path = tmp_path / "f"
+    weight = torch.eye(64)
+    fxs.save({"w": weight, "v": torch.randn(64)}, path)
+    content = bytearray(path.read_bytes())
+    place = CompressedFile(path).file.entries["v"].start
+    content[place] ^= 1
+    path.write_bytes(content)
+    fxs.load(path)
+    with pytest.raises(FileFormatError, match="^v: expected checksum"):
+        fxs.load(path, check=True)
+    assert [fault.split(":")[0] for fault in verify(path)] == ["v"]
+
+
+def test_a_header_that_was_tampered_with_is_refused(tmp_path):
+    path = tmp_path / "f"
+    fxs.save({"w": torch.ones(8, 4)}, path)
+    path.write_bytes(path.read_bytes().replace(b'"shape":[8,4]', b'"shape":[4,8]'))
+    with pytest.raises(FileFormatError, match="does not match the header's checksum"):
         fxs.load(path)
+
+
+@pytest.mark.parametrize("gone", [b'"fx_sparsity"', b'"fx_sparsity_checksum"'])
+def test_a_file_without_its_description_is_not_taken_for_another(tmp_path, gone):
+    path = tmp_path / "f"
+    fxs.save({"w": torch.eye(64)}, path)
+    path.write_bytes(path.read_bytes().replace(gone, gone.replace(b"fx", b"ax")))
+    with pytest.raises(FileFormatError, match="of a compressed file|does not match the header"):
+        fxs.load(path)
+
+
+def test_an_older_version_is_refused(tmp_path):
+    path = tmp_path / "f"
+    save_file({"t": torch.ones(4)}, path, metadata={"fx_sparsity": json.dumps({"version": 1})})
+    with pytest.raises(FileFormatError, match="header"):
+        fxs.load(path)
+
+
+KILLED = """
+import sys, torch, fx_sparsity as fxs
+path, fill = sys.argv[1:]
+state = {f"t{i}": torch.full((256, 1024), float(fill)) for i in range(8)}
+print("go", flush=True)
+while True:
+    fxs.save(state, path)
+"""
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(50, marks=pytest.mark.exhaustive)])
+def test_a_kill_at_any_moment_leaves_a_whole_file(tmp_path, kills):
+    path = tmp_path / "f"
+    generator = torch.Generator().manual_seed(kills)
+    fxs.save({f"t{i}": torch.zeros(256, 1024) for i in range(8)}, path)
+    seen = set()
+    for i in range(1, kills + 1):
+        process = subprocess.Popen(
+            [sys.executable, "-c", KILLED, str(path), str(i)], stdout=subprocess.PIPE
+        )
+        process.stdout.readline()
+        time.sleep(0.2 * torch.rand((), generator=generator).item())
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        state = fxs.load(path, check=True)
+        values = {tensor.unique().item() for tensor in state.values()}
+        assert len(state) == 8
+        assert len(values) == 1
+        assert values <= {*seen, 0.0, float(i)}
+        seen |= values
+    assert len(seen) > (kills > 9)

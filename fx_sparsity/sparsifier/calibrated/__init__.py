@@ -20,6 +20,16 @@ from fx_sparsity.sparsifier.calibrated.matrix import (
     Pipeline,
     Refinement,
 )
+from fx_sparsity.sparsifier.calibrated.rules import (
+    OWL,
+    Allocation,
+    ErdosRenyi,
+    GlobalRanking,
+    LeastError,
+    MeasuredAllocation,
+    Seen,
+    Uniform,
+)
 from fx_sparsity.sparsifier.calibrated.sparsegpt import (
     ReorderedSparseGPTSparsifier,
     SparseGPTSparsifier,
@@ -28,26 +38,34 @@ from fx_sparsity.sparsifier.calibrated.statistics import Statistic, Statistics
 from fx_sparsity.sparsifier.calibrated.swaps import Swaps
 
 __all__ = [
+    "OWL",
     "ADMMSparsifier",
+    "Allocation",
     "CalibratedSparsifier",
     "Criterion",
     "CriterionSparsifier",
+    "ErdosRenyi",
     "ExactUpdate",
     "FisherSparsifier",
+    "GlobalRanking",
     "GradientSparsifier",
     "GramSparsifier",
+    "LeastError",
     "MagnitudeSparsifier",
+    "MeasuredAllocation",
     "MovementSparsifier",
     "Pipeline",
     "RandomSparsifier",
     "Refinement",
     "ReorderedSparseGPTSparsifier",
+    "Seen",
     "Solution",
     "SparseGPTSparsifier",
     "Statistic",
     "Statistics",
     "Swaps",
     "TaylorSparsifier",
+    "Uniform",
     "WandaSparsifier",
     "allocation",
 ]

@@ -56,7 +56,8 @@ class Hessian:
 
     def permuted(self, order: Tensor) -> "Hessian":
         """The same inputs in another order."""
-        return Hessian(self.gram[order][:, order], self.damping, self.notes)
+        gram = self.gram.index_select(0, order).index_select(1, order)
+        return Hessian(gram, self.damping, self.notes)
 
     def root(self) -> tuple[Tensor, "Hessian"]:
         """The upper triangular R with R R^T = H, so that U = R^-1 is the factor of H^-1 = U^T U.

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fx_sparsity.masks import compute_mask
+from fx_sparsity.masks import ScoreError, compute_mask, contains_nan
 from fx_sparsity.patterns import Tiling
 from fx_sparsity.sparsifier.calibrated.base import CalibratedSparsifier, Solution
 from fx_sparsity.sparsifier.calibrated.groups import (
@@ -115,7 +115,15 @@ class GramSparsifier(CalibratedSparsifier):
         self.damping = damping
 
     def solve(self, weight: Tensor, stats: Statistics, tiling: Tiling, level: float) -> Solution:
-        """See `CalibratedSparsifier.solve`; raises what `layers` does."""
+        """See `CalibratedSparsifier.solve`.
+
+        Raises:
+            ScoreError: the weight holds a NaN.
+            ValueError: statistics are missing, or hold no Gram matrix.
+            PatternError: blocks span several groups.
+        """
+        if contains_nan(weight):
+            raise ScoreError("the weight contains NaN; its mask cannot be computed")
         return stacked(
             [
                 layer.ranked() if layer.hessian is None else self.solve_layer(layer, layer.hessian)

@@ -48,12 +48,12 @@ class SparseGPTSparsifier(GramSparsifier):
             return Solution(mask, torch.where(mask, weight, 0.0), hessian.notes)
         order, budget = self.plan(layer, hessian)
         if order is not None:
-            weight, hessian = weight[:, order], hessian.permuted(order)
+            weight, hessian = weight.index_select(1, order), hessian.permuted(order)
         root, used = hessian.root()
         mask, kept = sweep(weight, root, tiling, level, budget, self.block_size)
         if order is not None:
             back = order.argsort()
-            mask, kept = mask[:, back], kept[:, back]
+            mask, kept = mask.gather(1, back.expand_as(mask)), kept.index_select(1, back)
         return Solution(mask, kept, used.notes)
 
     def plan(self, layer: Layer, hessian: Hessian) -> tuple[Tensor | None, Tensor]:
@@ -89,15 +89,15 @@ class ReorderedSparseGPTSparsifier(SparseGPTSparsifier):
         gone = ~compute_mask(costs, tiling, layer.level)
         unit = 1 if by_row(tiling, width) else tiling.extents[1]
         whole = width // unit * unit
-        losses = (costs * gone)[:, :whole].sum(0).view(-1, unit).sum(1)
+        losses = costs.mul_(gone)[:, :whole].sum(0).view(-1, unit).sum(1)
         first = losses.argsort(descending=True, stable=True)
         order = (first.unsqueeze(1) * unit + torch.arange(unit, device=weight.device)).flatten()
         order = torch.cat([order, torch.arange(whole, width, device=weight.device)])
         if by_row(tiling, width):
             return order, gone[:, order].long()
-        chosen = to_blocks(gone[:, order], tiling.extents, fill=0).any(1)
         grid = Tiling(tiling.extents, remainder="pad").grid(weight.shape)
-        return order, chosen.view(grid).sum(0)
+        budget = to_blocks(gone, tiling.extents, fill=0).any(1).view(grid).sum(0)
+        return order, torch.cat([budget[first], budget[len(first) :]])
 
 
 def _spans_rows(tiling: Tiling, width: int) -> bool:

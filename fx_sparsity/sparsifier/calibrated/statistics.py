@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 Statistic = Literal["input_norm", "input_mean", "gram", "gradient", "gradient_norm"]
@@ -33,3 +34,26 @@ class Statistics:
     gram: Tensor | None = None
     gradients: Tensor | None = None
     gradient_squares: Tensor | None = None
+
+
+def relative_error(dense: Tensor, kept: Tensor, stats: Statistics) -> float:
+    """`||(W - V) X|| / ||W X||` over all inputs, Frobenius norms; 0 where W X is zero.
+
+    With G = X X^T, a squared norm is tr(W G W^T).
+
+    Args:
+        dense: W, float32 [groups, out, in].
+        kept: V, of that shape.
+        stats: with `gram`, or of a table with `squares`, the diagonal that is all there is of it.
+    """
+
+    def squared(weight: Tensor) -> float:
+        if stats.gram is not None:
+            images = weight @ stats.gram
+        else:
+            assert stats.squares is not None
+            images = weight * stats.squares.unsqueeze(1)
+        return max(0.0, float((images * weight).sum(dtype=torch.float64)))
+
+    whole = squared(dense)
+    return float((squared(dense - kept) / whole) ** 0.5) if whole else 0.0

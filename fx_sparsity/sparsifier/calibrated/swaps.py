@@ -1,4 +1,4 @@
-"""A better mask by exchanging single weights."""
+"""A better mask by exchanging single weights, and refitting the others as it goes."""
 
 import torch
 from torch import Tensor
@@ -16,74 +16,94 @@ _LEAST = 1e-5  # share of its terms that an exchange must gain: less may be roun
 
 
 class Swaps(Refinement):
-    """One kept weight goes, one pruned weight comes back, for as long as the error falls.
+    """One kept weight goes, one pruned weight comes back, wherever that lowers the error.
 
-    As SparseSwaps (2025) does, and DSnoT (arXiv 2310.08915) before it, with exact costs from the
-    Gram matrix; but starting from the values found so far, and giving the weight that comes back
-    the value that is best for it. With G = (W - V) H, exchanging kept k for pruned j in a row
-    changes its error by
+    As SparseSwaps (December 2025) does, and DSnoT (arXiv 2310.08915) before it, with exact costs
+    from the Gram matrix. Other than there, values are not those of the dense weight: exchanges
+    start from what was found so far, what comes back gets its best value, and between exchanges
+    each kept weight moves to where it is best (coordinate descent). With G = (W - V) H,
 
-        2 v_k G_k + v_k^2 H_kk - (G_j + v_k H_jk)^2 / H_jj.
+    - exchanging kept k for pruned j changes a row's error by
+      2 v_k G_k + v_k^2 H_kk - (G_j + v_k H_jk)^2 / H_jj;
+    - moving kept j to where it is best adds G_j / H_jj to it.
 
-    Weights are exchanged where that keeps the pattern: within an N:M group, within a row of the
-    block where single weights go from blocks, within a row where the pattern is unstructured (which
-    keeps each row's number of zeros). Whole blocks, rows and channels are left as they are, as the
-    notes tell.
+    Columns are gone through in stretches, from right to left: SparseGPT has left to the last ones
+    what they could not make up for. The error never rises.
+
+    Weights are exchanged where that keeps the pattern and what each row keeps: within an N:M group,
+    within one row of a block that loses single weights, within one row of a stretch where the
+    pattern is unstructured. Whole blocks, rows and channels are not, as the notes tell.
 
     Args:
-        passes: over all groups of a row; the first finds most of what there is to find.
+        sweeps: over all columns; the first finds most of what there is to find.
+        block_size: columns in a stretch; rounded up to whole groups.
         damping: added to the Gram matrix's diagonal, as a share of its mean.
     """
 
-    def __init__(self, passes: int = 3, damping: float = 0.01) -> None:
+    def __init__(self, sweeps: int = 2, block_size: int = 128, damping: float = 0.01) -> None:
         super().__init__(damping)
-        self.passes = passes
+        if block_size < 1:
+            raise ValueError(f"block_size: expected a positive number, found {block_size!r}")
+        self.sweeps, self.block_size = sweeps, block_size
 
     def refine_layer(self, layer: Layer, hessian: Hessian, found: Solution) -> Solution:
         """See `Refinement.refine_layer`."""
-        cell = _cell(layer.tiling, layer.weight.shape[1])
+        cell = _cell(layer.tiling, layer.weight.shape[1], self.block_size)
         if not cell:
             note = "weights go in whole blocks, so none are exchanged"
             return found._replace(notes=(note,))
-        matrix, mask, values = (
-            hessian.matrix().contiguous(),
-            found.mask.clone(),
-            found.weight.clone(),
-        )
-        gradient = (layer.weight - values) @ matrix
-        if native.covers(matrix, mask, values):
-            torch.ops.fx_sparsity_calibrated.swap(
-                values, mask, gradient, matrix, cell, self.passes, _NARROW, _LEAST
-            )
-        else:
-            _swap(values, mask, gradient, matrix, cell, self.passes)
+        matrix, mask, change = hessian.matrix(), found.mask.clone(), layer.weight - found.weight
+        values = found.weight.clone()
+        stretch = -(-self.block_size // cell) * cell
+        starts = range(0, layer.weight.shape[1], stretch)
+        for _ in range(self.sweeps):
+            for start in reversed(starts):
+                columns = slice(start, start + stretch)
+                gradient = change @ matrix[:, columns]
+                part, keep = values[:, columns].contiguous(), mask[:, columns].contiguous()
+                _exchange(part, keep, gradient, matrix[columns, columns].contiguous(), cell)
+                values[:, columns], mask[:, columns] = part, keep
+                torch.sub(layer.weight[:, columns], part, out=change[:, columns])
         return Solution(mask, values)
 
 
-def _cell(tiling: Tiling, width: int) -> int:
+def _cell(tiling: Tiling, width: int, stretch: int) -> int:
     """How many neighbours in a row may be exchanged; 0: none."""
     if tiling.zeros == "all":
-        return width if tiling.block_size == 1 else 0
-    return min(tiling.extents[1], width)
+        return min(width, stretch) if tiling.block_size == 1 else 0
+    extent = tiling.extents[1]
+    return min(width, stretch) if extent == width > _NARROW else extent
 
 
-def _swap(
-    values: Tensor, mask: Tensor, gradient: Tensor, matrix: Tensor, cell: int, passes: int
-) -> None:
-    """What the C++ operator does: exchange in place, rows side by side, cell after cell."""
+def _exchange(values: Tensor, keep: Tensor, gradient: Tensor, matrix: Tensor, cell: int) -> None:
+    """Exchange, then refit, cell by cell in a stretch of columns, in place.
+
+    Args:
+        values: float32 [out, columns]; zeros where `keep` is False.
+        keep: boolean [out, columns].
+        gradient: G, float32 [out, columns].
+        matrix: the corner of H that belongs to the columns.
+        cell: neighbours that may be exchanged for one another.
+    """
+    if native.covers(values, keep, gradient, matrix):
+        torch.ops.fx_sparsity_calibrated.exchange(
+            values, keep, gradient, matrix, cell, _NARROW, _LEAST
+        )
+        return
+    diagonal = matrix.diagonal()
     width = values.shape[1]
-    for _ in range(passes):
-        before = mask.clone()
-        for start in range(0, width, cell):
-            columns = slice(start, min(start + cell, width))
-            for _ in range(1 if cell <= _NARROW else width):
-                if not _swap_in_cell(values, mask, gradient, matrix, columns):
-                    break
-        if torch.equal(mask, before):
-            break
+    for start in range(0, width, cell):
+        columns = slice(start, min(start + cell, width))
+        for _ in range(1 if columns.stop - start <= _NARROW else width):
+            if not _exchange_one(values, keep, gradient, matrix, columns):
+                break
+        for j in range(columns.start, columns.stop):
+            step = torch.where(keep[:, j], gradient[:, j] / diagonal[j], 0.0)
+            values[:, j] += step
+            gradient.addr_(step, matrix[j], alpha=-1)
 
 
-def _swap_in_cell(
+def _exchange_one(
     values: Tensor, mask: Tensor, gradient: Tensor, matrix: Tensor, columns: slice
 ) -> bool:
     """The best exchange of each row within `columns`; whether there was any."""

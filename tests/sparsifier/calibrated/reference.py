@@ -55,33 +55,54 @@ def least_squares(weight, gram, keep, damping=0.01):
 def best_exchange(row, values, keep, h, cell):
     """The exchange of a kept for a pruned weight of one cell that lowers a row's error most.
 
-    Every pair is tried, the one that comes back at its best value. Returns the new values and mask.
+    Every pair is tried, the one that comes back at its best value; by less than 1e-5 of what its
+    return is worth none is made. Gives the new values and mask, or None.
     """
     error = (row - values) @ h @ (row - values)
-    best = (1e-9 * float(error), None)
+    best = (1e-12 * float(error), None)
     for gone, back in itertools.product(cell, cell):
         if keep[gone] and not keep[back]:
             new, kept = values.clone(), keep.clone()
             new[gone] = 0
             kept[gone], kept[back] = False, True
+            without = float((row - new) @ h @ (row - new))
             new[back] = (h[back] @ (row - new)) / h[back, back]
-            gain = float(error - (row - new) @ h @ (row - new))
-            if gain > best[0]:
-                best = (gain, (new, kept))
+            after = float((row - new) @ h @ (row - new))
+            if error - after > max(best[0], 1e-5 * (without - after)):
+                best = (float(error) - after, (new, kept))
     return best[1]
 
 
-def swaps(weight, values, keep, gram, width, passes):
-    """Pass after pass over the cells of each row, one exchange a cell."""
+def swaps(weight, values, keep, gram, cell, stretch, sweeps):
+    """Row by row: stretches from right to left, in them cells from left to right.
+
+    In narrow cells the best exchange of all; in wide ones, for as long as there are any, that of
+    the pruned weight whose return alone would lower the error most. Then kept weights one by one.
+    """
     h, weight = damped(gram), weight.double()
     values, keep = values.double().clone(), keep.clone()
-    for row in range(len(weight)):
-        for _ in range(passes):
-            for start in range(0, weight.shape[1], width):
-                cell = range(start, min(start + width, weight.shape[1]))
-                new = best_exchange(weight[row], values[row], keep[row], h, cell)
+    width = weight.shape[1]
+    starts = [
+        c for s in range(0, width, stretch)[::-1] for c in range(s, min(s + stretch, width), cell)
+    ]
+    for r, row in enumerate(weight):
+        for _, start in itertools.product(range(sweeps), starts):
+            place = range(start, min(start + cell, width))
+            candidates = list(place)
+            while True:
+                if len(place) > 32:
+                    pruned = [j for j in place if not keep[r, j]]
+                    gain = {j: (h[j] @ (row - values[r])) ** 2 / h[j, j] for j in pruned}
+                    best = max(pruned, key=gain.__getitem__, default=None)
+                    candidates = [j for j in place if keep[r, j] or j == best]
+                new = best_exchange(row, values[r], keep[r], h, candidates)
                 if new:
-                    values[row], keep[row] = new
+                    values[r], keep[r] = new
+                if not new or len(place) <= 32:
+                    break
+            for j in place:
+                if keep[r, j]:
+                    values[r, j] += h[j] @ (row - values[r]) / h[j, j]
     return keep, values
 
 

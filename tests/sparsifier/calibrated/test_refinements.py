@@ -84,46 +84,32 @@ def test_what_is_not_positive_definite_is_told_and_does_no_harm():
 
 
 @pytest.mark.usefixtures("path")
-@pytest.mark.parametrize("pattern", ["2:4", "3:8", "block:1x4:2", "block:4x4:3", "2:4 pad"])
-@pytest.mark.parametrize("first", [SparseGPTSparsifier(), WandaSparsifier()], ids=name)
-def test_swaps_in_groups(pattern, first):
-    weight, stats = layer(8, 33 if "pad" in pattern else 32, groups=2)
+@pytest.mark.parametrize(
+    "pattern",
+    ["2:4", "3:8", "block:1x4:2", "block:4x4:3", "2:4 pad", "unstructured", "unstructured:out"],
+)
+@pytest.mark.parametrize("first", [SparseGPTSparsifier(), RandomSparsifier()], ids=name)
+def test_swaps(pattern, first):
+    weight, stats = layer(4, 89 if "pad" in pattern else 88, groups=2)
     tiling = tiling_of(pattern, weight)
+    stretch, sweeps = 40, 2
+    cell = stretch if "unstructured" in pattern else tiling.extents[2]
     found = first.solve(weight, stats, tiling, 0.5)
-    solved = Swaps(passes=2).refine(weight, stats, tiling, 0.5, found)
+    solved = Swaps(sweeps, stretch).refine(weight, stats, tiling, 0.5, found)
     for group in range(2):
         keep, values = reference.swaps(
             weight[group],
             found.weight[group],
             found.mask[group],
             stats.gram[group],
-            tiling.extents[2],
-            2,
+            cell,
+            stretch,
+            sweeps,
         )
         assert torch.equal(solved.mask[group], keep)
         assert relative(solved.weight[group], values) < 1e-4
-
-
-@pytest.mark.usefixtures("path")
-@pytest.mark.parametrize("pattern", ["unstructured", "unstructured:out"])
-def test_swaps_in_rows_leave_none_for_the_most_promising(pattern):
-    weight, stats = layer(8, 64)
-    tiling = tiling_of(pattern, weight)
-    found = MagnitudeSparsifier().solve(weight, stats, tiling, 0.5)
-    solved = Swaps().refine(weight, stats, tiling, 0.5, found)
-    h = reference.damped(stats.gram[0])
-    gradient = (weight[0].double() - solved.weight[0].double()) @ h
-    for row in range(8):
-        keep = solved.mask[0, row]
-        promise = torch.where(keep, -1, gradient[row] ** 2 / h.diagonal())
-        back = int(promise.argmax())
-        cell = [back, *keep.nonzero().flatten().tolist()]
-        values = solved.weight[0, row].double()
-        change = reference.best_exchange(weight[0, row].double(), values, keep, h, cell)
-        if change is not None:  # what is left to gain is rounding
-            error = loss(weight[0, row], values, h)
-            assert loss(weight[0, row], change[0], h) > error * (1 - 1e-3)
-    assert loss(weight[0], solved.weight[0], h) < 0.8 * loss(weight[0], found.weight[0], h)
+    if name(first) == "RandomSparsifier":
+        assert int((solved.mask != found.mask).sum()) > 20
 
 
 @pytest.mark.usefixtures("path")
@@ -144,11 +130,10 @@ def test_swaps_never_raise_the_error_nor_move_zeros_between_rows(shape, pattern,
     tiling = tiling_of(pattern, weight)
     level = 0.5 if pattern[0] == "2" else level
     found = RandomSparsifier(seed).solve(weight, stats, tiling, level)
-    solved = Swaps().refine(weight, stats, tiling, level, found)
+    solved = Swaps(block_size=16).refine(weight, stats, tiling, level, found)
     assert torch.equal(solved.mask.sum(2), found.mask.sum(2))
     assert not solved.weight[~solved.mask].any()
-    cell = tiling.extents[2]
-    if cell > 1:
+    if 1 < (cell := tiling.extents[2]) < width:
         parts = zip(solved.mask.split(cell, 2), found.mask.split(cell, 2), strict=True)
         assert all(torch.equal(a.sum(2), b.sum(2)) for a, b in parts)
     for group in range(groups):
@@ -189,9 +174,7 @@ def test_the_composed_method_beats_sparsegpt_by_a_fifth():
     for seed in range(3):
         weight, stats = layer(96, 256, seed=seed)
         tiling = tiling_of("2:4", weight)
-        composed = Pipeline(
-            ReorderedSparseGPTSparsifier(), Swaps(passes=1), ExactUpdate(tolerance=1e-2)
-        )
+        composed = Pipeline(ReorderedSparseGPTSparsifier(), Swaps(sweeps=1))
         methods = SparseGPTSparsifier(), composed, Pipeline(ADMMSparsifier(), ExactUpdate())
         solutions = [method.solve(weight, stats, tiling, 0.5) for method in methods]
         base, *others = (loss(weight[0], s.weight[0], stats.gram[0]) for s in solutions)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fx_sparsity.masks import tiling_holds
+from fx_sparsity.masks import ScoreError, tiling_holds
 from fx_sparsity.patterns import PatternError, Tiling
 from fx_sparsity.sparsifier.calibrated import (
     ReorderedSparseGPTSparsifier,
@@ -157,6 +157,8 @@ def test_what_is_no_gram_matrix_is_refused():
             SparseGPTSparsifier().solve(weight, stats, tiling, 0.5)
     with pytest.raises(ValueError, match="expected statistics with `squares`"):
         SparseGPTSparsifier().solve(weight, Statistics(torch.tensor([9])), tiling, 0.5)
+    with pytest.raises(ScoreError, match="NaN"):
+        SparseGPTSparsifier().solve(weight * torch.nan, stats, tiling, 0.5)
     with pytest.raises(PatternError, match="within one group"):
         SparseGPTSparsifier().solve(weight, stats, Tiling((2, 1, 1)), 0.5)
     with pytest.raises(ValueError, match="damping"):

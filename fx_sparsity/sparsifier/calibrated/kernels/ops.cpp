@@ -3,7 +3,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include "swap.h"
+#include "exchange.h"
 #include "sweep.h"
 
 namespace fx::ops {
@@ -29,12 +29,12 @@ void sweep(
       fx::Groups{group, zeros, last});
 }
 
-void swap(
-    Tensor values, Tensor mask, Tensor gradient, Tensor matrix, int64_t cell, int64_t passes,
-    int64_t narrow, double least) {
-  fx::swap(
+void exchange(
+    Tensor values, Tensor mask, Tensor gradient, Tensor matrix, int64_t cell, int64_t narrow,
+    double least) {
+  fx::exchange(
       write<float>(values), write<uint8_t>(mask), write<float>(gradient), read(matrix),
-      values.size(0), values.size(1), cell, passes, narrow, float(least));
+      values.size(0), values.size(1), cell, narrow, float(least));
 }
 
 }  // namespace
@@ -45,11 +45,11 @@ STABLE_TORCH_LIBRARY(fx_sparsity_calibrated, m) {
       "sweep(Tensor(a!) weight, Tensor(b!) mask, Tensor factor, int group, int zeros, int last) "
       "-> ()");
   m.def(
-      "swap(Tensor(a!) values, Tensor(b!) mask, Tensor(c!) gradient, Tensor matrix, int cell, "
-      "int passes, int narrow, float least) -> ()");
+      "exchange(Tensor(a!) values, Tensor(b!) mask, Tensor(c!) gradient, Tensor matrix, int cell, "
+      "int narrow, float least) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fx_sparsity_calibrated, CPU, m) {
-  m.impl("swap", TORCH_BOX(&fx::ops::swap));
+  m.impl("exchange", TORCH_BOX(&fx::ops::exchange));
   m.impl("sweep", TORCH_BOX(&fx::ops::sweep));
 }

@@ -1,4 +1,4 @@
-// Exchanging single kept and pruned weights of a row for as long as its error falls.
+// Exchanging single kept and pruned weights of a row, and refitting kept ones: its error only falls.
 #pragma once
 
 #include <algorithm>
@@ -10,11 +10,12 @@
 namespace fx {
 
 // One row: values v, mask, and gradient g = (w - v) H, which exchanges keep up to date.
-struct SwapRow {
+struct Row {
   float* v;
   uint8_t* keep;
   float* g;
-  const float* h;  // [width, width], symmetric
+  const float* h;        // [width, width], symmetric
+  const float* inverse;  // of its diagonal
   int64_t width;
 
   const float* row_of(int64_t j) const { return h + j * width; }
@@ -27,11 +28,10 @@ struct SwapRow {
   // The best exchange that brings back `j`, if it is better than `best`.
   void try_back(int64_t j, int64_t begin, int64_t end, float least, Exchange& best) const {
     const float* const hj = row_of(j);
-    const float inverse = 1 / hj[j];
     for (int64_t k = begin; k < end; k++) {
       if (!keep[k]) continue;
       const float g_after = g[j] + v[k] * hj[k];
-      const float worth = g_after * g_after * inverse;
+      const float worth = g_after * g_after * inverse[j];
       const float change = 2 * v[k] * g[k] + v[k] * v[k] * row_of(k)[k] - worth;
       if (change < best.change && change < -least * worth) best = {change, k, j};
     }
@@ -43,7 +43,7 @@ struct SwapRow {
     float most = -1;
     for (int64_t j = begin; j < end; j++) {
       if (keep[j]) continue;
-      const float promise = g[j] * g[j] / row_of(j)[j];
+      const float promise = g[j] * g[j] * inverse[j];
       if (promise > most) {
         most = promise;
         best = j;
@@ -52,17 +52,15 @@ struct SwapRow {
     return best;
   }
 
-  void exchange(const Exchange& e) {
-    const float* const hk = row_of(e.gone);
-    const float* const hj = row_of(e.back);
-    const float gone = v[e.gone];
-    const float value = (g[e.back] + gone * hj[e.gone]) / hj[e.back];
-    for (int64_t i = 0; i < width; i++) g[i] += gone * hk[i] - value * hj[i];
-    v[e.gone] = 0;
-    v[e.back] = value;
-    keep[e.gone] = 0;
-    keep[e.back] = 1;
+  // Adds `step` to v[j].
+  void move(int64_t j, float step) {
+    const float* const hj = row_of(j);
+    for (int64_t i = 0; i < width; i++) g[i] -= step * hj[i];
+    v[j] += step;
   }
+
+  // Moves v[j] to where it is best.
+  void refit(int64_t j) { move(j, g[j] * inverse[j]); }
 
   // Makes the best exchange within [begin, end); false: there is none.
   bool improve(int64_t begin, int64_t end, int64_t narrow, float least) {
@@ -75,28 +73,32 @@ struct SwapRow {
       try_back(j, begin, end, least, best);
     }
     if (best.gone < 0) return false;
-    exchange(best);
+    move(best.gone, -v[best.gone]);
+    v[best.gone] = 0;
+    keep[best.gone] = 0;
+    refit(best.back);
+    keep[best.back] = 1;
     return true;
   }
 };
 
-// Exchanges within cells of `cell` columns: in each pass once in a narrow cell, in a wide one until
-// nothing is gained.
-inline void swap(
+// Cell by cell: exchanges, one in a narrow cell and in a wide one until nothing is gained; then every
+// kept weight is refitted.
+inline void exchange(
     float* values, uint8_t* mask, float* gradient, const float* matrix, int64_t rows, int64_t width,
-    int64_t cell, int64_t passes, int64_t narrow, float least) {
-  torch::stable::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
+    int64_t cell, int64_t narrow, float least) {
+  std::vector<float> inverse(width);
+  for (int64_t j = 0; j < width; j++) inverse[j] = 1 / matrix[j * width + j];
+  torch::stable::parallel_for(0, rows, 16, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; r++) {
-      SwapRow row{values + r * width, mask + r * width, gradient + r * width, matrix, width};
-      bool improved = true;
-      for (int64_t pass = 0; pass < passes && improved; pass++) {
-        improved = false;
-        for (int64_t start = 0; start < width; start += cell) {
-          const int64_t stop = std::min(start + cell, width);
-          const int64_t most = cell <= narrow ? 1 : width;
-          for (int64_t i = 0; i < most && row.improve(start, stop, narrow, least); i++) {
-            improved = true;
-          }
+      const int64_t at = r * width;
+      Row row{values + at, mask + at, gradient + at, matrix, inverse.data(), width};
+      for (int64_t start = 0; start < width; start += cell) {
+        const int64_t stop = std::min(start + cell, width);
+        int64_t left = stop - start <= narrow ? 1 : width;
+        while (left-- > 0 && row.improve(start, stop, narrow, least)) continue;
+        for (int64_t j = start; j < stop; j++) {
+          if (row.keep[j]) row.refit(j);
         }
       }
     }

@@ -1,0 +1,88 @@
+"""What commands show: rich tables on a terminal, plain lines in a pipe, JSON on request."""
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from fx_sparsity.tables import format_table
+
+
+def show(
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    as_json: bool,
+    totals: Mapping[str, Any] | None = None,
+    numeric: Sequence[str] = (),
+) -> None:
+    """Print rows that have the same keys.
+
+    Args:
+        rows: column -> value; floats are shares, shown in percent.
+        as_json: one object with `rows` and `totals` instead of a table.
+        totals: a last row.
+        numeric: columns to align to the right.
+    """
+    if as_json:
+        found = {"rows": rows} if totals is None else {"rows": rows, "totals": totals}
+        click.echo(json.dumps(found, indent=2))
+        return
+    every = [*rows, totals] if totals is not None else list(rows)
+    if not every:
+        return
+    header = list(every[0])
+    cells = [[_text(row[key]) for key in header] for row in every]
+    if not sys.stdout.isatty():
+        click.echo(format_table(header, cells))
+        return
+    table = Table(show_footer=False)
+    for key in header:
+        table.add_column(key, justify="right" if key in numeric else "left", overflow="fold")
+    for i, line in enumerate(cells):
+        if totals is not None and i == len(cells) - 1:
+            table.add_section()
+        table.add_row(*line)
+    Console().print(table)
+
+
+def say(text: str, *, as_json: bool) -> None:
+    """Print a sentence; nothing beside JSON."""
+    if not as_json:
+        click.echo(text)
+
+
+@contextlib.contextmanager
+def progress(what: str) -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar on standard error, where that is a terminal.
+
+    Yields:
+        To be called with what is being done, bytes done and bytes in all.
+    """
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+        disable=not sys.stderr.isatty(),
+        transient=True,
+    )
+    with bar:
+        task = bar.add_task(what)
+        yield lambda name, done, total: bar.update(
+            task, description=f"{what} {name}", completed=done, total=total
+        )
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.1%}"
+    return str(value)

@@ -1,0 +1,33 @@
+"""A sparse layer that knows what it was."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from fx_sparsity.kernels.linear import SparseLinear
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The module in whose place a packed layer stands.
+
+    Attributes:
+        kind: of `layers.KINDS`.
+        shell: what that kind needs to build it again, without its tensors.
+        tied: its weight, where another module holds it, too.
+    """
+
+    kind: str
+    shell: Any
+    tied: nn.Parameter | None
+
+
+class LoweredLinear(SparseLinear):
+    """What `lower` puts into models.
+
+    Attributes:
+        origin: None where it was no module, but a node of a graph.
+    """
+
+    origin: Origin | None = None

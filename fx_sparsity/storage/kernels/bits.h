@@ -1,0 +1,178 @@
+// Tensors as one bit an element and the elements whose bit is set, packed. Elements are unsigned
+// integers of 1, 2, 4 or 8 bytes: what they mean does not matter here. Bits are low bit first.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <bit>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <vector>
+
+#include <torch/csrc/stable/ops.h>
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VBMI2__)
+#include <immintrin.h>
+#define FX_AVX512 1
+#endif
+
+namespace fx {
+
+constexpr int64_t kWord = 64;       // elements that share a word of bits
+constexpr int64_t kCache = 1 << 24;  // bytes; what is larger is not read again soon
+constexpr int64_t kWords = 1 << 10;  // words that a thread takes at a time
+
+inline int64_t chunks_of(int64_t elements) {
+  return (elements + kWord * kWords - 1) / (kWord * kWords);
+}
+
+// The bits of elements [64 * word, 64 * word + 64) out of `bytes` bytes; missing ones are unset.
+inline uint64_t word_of(const uint8_t* bits, int64_t bytes, int64_t word) {
+  uint64_t value = 0;
+  std::memcpy(&value, bits + 8 * word, size_t(std::min<int64_t>(8, bytes - 8 * word)));
+  return value;
+}
+
+// Where the values of each chunk of elements start; the last entry is how many there are in all.
+inline std::vector<int64_t> starts_of(const uint8_t* bits, int64_t elements) {
+  const int64_t bytes = (elements + 7) / 8, chunks = chunks_of(elements);
+  std::vector<int64_t> starts(size_t(chunks + 1), 0);
+  torch::stable::parallel_for(0, chunks, 4, [&](int64_t begin, int64_t end) {
+    for (int64_t chunk = begin; chunk < end; chunk++) {
+      const int64_t last = std::min((bytes + 7) / 8, (chunk + 1) * kWords);
+      int64_t count = 0;
+      for (int64_t w = chunk * kWords; w < last; w++) count += std::popcount(word_of(bits, bytes, w));
+      starts[size_t(chunk + 1)] = count;
+    }
+  });
+  for (size_t i = 1; i < starts.size(); i++) starts[i] += starts[i - 1];
+  return starts;
+}
+
+#if FX_AVX512
+
+// What one vector register holds of elements T: its mask, and the instructions on it.
+template <class T>
+struct Lanes {
+  static constexpr int64_t count = 64 / int64_t(sizeof(T));
+
+  static __m512i load(uint64_t mask, const T* from) {
+    if constexpr (sizeof(T) == 1) return _mm512_maskz_loadu_epi8(mask, from);
+    if constexpr (sizeof(T) == 2) return _mm512_maskz_loadu_epi16(__mmask32(mask), from);
+    if constexpr (sizeof(T) == 4) return _mm512_maskz_loadu_epi32(__mmask16(mask), from);
+    if constexpr (sizeof(T) == 8) return _mm512_maskz_loadu_epi64(__mmask8(mask), from);
+  }
+  static void store(T* to, uint64_t mask, __m512i v) {
+    if constexpr (sizeof(T) == 1) _mm512_mask_storeu_epi8(to, mask, v);
+    if constexpr (sizeof(T) == 2) _mm512_mask_storeu_epi16(to, __mmask32(mask), v);
+    if constexpr (sizeof(T) == 4) _mm512_mask_storeu_epi32(to, __mmask16(mask), v);
+    if constexpr (sizeof(T) == 8) _mm512_mask_storeu_epi64(to, __mmask8(mask), v);
+  }
+  static uint64_t nonzero(__m512i v) {
+    if constexpr (sizeof(T) == 1) return _mm512_test_epi8_mask(v, v);
+    if constexpr (sizeof(T) == 2) return _mm512_test_epi16_mask(v, v);
+    if constexpr (sizeof(T) == 4) return _mm512_test_epi32_mask(v, v);
+    if constexpr (sizeof(T) == 8) return _mm512_test_epi64_mask(v, v);
+  }
+  static __m512i expand(uint64_t mask, __m512i v) {
+    if constexpr (sizeof(T) == 1) return _mm512_maskz_expand_epi8(mask, v);
+    if constexpr (sizeof(T) == 2) return _mm512_maskz_expand_epi16(__mmask32(mask), v);
+    if constexpr (sizeof(T) == 4) return _mm512_maskz_expand_epi32(__mmask16(mask), v);
+    if constexpr (sizeof(T) == 8) return _mm512_maskz_expand_epi64(__mmask8(mask), v);
+  }
+  static __m512i compress(uint64_t mask, __m512i v) {
+    if constexpr (sizeof(T) == 1) return _mm512_maskz_compress_epi8(mask, v);
+    if constexpr (sizeof(T) == 2) return _mm512_maskz_compress_epi16(__mmask32(mask), v);
+    if constexpr (sizeof(T) == 4) return _mm512_maskz_compress_epi32(__mmask16(mask), v);
+    if constexpr (sizeof(T) == 8) return _mm512_maskz_compress_epi64(__mmask8(mask), v);
+  }
+};
+
+inline uint64_t lowest(int64_t count) {
+  return count >= 64 ? ~uint64_t(0) : (uint64_t(1) << count) - 1;
+}
+
+// Which of `count` <= 64 elements have a bit set.
+template <class T>
+uint64_t nonzero(const T* x, int64_t count) {
+  using L = Lanes<T>;
+  uint64_t found = 0;
+  for (int64_t i = 0; i < count; i += L::count) {
+    found |= L::nonzero(L::load(lowest(std::min(L::count, count - i)), x + i)) << i;
+  }
+  return found;
+}
+
+// Writes the elements whose bit is set to `values`.
+template <class T>
+void compress(const T* x, uint64_t word, T* values) {
+  using L = Lanes<T>;
+  for (int64_t i = 0; i < kWord && word; i += L::count) {
+    const uint64_t mask = word & lowest(L::count);
+    const int found = std::popcount(mask);
+    L::store(values, lowest(found), L::compress(mask, L::load(mask, x + i)));
+    values += found;
+    word = L::count < 64 ? word >> (L::count % 64) : 0;
+  }
+}
+
+// Undoes `compress` for `count` <= 64 elements; what has no bit becomes zero. `past_cache` saves
+// the reading of memory that is about to be overwritten; `written` ends a run of such calls.
+template <class T>
+void expand(const T* values, uint64_t word, int64_t count, bool past_cache, T* out) {
+  using L = Lanes<T>;
+  past_cache = past_cache && reinterpret_cast<uintptr_t>(out) % 64 == 0;
+  for (int64_t i = 0; i < count; i += L::count) {
+    const uint64_t mask = word & lowest(L::count);
+    const int found = std::popcount(mask);
+    const __m512i v = L::expand(mask, L::load(lowest(found), values));
+    if (count - i >= L::count && past_cache) {
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(out + i), v);
+    } else if (count - i >= L::count) {
+      _mm512_storeu_si512(out + i, v);
+    } else {
+      L::store(out + i, lowest(count - i), v);
+    }
+    values += found;
+    word = L::count < 64 ? word >> (L::count % 64) : 0;
+  }
+}
+
+inline void written() {
+  _mm_sfence();
+}
+
+#else
+
+template <class T>
+uint64_t nonzero(const T* x, int64_t count) {
+  uint64_t found = 0;
+  for (int64_t i = 0; i < count; i++) found |= uint64_t(x[i] != 0) << i;
+  return found;
+}
+
+template <class T>
+void compress(const T* x, uint64_t word, T* values) {
+  for (; word; word &= word - 1) *values++ = x[std::countr_zero(word)];
+}
+
+template <class T>
+void expand(const T* values, uint64_t word, int64_t count, bool, T* out) {
+  std::fill_n(out, count, T(0));
+  for (; word; word &= word - 1) out[std::countr_zero(word)] = *values++;
+}
+
+inline void written() {}
+
+#endif
+
+// Calls `work(chunk)` for every chunk of elements, in parallel.
+template <class Work>
+void for_chunks(int64_t elements, const Work& work) {
+  torch::stable::parallel_for(0, chunks_of(elements), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t chunk = begin; chunk < end; chunk++) work(chunk);
+  });
+}
+
+}  // namespace fx

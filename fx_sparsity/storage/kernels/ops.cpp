@@ -1,0 +1,252 @@
+// The storage operators: contiguous CPU tensors in; tensors of the right size written in place.
+//
+// `x`, `values` and `out` are of one integer dtype. Counts are checked against the sizes given, and
+// again while reading, so that bits that change meanwhile, in a mapped file, overrun nothing.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "bits.h"
+
+namespace fx::ops {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Calls `work(T{})` with the unsigned integer as wide as the elements of `x`.
+template <class Work>
+void with_width(const Tensor& x, const Work& work) {
+  switch (x.scalar_type()) {
+    case ScalarType::Char: return work(uint8_t());
+    case ScalarType::Short: return work(uint16_t());
+    case ScalarType::Int: return work(uint32_t());
+    case ScalarType::Long: return work(uint64_t());
+    default: STD_TORCH_CHECK(false, "expected int8, int16, int32 or int64");
+  }
+}
+
+const uint8_t* bits_of(const Tensor& bits, int64_t elements) {
+  STD_TORCH_CHECK(bits.is_contiguous() && bits.is_cpu(), "expected contiguous bits on the CPU");
+  STD_TORCH_CHECK(
+      bits.scalar_type() == ScalarType::Byte && bits.numel() == (elements + 7) / 8,
+      "expected a byte of bits for every eight elements");
+  return static_cast<const uint8_t*>(bits.const_data_ptr());
+}
+
+void check_plain(const Tensor& x) {
+  STD_TORCH_CHECK(x.is_contiguous() && x.is_cpu(), "expected a contiguous CPU tensor");
+}
+
+// How many bits are set.
+int64_t count_bits(Tensor bits) {
+  return starts_of(bits_of(bits, 8 * bits.numel()), 8 * bits.numel()).back();
+}
+
+// Sets the bit of every element that is not all zero bits; returns how many.
+int64_t find_bits(Tensor x, Tensor bits) {
+  check_plain(x);
+  const int64_t n = x.numel(), bytes = (n + 7) / 8;
+  uint8_t* out = const_cast<uint8_t*>(bits_of(bits, n));
+  std::atomic<int64_t> found{0};
+  with_width(x, [&]<class T>(T) {
+    const T* data = static_cast<const T*>(x.const_data_ptr());
+    for_chunks(n, [&](int64_t chunk) {
+      const int64_t last = std::min(bytes, (chunk + 1) * 8 * kWords);
+      int64_t count = 0;
+      for (int64_t byte = chunk * 8 * kWords; byte < last; byte += 8) {
+        const uint64_t word = nonzero(data + 8 * byte, std::min(kWord, n - 8 * byte));
+        std::memcpy(out + byte, &word, size_t(std::min<int64_t>(8, last - byte)));
+        count += std::popcount(word);
+      }
+      found.fetch_add(count, std::memory_order_relaxed);
+    });
+  });
+  return found;
+}
+
+// Writes the elements whose bit is set, in order.
+void pack(Tensor x, Tensor bits, Tensor values) {
+  check_plain(x);
+  check_plain(values);
+  const int64_t n = x.numel(), bytes = (n + 7) / 8;
+  const uint8_t* from = bits_of(bits, n);
+  const std::vector<int64_t> starts = starts_of(from, n);
+  STD_TORCH_CHECK(
+      x.scalar_type() == values.scalar_type() && starts.back() == values.numel(),
+      "expected a value for every bit that is set");
+  with_width(x, [&]<class T>(T) {
+    const T* data = static_cast<const T*>(x.const_data_ptr());
+    T* out = static_cast<T*>(values.mutable_data_ptr());
+    for_chunks(n, [&](int64_t chunk) {
+      T *to = out + starts[size_t(chunk)], *end = out + starts[size_t(chunk + 1)];
+      const int64_t last = std::min((n + 63) / 64, (chunk + 1) * kWords);
+      for (int64_t w = chunk * kWords; w < last; w++) {
+        const uint64_t word = word_of(from, bytes, w);
+        if (std::popcount(word) > end - to) return;
+        compress(data + kWord * w, word, to);
+        to += std::popcount(word);
+      }
+    });
+  });
+}
+
+// Undoes `pack`; what has no bit becomes zero. Values beyond the bits are ignored.
+void unpack(Tensor bits, Tensor values, Tensor out) {
+  check_plain(values);
+  check_plain(out);
+  const int64_t n = out.numel(), bytes = (n + 7) / 8;
+  const uint8_t* from = bits_of(bits, n);
+  const std::vector<int64_t> starts = starts_of(from, n);
+  STD_TORCH_CHECK(
+      out.scalar_type() == values.scalar_type() && starts.back() <= values.numel(),
+      "expected a value for every bit that is set");
+  with_width(out, [&]<class T>(T) {
+    const T* data = static_cast<const T*>(values.const_data_ptr());
+    T* to = static_cast<T*>(out.mutable_data_ptr());
+    const bool past_cache = n * int64_t(sizeof(T)) > kCache;
+    for_chunks(n, [&](int64_t chunk) {
+      const T *next = data + starts[size_t(chunk)], *end = data + starts[size_t(chunk + 1)];
+      const int64_t last = std::min((n + 63) / 64, (chunk + 1) * kWords);
+      for (int64_t w = chunk * kWords; w < last; w++) {
+        const uint64_t word = word_of(from, bytes, w);
+        if (std::popcount(word) > end - next) break;
+        expand(next, word, std::min(kWord, n - kWord * w), past_cache, to + kWord * w);
+        next += std::popcount(word);
+      }
+      written();
+    });
+  });
+}
+
+// Whether two of every four bits are set, and in what is left of the last byte's, two and no more.
+bool two_of_four(Tensor bits, int64_t elements) {
+  const uint8_t* from = bits_of(bits, elements);
+  const int64_t bytes = (elements + 7) / 8;
+  std::atomic<bool> all{true};
+  for_chunks(elements, [&](int64_t chunk) {
+    const int64_t last = std::min((bytes + 7) / 8, (chunk + 1) * kWords);
+    uint64_t wrong = 0;
+    for (int64_t w = chunk * kWords; w < last; w++) {
+      const uint64_t word = word_of(from, bytes, w);
+      const uint64_t pairs = word - ((word >> 1) & 0x5555555555555555);
+      const uint64_t fours = (pairs & 0x3333333333333333) + ((pairs >> 2) & 0x3333333333333333);
+      const int64_t there = std::min(kWord, elements - kWord * w);
+      const uint64_t mask = there == kWord ? ~uint64_t(0) : (uint64_t(1) << there) - 1;
+      wrong |= fours ^ (0x2222222222222222 & mask);
+    }
+    if (wrong) all.store(false, std::memory_order_relaxed);
+  });
+  return all;
+}
+
+struct Matrix {
+  int64_t rows, width, h, w;
+};
+
+Matrix matrix_of(const Tensor& x, const Tensor& blocks) {
+  check_plain(x);
+  check_plain(blocks);
+  STD_TORCH_CHECK(
+      x.dim() == 2 && blocks.dim() == 3 && x.scalar_type() == blocks.scalar_type() &&
+          blocks.size(1) > 0 && blocks.size(2) > 0 && x.size(0) % blocks.size(1) == 0 &&
+          x.size(1) % blocks.size(2) == 0,
+      "expected a matrix, and blocks that divide it");
+  return {x.size(0), x.size(1), blocks.size(1), blocks.size(2)};
+}
+
+// Where the blocks of each row of blocks start; the last entry is how many there are in all.
+std::vector<int64_t> block_starts(const uint8_t* bits, int64_t down, int64_t across) {
+  std::vector<int64_t> starts(size_t(down + 1), 0);
+  for (int64_t r = 0; r < down; r++) {
+    int64_t count = 0;
+    for (int64_t i = r * across; i < (r + 1) * across; i++) count += (bits[i / 8] >> (i % 8)) & 1;
+    starts[size_t(r + 1)] = starts[size_t(r)] + count;
+  }
+  return starts;
+}
+
+// Calls `work(row of blocks, places)` for every row of blocks, in parallel. `places` has the number
+// of each block among those whose bit is set, or -1.
+template <class Work>
+void for_block_rows(const Tensor& bits, const Matrix& m, int64_t blocks, const Work& work) {
+  const int64_t down = m.rows / m.h, across = m.width / m.w;
+  const uint8_t* from = bits_of(bits, down * across);
+  const std::vector<int64_t> starts = block_starts(from, down, across);
+  STD_TORCH_CHECK(starts.back() == blocks, "expected a block for every bit that is set");
+  const int64_t grain = std::max<int64_t>(1, (1 << 16) / std::max<int64_t>(1, m.h * m.width));
+  torch::stable::parallel_for(0, down, grain, [&](int64_t first, int64_t last) {
+    std::vector<int64_t> places(size_t(across), -1);
+    for (int64_t r = first; r < last; r++) {
+      int64_t next = starts[size_t(r)];
+      for (int64_t c = 0; c < across; c++) {
+        const int64_t i = r * across + c;
+        const bool has = ((from[i / 8] >> (i % 8)) & 1) && next < starts[size_t(r + 1)];
+        places[size_t(c)] = has ? next++ : -1;
+      }
+      work(r, places);
+    }
+  });
+}
+
+// Copies the blocks [n, h, w] out of the matrix `x` whose bit is set.
+void gather_blocks(Tensor x, Tensor bits, Tensor blocks) {
+  const Matrix m = matrix_of(x, blocks);
+  with_width(x, [&]<class T>(T) {
+    const T* data = static_cast<const T*>(x.const_data_ptr());
+    T* out = static_cast<T*>(blocks.mutable_data_ptr());
+    for_block_rows(bits, m, blocks.size(0), [&](int64_t r, const std::vector<int64_t>& places) {
+      for (int64_t i = 0; i < m.h; i++) {
+        const T* row = data + (r * m.h + i) * m.width;
+        for (const int64_t place : places) {
+          if (place >= 0) std::copy_n(row, m.w, out + (place * m.h + i) * m.w);
+          row += m.w;
+        }
+      }
+    });
+  });
+}
+
+// Undoes `gather_blocks`; what belongs to no block becomes zero.
+void scatter_blocks(Tensor bits, Tensor blocks, Tensor out) {
+  const Matrix m = matrix_of(out, blocks);
+  with_width(out, [&]<class T>(T) {
+    const T* data = static_cast<const T*>(blocks.const_data_ptr());
+    T* to = static_cast<T*>(out.mutable_data_ptr());
+    for_block_rows(bits, m, blocks.size(0), [&](int64_t r, const std::vector<int64_t>& places) {
+      for (int64_t i = 0; i < m.h; i++) {
+        T* row = to + (r * m.h + i) * m.width;
+        for (const int64_t place : places) {
+          if (place >= 0) {
+            std::copy_n(data + (place * m.h + i) * m.w, m.w, row);
+          } else {
+            std::fill_n(row, m.w, T(0));
+          }
+          row += m.w;
+        }
+      }
+    });
+  });
+}
+
+}  // namespace
+}  // namespace fx::ops
+
+STABLE_TORCH_LIBRARY(fx_sparsity_storage, m) {
+  m.def("count_bits(Tensor bits) -> int");
+  m.def("find_bits(Tensor x, Tensor(a!) bits) -> int");
+  m.def("pack(Tensor x, Tensor bits, Tensor(a!) values) -> ()");
+  m.def("unpack(Tensor bits, Tensor values, Tensor(a!) out) -> ()");
+  m.def("two_of_four(Tensor bits, int elements) -> bool");
+  m.def("gather_blocks(Tensor x, Tensor bits, Tensor(a!) blocks) -> ()");
+  m.def("scatter_blocks(Tensor bits, Tensor blocks, Tensor(a!) out) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fx_sparsity_storage, CPU, m) {
+  m.impl("count_bits", TORCH_BOX(&fx::ops::count_bits));
+  m.impl("find_bits", TORCH_BOX(&fx::ops::find_bits));
+  m.impl("pack", TORCH_BOX(&fx::ops::pack));
+  m.impl("unpack", TORCH_BOX(&fx::ops::unpack));
+  m.impl("two_of_four", TORCH_BOX(&fx::ops::two_of_four));
+  m.impl("gather_blocks", TORCH_BOX(&fx::ops::gather_blocks));
+  m.impl("scatter_blocks", TORCH_BOX(&fx::ops::scatter_blocks));
+}

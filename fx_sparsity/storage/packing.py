@@ -1,0 +1,93 @@
+"""Elements chosen by bits, packed and unpacked: C++ operators, or plain torch with the same result.
+
+Tensors here are integers as wide as the elements (see `as_integers`): exact, and for every dtype
+there are kernels for those. Bits are packed as `masks.bits` packs them.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fx_sparsity._native import Library
+from fx_sparsity.masks.bits import pack_bits, unpack_bits
+
+LIBRARY = Library("storage", [Path(__file__).parent / "kernels" / "ops.cpp"])
+
+_INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def as_integers(x: Tensor) -> Tensor:
+    """The same bits as integers of the same size; contiguous. Complex dtypes have none."""
+    return x.contiguous().view(_INTEGER[x.element_size()])
+
+
+def count_bits(bits: Tensor) -> int:
+    """How many bits of a uint8 tensor are set."""
+    if LIBRARY.ready():
+        return torch.ops.fx_sparsity_storage.count_bits(bits)
+    return int(unpack_bits(bits, (8 * len(bits),)).count_nonzero())
+
+
+def find_bits(x: Tensor) -> tuple[Tensor, int]:
+    """A bit for every element of `x` that is not all zero bits, and how many there are."""
+    if not LIBRARY.ready():
+        found = x != 0
+        return pack_bits(found), int(found.count_nonzero())
+    bits = torch.empty(-(-x.numel() // 8), dtype=torch.uint8)
+    return bits, torch.ops.fx_sparsity_storage.find_bits(x, bits)
+
+
+def pack(x: Tensor, bits: Tensor, values: Tensor) -> None:
+    """Write the elements of `x` whose bit is set to `values`, one-dimensional, in order."""
+    if LIBRARY.ready():
+        torch.ops.fx_sparsity_storage.pack(x, bits, values)
+    else:
+        values.copy_(x[unpack_bits(bits, x.shape)])
+
+
+def unpack(bits: Tensor, values: Tensor, out: Tensor) -> None:
+    """Undo `pack`, in place; what has no bit becomes zero. Values beyond the bits are ignored."""
+    if LIBRARY.ready():
+        torch.ops.fx_sparsity_storage.unpack(bits, values, out)
+    else:
+        found = unpack_bits(bits, out.shape)
+        out.zero_()[found] = values[: int(found.count_nonzero())]
+
+
+def count_of_fours(bits: Tensor) -> Tensor:
+    """How many of every four bits are set: uint8, four bits to a count."""
+    pairs = bits - ((bits >> 1) & 0x55)
+    return (pairs & 0x33) + ((pairs >> 2) & 0x33)
+
+
+def two_of_four(bits: Tensor, elements: int) -> bool:
+    """Whether two of every four bits are set; `elements`, which four divides, are meant."""
+    if LIBRARY.ready():
+        return torch.ops.fx_sparsity_storage.two_of_four(bits, elements)
+    counts, whole = count_of_fours(bits), elements // 8
+    return bool((counts[:whole] == 0x22).all() and (counts[whole:] == 2).all())
+
+
+def gather_blocks(x: Tensor, bits: Tensor, blocks: Tensor) -> None:
+    """Copy the blocks of a matrix whose bit is set to `blocks`, [n, height, width]."""
+    if LIBRARY.ready():
+        torch.ops.fx_sparsity_storage.gather_blocks(x, bits, blocks)
+    else:
+        grid = _grid(x, blocks)
+        blocks.copy_(grid[unpack_bits(bits, grid.shape[:2])])
+
+
+def scatter_blocks(bits: Tensor, blocks: Tensor, out: Tensor) -> None:
+    """Undo `gather_blocks`, in place; what belongs to no block becomes zero."""
+    if LIBRARY.ready():
+        torch.ops.fx_sparsity_storage.scatter_blocks(bits, blocks, out)
+    else:
+        grid = _grid(out.zero_(), blocks)
+        grid[unpack_bits(bits, grid.shape[:2])] = blocks
+
+
+def _grid(matrix: Tensor, blocks: Tensor) -> Tensor:
+    """A matrix as [blocks down, blocks across, height, width], over the same memory."""
+    height, width = blocks.shape[1:]
+    return matrix.unflatten(1, (-1, width)).unflatten(0, (-1, height)).transpose(1, 2)

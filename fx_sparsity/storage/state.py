@@ -1,0 +1,275 @@
+"""A `state_dict` as plain tensors and a description in JSON, and back: what quantized models hold.
+
+Quantized tensors become codes, scales and zero points; packed parameters the tuples that
+`torch.ao` states them as; torchao's tensors their inner tensors. Parts go by the entry's name and
+a path, `fc.weight/codes`. Nothing is ever built but what is listed here.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fx_sparsity.storage.container import FileFormatError
+
+Description = dict[str, Any]
+"""What an entry is, for JSON; parts of the state that are plain tensors have none."""
+
+_CODES = {"qint8": torch.int8, "quint8": torch.uint8, "qint32": torch.int32}
+_DTYPES = {
+    str(dtype)[6:]: dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)
+}
+_DEEPEST = 4
+
+
+def flatten(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Description]]:
+    """Plain strided tensors by name, and descriptions of the entries that are none.
+
+    Raises:
+        TypeError: an entry that cannot be stored; it is named.
+    """
+    tensors: dict[str, Tensor] = {}
+    described: dict[str, Description] = {}
+    for name, value in state.items():
+        if _is_plain(value):
+            tensors[name] = value
+        else:
+            described[name] = _describe(name, value, tensors)
+    return tensors, described
+
+
+def is_subclass(value: object) -> bool:
+    """Whether `value` is one of torchao's tensors, which are stored as their inner tensors."""
+    return isinstance(value, Tensor) and type(value).__module__.partition(".")[0] == "torchao"
+
+
+def rebuild(name: str, what: Description, tensors: Mapping[str, Tensor]) -> Any:
+    """The entry that a description and its tensors stand for.
+
+    Raises:
+        FileFormatError: they do not fit each other.
+    """
+    return _Reader(tensors).build(name, what)
+
+
+def check(name: str, what: Any, tensors: Mapping[str, Tensor]) -> set[str]:
+    """Make sure that a description can be rebuilt; tensors may be on the meta device.
+
+    Returns:
+        Names of the tensors that it takes.
+
+    Raises:
+        FileFormatError: it cannot; the tensor is named.
+    """
+    reader = _Reader(tensors)
+    reader.check(name, what)
+    return reader.taken
+
+
+def fill(name: str, what: Description, tensors: Mapping[str, Tensor], target: Tensor) -> None:
+    """Write the inner tensors of a torchao tensor into those of `target`, in place."""
+    for part in what["parts"]:
+        inner, path = getattr(target, part["name"]), f"{name}/{part['name']}"
+        if part["what"] is None:
+            inner.copy_(tensors[path])
+        else:
+            fill(path, part["what"], tensors, inner)
+
+
+def misfit(name: str, what: Description, tensors: Mapping[str, Tensor], target: Any) -> str | None:
+    """Why a torchao tensor cannot be filled into `target`, or None; tensors may be on meta."""
+    if not is_subclass(target):
+        return f"{name}: expected {what['class']} in the model, found {type(target).__name__}"
+    found = _describe(name, target, {})
+    if (found["class"], found["context"]) != (what["class"], what["context"]):
+        return (
+            f"{name}: expected {what['class']} {what['context']} in the model, "
+            f"found {found['class']} {found['context']}"
+        )
+    for part in what["parts"]:
+        inner, path = getattr(target, part["name"], None), f"{name}/{part['name']}"
+        if part["what"] is not None:
+            why = misfit(path, part["what"], tensors, inner)
+        elif not isinstance(inner, Tensor):
+            why = f"{path}: not in the model"
+        else:
+            ours, theirs = tensors[path], inner
+            same = (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
+            why = (
+                None if same else f"{path}: {tuple(ours.shape)}, the model's {tuple(theirs.shape)}"
+            )
+        if why is not None:
+            return why
+    return None
+
+
+def _is_plain(value: object) -> bool:
+    kind = type(value) in (Tensor, nn.Parameter, nn.Buffer)
+    return (
+        kind
+        and isinstance(value, Tensor)
+        and not value.is_quantized
+        and (value.layout == torch.strided)
+    )
+
+
+def _describe(name: str, value: Any, tensors: dict[str, Tensor]) -> Description:
+    if isinstance(value, torch.dtype):
+        return {"kind": "dtype", "name": str(value)[6:]}
+    if value is None:
+        return {"kind": "none"}
+    if isinstance(value, tuple):
+        items: list[Description] = []
+        for i, item in enumerate(value):
+            path = f"{name}/{i}"
+            if _is_plain(item):
+                tensors[path] = item
+                items.append({"kind": "tensor"})
+            else:
+                items.append(_describe(path, item, tensors))
+        return {"kind": "tuple", "items": items}
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, found {type(value).__name__}")
+    if value.is_quantized:
+        return _describe_quantized(name, value, tensors)
+    if is_subclass(value):
+        return _describe_subclass(name, value, tensors)
+    found = value.layout if value.layout != torch.strided else type(value).__name__
+    raise TypeError(f"{name}: expected a strided tensor of plain numbers, found {found}")
+
+
+def _describe_quantized(name: str, value: Tensor, tensors: dict[str, Tensor]) -> Description:
+    kind = str(value.dtype)[6:]
+    if kind not in _CODES:
+        raise TypeError(
+            f"{name}: expected a tensor of {', '.join(_CODES)}, found a quantized one of {kind}"
+        )
+    tensors[f"{name}/codes"] = value.int_repr()
+    if value.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
+        scale = torch.tensor(value.q_scale(), dtype=torch.float64)
+        zero_point = torch.tensor(value.q_zero_point(), dtype=torch.int64)
+        axis = None
+    else:
+        scale, zero_point = value.q_per_channel_scales(), value.q_per_channel_zero_points()
+        axis = value.q_per_channel_axis()
+    tensors[f"{name}/scale"], tensors[f"{name}/zero_point"] = scale, zero_point
+    return {"kind": "quantized", "dtype": kind, "axis": axis}
+
+
+def _describe_subclass(name: str, value: Any, tensors: dict[str, Tensor]) -> Description:
+    attributes, context = value.__tensor_flatten__()
+    parts: list[Description] = []
+    for attribute in attributes:
+        inner, path = getattr(value, attribute), f"{name}/{attribute}"
+        what = None
+        if _is_plain(inner):
+            tensors[path] = inner
+        else:
+            what = _describe(path, inner, tensors)
+        parts.append({"name": attribute, "what": what})
+    kind = f"{type(value).__module__}.{type(value).__qualname__}"
+    return {"kind": "subclass", "class": kind, "context": repr(context), "parts": parts}
+
+
+class _Reader:
+    """Checks and builds what descriptions stand for."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+        self.taken: set[str] = set()
+
+    def check(self, name: str, what: Any, depth: int = 0) -> None:
+        keys = _KEYS.get(str(what.get("kind"))) if isinstance(what, dict) else None
+        if keys is None or set(what) != {"kind", *keys} or depth > _DEEPEST:
+            raise FileFormatError(
+                f"{name}: expected a description of {', '.join(_KEYS)}, found {str(what)[:80]}"
+            )
+        for key, kind in keys.items():
+            if not isinstance(what[key], kind):
+                raise FileFormatError(f"{name}: {key} cannot be {str(what[key])[:80]}")
+        if what["kind"] == "tensor":
+            self._take(name)
+        elif what["kind"] == "dtype" and what["name"] not in _DTYPES:
+            raise FileFormatError(f"{name}: unknown dtype {what['name']!r}")
+        elif what["kind"] == "tuple":
+            for i, item in enumerate(what["items"]):
+                self.check(f"{name}/{i}", item, depth + 1)
+        elif what["kind"] == "quantized":
+            self._check_quantized(name, what)
+        elif what["kind"] == "subclass":
+            for part in what["parts"]:
+                if not isinstance(part, dict) or set(part) != {"name", "what"}:
+                    raise FileFormatError(f"{name}: expected parts with name and what")
+                path = f"{name}/{part['name']}"
+                if part["what"] is None:
+                    self._take(path)
+                else:
+                    self.check(path, part["what"], depth + 1)
+
+    def build(self, name: str, what: Description) -> Any:
+        if what["kind"] == "none":
+            return None
+        if what["kind"] == "dtype":
+            return _DTYPES[what["name"]]
+        if what["kind"] == "tensor":
+            return self._tensors[name]
+        if what["kind"] == "tuple":
+            return tuple(self.build(f"{name}/{i}", item) for i, item in enumerate(what["items"]))
+        if what["kind"] == "quantized":
+            codes, scale, zero_point = (
+                self._tensors[f"{name}/{part}"] for part in ("codes", "scale", "zero_point")
+            )
+            return _make_quantized(codes, scale, zero_point, what["axis"])
+        raise TypeError(
+            f"{name} is a {what['class']}: pass a model that is quantized alike, to load into"
+        )
+
+    def _take(self, name: str) -> Tensor:
+        if name not in self._tensors or name in self.taken:
+            raise FileFormatError(f"{name}: not in the file")
+        self.taken.add(name)
+        return self._tensors[name]
+
+    def _check_quantized(self, name: str, what: Description) -> None:
+        codes, scale, zero_point = (
+            self._take(f"{name}/{part}") for part in ("codes", "scale", "zero_point")
+        )
+        axis = what["axis"]
+        if what["dtype"] not in _CODES or codes.dtype != _CODES[what["dtype"]]:
+            raise FileFormatError(
+                f"{name}: expected codes of {what['dtype']}, found {str(codes.dtype)[6:]}"
+            )
+        if axis is not None and not 0 <= axis < codes.ndim:
+            raise FileFormatError(f"{name}: expected an axis below {codes.ndim}, found {axis}")
+        shape = () if axis is None else (codes.shape[axis],)
+        whole = (torch.float64, torch.int64)
+        fractions = (torch.float32, torch.float32)
+        dtypes = (scale.dtype, zero_point.dtype)
+        if dtypes != whole and (axis is None or dtypes != fractions):
+            raise FileFormatError(f"{name}: scales and zero points cannot be of {dtypes}")
+        for part in (scale, zero_point):
+            if tuple(part.shape) != shape:
+                raise FileFormatError(
+                    f"{name}: expected scales and zero points of shape {shape}, "
+                    f"found {tuple(part.shape)}"
+                )
+
+
+_KEYS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "tensor": {},
+    "dtype": {"name": str},
+    "tuple": {"items": list},
+    "quantized": {"dtype": str, "axis": int | None},
+    "subclass": {"class": str, "context": str, "parts": list},
+}
+"""Kind of a description -> its further keys and their types."""
+
+
+def _make_quantized(codes: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None) -> Tensor:
+    """A quantized tensor of these codes; public functions only quantize floats, which may round."""
+    if axis is None:
+        scheme = float(scale), int(zero_point)
+        return torch._make_per_tensor_quantized_tensor(codes, *scheme)
+    return torch._make_per_channel_quantized_tensor(codes, scale, zero_point, axis)

@@ -1,0 +1,196 @@
+"""The command line: what it prints and writes, exit codes, and errors in one line."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from click.testing import CliRunner
+from expecttest import assert_expected_inline
+from safetensors.torch import load_file, save_file
+
+import fx_sparsity as fxs
+from fx_sparsity.cli.commands import commands
+
+
+def run(*arguments, code=0):
+    result = CliRunner().invoke(commands, [str(a) for a in arguments], prog_name="fx-sparsity")
+    assert result.exit_code == code, result.output
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+    return result.output
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A checkpoint of three tensors, and the place for what is made of it."""
+    generator = torch.Generator().manual_seed(0)
+    src = tmp_path / "model"
+    src.mkdir()
+    tensors = {
+        "embed.weight": torch.randn(64, 32, generator=generator),
+        "mlp.weight": torch.randn(64, 64, generator=generator).bfloat16(),
+        "norm.weight": torch.ones(64),
+    }
+    save_file(tensors, src / "model.safetensors")
+    (src / "config.json").write_text("{}")
+    return tmp_path
+
+
+def test_inspect(folder):
+    run(
+        "sparsify",
+        folder / "model",
+        folder / "sparse",
+        "--kind",
+        "linear=2:4",
+        "--kind",
+        "embedding=rows 25%",
+    )
+    assert_expected_inline(
+        run("inspect", folder / "sparse"),
+        """\
+tensor        dtype     shape  sparsity  pattern   bytes  dense  two_four  rows   block  bitmask
+------------  --------  -----  --------  --------  -----  -----  --------  -----  -----  -------
+embed.weight  float32   64x32  25.0%     rows 25%  8192   8192   -         6152   6152   6400
+norm.weight   float32   64     0.0%      -         256    256    -         -      257    264
+mlp.weight    bfloat16  64x64  50.0%     2:4       8192   8192   4608      8200   8193   4608
+3 tensors     -         -      41.2%     -         16640  16640  13056     14608  14602  11272
+11016 bytes with the smallest format for each tensor; what a format cannot hold counts as dense
+""",
+    )
+
+
+def test_inspect_as_json(folder):
+    found = json.loads(run("inspect", folder / "model", "--json"))
+    assert [row["tensor"] for row in found["rows"]] == ["embed.weight", "norm.weight", "mlp.weight"]
+    assert found["totals"]["bytes"] == 64 * 32 * 4 + 64 * 64 * 2 + 64 * 4
+    assert found["totals"]["zeros"] == 0
+
+
+def test_a_recipe_says_what_the_flags_say(folder):
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(
+        """
+pattern: "unstructured 50%"
+name: {mlp: "2:4"}
+regex: {"norm.*": dense}
+kind: {embedding: rows 25%}
+norm: L2
+"""
+    )
+    flags = [
+        *("--pattern", "unstructured 50%", "--name", "mlp=2:4", "--regex", "norm.*=dense"),
+        *("--kind", "embedding=rows 25%", "--norm", "L2"),
+    ]
+    said = run("sparsify", folder / "model", folder / "a", *flags)
+    assert run("sparsify", folder / "model", folder / "b", "--recipe", recipe) == said
+    run("diff", folder / "a", folder / "b")
+    changed = run(
+        "sparsify", folder / "model", folder / "c", "--recipe", recipe, "--name", "mlp=dense"
+    )
+    assert "excluded by name 'mlp'" in changed
+
+
+def test_verify(folder):
+    run("sparsify", folder / "model", folder / "sparse", "--pattern", "2:4")
+    assert "2 patterns stated, 0 faults" in run("verify", folder / "sparse")
+    run("convert", folder / "sparse", folder / "small", "--to", "compressed")
+    assert "2 patterns stated, 0 faults" in run("verify", folder / "small")
+    broken = run("verify", folder / "model", "--name", "mlp=2:4", "--json", code=1)
+    (row,) = json.loads(broken)["rows"]
+    assert (row["tensor"], row["verdict"]) == ("mlp.weight", "broken")
+    path = folder / "small" / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-20] ^= 1
+    path.write_bytes(content)
+    assert "expected checksum" in run("verify", folder / "small", code=1)
+
+
+def test_diff(folder):
+    run("sparsify", folder / "model", folder / "sparse", "--name", "mlp=2:4")
+    assert_expected_inline(
+        run("diff", folder / "model", folder / "sparse", code=1),
+        """\
+tensor      differs in  zeros added  zeros lost  changed  largest
+----------  ----------  -----------  ----------  -------  -------
+mlp.weight  values      2048         0           0        -
+1 of 3 tensors differ
+""",
+    )
+    run("convert", folder / "sparse", folder / "small", "--to", "compressed")
+    assert run("diff", folder / "sparse", folder / "small") == "0 of 3 tensors differ\n"
+    save_file({"mlp.weight": torch.ones(2)}, folder / "other.safetensors")
+    output = run("diff", folder / "model", folder / "other.safetensors", code=1)
+    assert "only in" in output
+    assert "bfloat16 64x64 -> float32 2" in output
+
+
+def test_convert_to_compressed_tensors_and_back(folder):
+    run("sparsify", folder / "model", folder / "sparse", "--pattern", "2:4")
+    for layout in ("compressed", "sparse-24-bitmask", "sparse-bitmask"):
+        found = json.loads(
+            run("convert", folder / "sparse", folder / layout, "--to", layout, "--json")
+        )
+        (row,) = found["rows"]
+        assert row["bytes after"] < row["bytes before"]
+        run("convert", folder / layout, folder / f"{layout}-back")
+        run("diff", folder / "sparse", folder / f"{layout}-back")
+        assert "mlp.weight" in load_file(folder / f"{layout}-back" / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["inspect", "{}/config"], "does not exist"),
+        (["sparsify", "{}/model", "{}/out"], "nothing to do: give --pattern"),
+        (["sparsify", "{}/model", "{}/out", "--pattern", "5:4"], "N:M needs"),
+        (["sparsify", "{}/model", "{}/out", "--pattern", "rows"], "needs a level"),
+        (["sparsify", "{}/model", "{}/out", "--name", "mpl=2:4"], "the nearest are 'mlp'"),
+        (["sparsify", "{}/model", "{}/out", "--name", "2:4"], "expected NAME=PATTERN"),
+        (["sparsify", "{}/model", "{}/out", "--regex", "(=2:4"], "regex '('"),
+        (["sparsify", "{}/model", "{}/model", "--pattern", "2:4"], "the same"),
+        (["sparsify", "{}/model", "{}/out", "--pattern", "3:5"], "embed.weight: pattern 3:5 needs"),
+        (["sparsify", "{}/model", "{}/out", "--recipe", "{}/bad.yaml"], "expected pattern"),
+        (["inspect", "{}/model", "--roles", "mlp=up,down"], "expected some of out, in"),
+        (["inspect", "{}/bad.yaml"], "not a safetensors file"),
+        (["verify", "{}/bad.yaml"], "not a safetensors file"),
+    ],
+)
+def test_errors_are_one_line(folder, arguments, message):
+    (folder / "bad.yaml").write_text("patern: 2:4\n")
+    arguments = [a.format(folder) for a in arguments]
+    output = run(*arguments, code=2 if message == "does not exist" else 3)
+    assert message in output
+    assert "Traceback" not in output
+    assert not (folder / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "command", [[], ["inspect"], ["sparsify"], ["convert"], ["verify"], ["diff"]]
+)
+def test_help_has_examples(command):
+    output = run(*command, "--help")
+    assert "Examples:" in output
+    assert "fx-sparsity " + (command[0] if command else "inspect") in output
+
+
+def test_as_a_process(folder):
+    def process(*arguments):
+        return subprocess.run(
+            [sys.executable, "-m", "fx_sparsity.cli", *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    fxs.save({"w": torch.eye(8)}, folder / "w.safetensors")
+    done = process("inspect", folder / "w.safetensors")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "87.5%" in done.stdout
+    without = "import sys; sys.modules['click'] = None; from fx_sparsity.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", without], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 3
+    assert done.stderr == 'fx-sparsity needs click: pip install "fx_sparsity[cli]"\n'

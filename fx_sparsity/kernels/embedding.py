@@ -254,7 +254,9 @@ class _RowPruned(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
         """Check the table, then let it in: it may keep other rows."""
-        parts = {name: state_dict.get(prefix + name) for name in ("rows", "affine", "remap")}
+        parts: dict[str, Any] = {
+            name: state_dict.get(prefix + name) for name in ("rows", "affine", "remap")
+        }
         if parts["rows"] is not None and parts["remap"] is not None:
             try:
                 found = RowTable(**parts, columns=self.embedding_dim)
@@ -511,7 +513,8 @@ def _table_of(source: Tensor | nn.Module, bits: int | None) -> tuple[RowTable, t
     if not weight.is_quantized:
         weight = weight.detach()
         if getattr(source, "max_norm", None) is not None:
-            weight = weight.clone().renorm_(source.norm_type, 0, source.max_norm)
+            norm_type, max_norm = float(source.norm_type), float(source.max_norm)  # type: ignore[arg-type]
+            weight = weight.clone().renorm_(norm_type, 0, max_norm)
         return RowTable.from_weight(weight, bits), weight.dtype
     if bits is not None:
         raise ValueError(f"expected a float weight to quantize, found one of {weight.dtype}")

@@ -10,7 +10,8 @@ def test_report(tmp_path):
     out, err = process.communicate(timeout=120)
     assert (process.returncode, err) == (0, "")
     rows = dict(line.split(None, 1) for line in out.splitlines())
-    assert rows["masks"] == rows["calibrated"] == "plain torch, because FX_SPARSITY_KERNELS=0"
+    for name in ("masks", "calibrated", "kernels", "storage"):
+        assert rows[name] == "plain torch, because FX_SPARSITY_KERNELS=0"
     assert f"{tmp_path}/home/.cache/fx_sparsity or " in rows["cache"]
     assert {"python", "torch", "system", "cpu", "compiler"} <= rows.keys()
 
@@ -31,7 +32,7 @@ def test_build_then_run_without_a_compiler(tmp_path):
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     paths = dict(line.split(": ") for line in out.splitlines())
-    for name in ("masks", "calibrated", "kernels"):
+    for name in ("masks", "calibrated", "kernels", "storage"):
         assert paths[name].startswith(f"{tmp_path}/home/.cache/fx_sparsity/{name}-")
 
     env["CXX"] = "/no/compiler"

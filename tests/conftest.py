@@ -14,6 +14,11 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "exhaustive: takes long; run with -m exhaustive")
 
 
+def pytest_collection_modifyitems(items):
+    # The longest first, so that no process is left alone with them at the end.
+    items.sort(key=lambda item: "test_examples.py" not in item.nodeid)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
     report = yield

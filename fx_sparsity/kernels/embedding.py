@@ -125,7 +125,7 @@ def _fake_bag(
     padding_idx: int,
     include_last_offset: bool,
 ) -> Tensor:
-    bags = indices.shape[0] if offsets is None else offsets.shape[0] - include_last_offset
+    bags = indices.shape[0] if offsets is None else offsets.shape[0] - int(include_last_offset)
     return rows.new_empty((bags, columns), dtype=dtype)
 
 

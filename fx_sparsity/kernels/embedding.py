@@ -12,7 +12,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from fx_sparsity.kernels.native import LIBRARY
+from fx_sparsity.kernels.native import cpu_kernel
 from fx_sparsity.kernels.panels import PackingError
 from fx_sparsity.kernels.row_table import RowTable
 
@@ -34,15 +34,6 @@ torch.library.define(
 )
 
 
-def _cpu_kernel(name: str, indices: Tensor) -> Callable[..., Tensor] | None:
-    """The operator `name` once the C++ library gave it a kernel for `indices`."""
-    # Private, since torch.library tells of no kernels; without it plain torch would call itself.
-    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    if indices.device.type == "cpu" and LIBRARY.ready() and has_kernel(name, "CPU"):
-        return getattr(torch.ops.fx_sparsity, name.partition("::")[2]).default
-    return None
-
-
 def _look_up(
     indices: Tensor,
     rows: Tensor,
@@ -51,7 +42,7 @@ def _look_up(
     columns: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    if kernel := _cpu_kernel(_LOOKUP, indices):
+    if kernel := cpu_kernel(_LOOKUP, indices):
         return kernel(indices, rows, affine, remap, columns, dtype)
     check_indices(indices, remap.numel())
     return RowTable(rows, affine, remap, columns).look_up(indices, dtype)
@@ -85,7 +76,7 @@ def _bag(
     padding_idx: int,
     include_last_offset: bool,
 ) -> Tensor:
-    if kernel := _cpu_kernel(_BAG, indices):
+    if kernel := cpu_kernel(_BAG, indices):
         table = (rows, affine, remap, columns, dtype)
         how = (mode, padding_idx, include_last_offset)
         return kernel(indices, offsets, per_sample_weights, *table, *how)

@@ -1,9 +1,23 @@
 """The C++ operators of this room, compiled on first use."""
 
+from collections.abc import Callable
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from fx_sparsity._native import Library
 
 _FOLDER = Path(__file__).parent / "cpp"
 
 LIBRARY = Library("kernels", sorted(_FOLDER.glob("*.cpp")))
+
+
+def cpu_kernel(name: str, x: Tensor) -> Callable[..., Tensor] | None:
+    """The operator `name`, with its namespace, once the library gave it a kernel for `x`."""
+    # Private, since torch.library tells of no kernels; without it plain torch would call itself.
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    if x.device.type == "cpu" and LIBRARY.ready() and has_kernel(name, "CPU"):
+        namespace, _, operator = name.partition("::")
+        return getattr(getattr(torch.ops, namespace), operator).default
+    return None

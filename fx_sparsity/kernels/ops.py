@@ -17,7 +17,7 @@ from fx_sparsity.kernels.activations import (
     activation_gradient,
     quantize,
 )
-from fx_sparsity.kernels.native import LIBRARY
+from fx_sparsity.kernels.native import cpu_kernel
 from fx_sparsity.kernels.packing import PACKINGS, Packing
 
 NAMESPACE = "fx_sparsity"
@@ -58,8 +58,8 @@ def _define(packing: Packing) -> None:
 
     @torch.library.impl(name, "CompositeExplicitAutograd")
     def run(x: Tensor, *rest: Any) -> Tensor:
-        if x.device.type == "cpu" and LIBRARY.ready() and _has_cpu_kernel(name):
-            return linear_operator(packing)(x, *rest)
+        if kernel := cpu_kernel(name, x):
+            return kernel(x, *rest)
         return plain_linear(packing, x, *rest)
 
     @torch.library.register_fake(name)
@@ -134,11 +134,6 @@ def expect_input(x: Tensor, in_features: int) -> None:
         raise TypeError(f"activations are {x.dtype}, expected float32 or bfloat16")
     if not x.dim() or x.shape[-1] != in_features:
         raise ValueError(f"activations are {list(x.shape)}, expected [..., {in_features}]")
-
-
-def _has_cpu_kernel(name: str) -> bool:
-    # Private, since torch.library tells of no kernels; without it this function would call itself.
-    return torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU")
 
 
 for _packing in {packing.operator: packing for packing in PACKINGS.values()}.values():

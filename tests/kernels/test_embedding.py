@@ -63,7 +63,7 @@ def plain(module, *arguments):
     name = f"row_pruned_embedding{'_bag' if kind == '_bag' else ''}"
     patch = pytest.MonkeyPatch()
     with patch.context() as context:
-        context.setattr(operators, "_cpu_kernel", lambda *_: None)
+        context.setattr(operators, "cpu_kernel", lambda *_: None)
         context.setattr(torch.ops.fx_sparsity, name, getattr(operators, kind))
         return module(*arguments)
 

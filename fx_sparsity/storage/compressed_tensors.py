@@ -1,4 +1,4 @@
-"""Two layouts of the compressed-tensors library (up to 0.14), part for part.
+"""Two layouts of the compressed-tensors library (as of 0.12), part for part.
 
 A matrix `M.weight` becomes `M.shape` (int64), `M.bitmask` (uint8, [rows, ceil(columns / 8)], low
 bit first, every row starting a byte) and `M.compressed`, the values. The library leaves values out

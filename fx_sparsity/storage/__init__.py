@@ -1,15 +1,6 @@
 """Files that shrink: tensors stored by the format that takes the fewest bytes."""
 
-from fx_sparsity.storage.checkpoint import (
-    LAYOUTS,
-    Checkpoint,
-    CheckpointError,
-    StoredWeight,
-    convert,
-    find_stored_weights,
-    sparsify_checkpoint,
-    stated_patterns,
-)
+from fx_sparsity.storage.checkpoint import Checkpoint, CheckpointError, find_stored_weights
 from fx_sparsity.storage.container import FileFormatError, SafetensorsFile, SafetensorsWriter
 from fx_sparsity.storage.files import CompressedFile, export, load, save, verify
 from fx_sparsity.storage.formats import (
@@ -25,6 +16,13 @@ from fx_sparsity.storage.mapped import MappedFile, create_file
 from fx_sparsity.storage.meta import parameters_on_meta
 from fx_sparsity.storage.sharded import CheckpointFiles, MappedCheckpoint
 from fx_sparsity.storage.sparse import load_sparse
+from fx_sparsity.storage.sparsify import (
+    LAYOUTS,
+    StoredWeight,
+    convert,
+    sparsify_checkpoint,
+    stated_patterns,
+)
 
 __all__ = [
     "FORMATS",

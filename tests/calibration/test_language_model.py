@@ -28,8 +28,8 @@ def learned():
     """(a small model after 400 steps of training, calibration batches, unseen text)."""
     text, held_out = load_text()
     torch.manual_seed(0)
-    model = LanguageModel(dim=96, layers=3, heads=4)
-    for _ in zip(range(400), train(model, text, minutes=1), strict=False):
+    model = LanguageModel()
+    for _ in train(model, text, steps=400):
         pass
     model.eval().requires_grad_(False)
     tokens = sample(text, 128, torch.Generator().manual_seed(2))[:, :-1]

@@ -11,6 +11,7 @@ from fx_sparsity.masks.bits import pack_bits, unpack_bits
 from fx_sparsity.storage.container import FileFormatError
 from fx_sparsity.storage.packing import (
     as_integers,
+    copy,
     count_bits,
     count_of_fours,
     find_bits,
@@ -137,7 +138,7 @@ class Dense:
 
     def decode(self, parts: Mapping[str, Tensor], out: Tensor) -> None:
         """See `Format.decode`."""
-        out.copy_(parts[""])
+        copy(parts[""], out)
 
 
 class Bitmask:

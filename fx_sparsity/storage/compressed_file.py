@@ -1,8 +1,6 @@
 """A compressed file, or any safetensors file, tensor by tensor."""
 
-import contextlib
 import json
-import mmap
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,11 +21,11 @@ from fx_sparsity.storage.container import (
     elements_of,
 )
 from fx_sparsity.storage.formats import FORMATS, Format
+from fx_sparsity.storage.memory import empty
 from fx_sparsity.storage.writing import HEADER_CHECKSUM, KEY, VERSION, header_checksum, part_name
 
 _ALL: dict[str, Format] = {**FORMATS, **OUTSIDE}
 _PART_NAMES = {part for form in FORMATS.values() for part in form.parts if part}
-_LARGE = 1 << 22  # bytes from which memory is asked for in huge pages
 
 
 class CompressedFile:
@@ -241,17 +239,6 @@ def takes(target: Any, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
         return False
     here = target.device.type == "cpu" and target.layout == torch.strided
     return here and target.is_contiguous() and (target.dtype, tuple(target.shape)) == (dtype, shape)
-
-
-def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Like `torch.empty`; large ones in huge pages, which take less time to touch first."""
-    nbytes = elements_of(shape) * dtype.itemsize
-    if nbytes < _LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(shape, dtype=dtype)
-    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a kernel without them
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8).view(dtype).view(shape)
 
 
 def _object(header: Mapping[str, Any], key: str, path: Path) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Saving a model as a file that shrank, or for other runtimes."""
 
+import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ from fx_sparsity.storage import state as states
 from fx_sparsity.storage.compressed_tensors import OUTSIDE
 from fx_sparsity.storage.container import replacing
 from fx_sparsity.storage.formats import FORMATS
+from fx_sparsity.storage.one_ahead import one_ahead
 from fx_sparsity.storage.sparsity_config import Counts
 from fx_sparsity.storage.writing import (
     CompressedWriter,
@@ -29,7 +31,7 @@ def save(
     """Write a model's tensors to one safetensors file, each in the format that is smallest for it.
 
     A tied tensor is written once. Each tensor has a checksum. The file appears whole or not at
-    all, whatever happens meanwhile. One encoded tensor is in memory at a time.
+    all, whatever happens meanwhile. One tensor is encoded while the one before is written.
 
     Args:
         model_or_state: a module, or its `state_dict`. Quantized modules of `torch.ao` and torchao's
@@ -53,11 +55,15 @@ def save(
         "versions": _versions(state),
         "order": list(state) if described or ties else [],
     }
-    with replacing(path) as file:
+    pieces = (
+        encode_compressed(name, tensor.detach().cpu(), form)
+        for name, tensor in tensors.items()
+        if name not in ties
+    )
+    with replacing(path) as file, contextlib.closing(one_ahead(pieces)) as ahead:
         writer = CompressedWriter(file, shapes_of(tensors), extra)
-        for name, tensor in tensors.items():
-            if name not in ties:
-                writer.write(encode_compressed(name, tensor.detach().cpu(), form))
+        for encoded in ahead:
+            writer.write(encoded)
         writer.finish()
 
 
@@ -86,13 +92,16 @@ def export(
     check_dtypes(tensors)
     ties = _ties(tensors)
     counts = Counts()
-    with replacing(path) as file:
+    pieces = (
+        encode_plain(name, tensor.detach().cpu(), layout)
+        for name, tensor in tensors.items()
+        if name not in ties
+    )
+    with replacing(path) as file, contextlib.closing(one_ahead(pieces)) as ahead:
         writer = PlainWriter(file, shapes_of(tensors))
-        for name, tensor in tensors.items():
-            if name not in ties:
-                encoded = encode_plain(name, tensor.detach().cpu(), layout)
-                writer.write(encoded)
-                counts.add(encoded)
+        for encoded in ahead:
+            writer.write(encoded)
+            counts.add(encoded)
         writer.finish()
     if layout != "dense":
         config = Path(path).with_name("config.json")

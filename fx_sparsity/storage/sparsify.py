@@ -19,10 +19,11 @@ from fx_sparsity.masks import ScoreError
 from fx_sparsity.patterns import Role, SparsityConfig
 from fx_sparsity.sparsifier import BaseDataSparsifier, DataNormSparsifier
 from fx_sparsity.storage.checkpoint import Checkpoint, CheckpointError, Roles, find_stored_weights
-from fx_sparsity.storage.compressed_file import CompressedFile, empty
+from fx_sparsity.storage.compressed_file import CompressedFile
 from fx_sparsity.storage.compressed_tensors import OUTSIDE
-from fx_sparsity.storage.container import elements_of, replacing, start_writing
+from fx_sparsity.storage.container import elements_of, replacing
 from fx_sparsity.storage.criterion import Criterion
+from fx_sparsity.storage.memory import empty
 from fx_sparsity.storage.one_ahead import one_ahead
 from fx_sparsity.storage.packing import as_integers, keep_only
 from fx_sparsity.storage.sparsity_config import Counts
@@ -43,7 +44,6 @@ REPORT = "sparsity.json"
 """File that a sparsified checkpoint carries: what was asked of each weight, and its zeros."""
 
 _PROGRESS = ".sparsify-progress.json"
-_SYNCED = 1 << 26  # bytes that are written before they are synced
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, bytes done and bytes in all."""
@@ -263,17 +263,13 @@ class _Run:
             else:
                 metadata = {"format": "pt"} if source.ours else source.file.metadata
                 writer = PlainWriter(file, shapes, metadata)
-            unsynced = 0
             for piece in itertools.islice(pieces, len(shapes)):
                 writer.write(piece.encoded)
                 counts.add(piece.encoded)
                 if piece.zeros is not None:
                     weights[piece.encoded.name] = piece.zeros
-                unsynced += piece.encoded.nbytes
-                if unsynced > _SYNCED:  # so that the disk works meanwhile
-                    start_writing(file)
-                    unsynced = 0
                 self._tell(shard, source.stored_bytes(piece.encoded.name))
+                del piece  # before the next one is waited for
             writer.finish()
             self._state["shards"][shard] = {"weights": weights, "counts": asdict(counts)}
             self._save_log()
@@ -294,16 +290,15 @@ class _Run:
         for i, (file, name) in enumerate(todo):
             if i + 1 < len(todo):
                 todo[i + 1][0].ask_for(todo[i + 1][1])
-            tensor = file.read(name, rooms[i % 2])
-            zeros = None
-            if name in self._criterion.assignment:
-                zeros = self._sparsify(name, tensor)
-            yield _Piece(self._encode(name, tensor), zeros)
+            yield self._piece(file, name, rooms[i % 2])
 
-    def _encode(self, name: str, tensor: Tensor) -> Encoded:
+    def _piece(self, file: CompressedFile, name: str, room: Tensor | None) -> _Piece:
+        tensor, zeros = file.read(name, room), None
+        if name in self._criterion.assignment:
+            zeros = self._sparsify(name, tensor)
         if self._layout == "compressed":
-            return encode_compressed(name, tensor)
-        return encode_plain(name, tensor, self._layout)
+            return _Piece(encode_compressed(name, tensor), zeros)
+        return _Piece(encode_plain(name, tensor, self._layout), zeros)
 
     def _sparsify(self, name: str, tensor: Tensor) -> int:
         """Bake the zeros into a tensor; returns how many elements are zero."""

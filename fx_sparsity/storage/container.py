@@ -46,7 +46,6 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 _LONGEST_HEADER = 100_000_000  # bytes, as in the safetensors library
 _ALIGNMENT = 8
-_MOST_UNWRITTEN = 1 << 26  # bytes after which the disk should begin
 _MOST_READ = 1 << 30  # bytes at a time; Linux reads no more than 2 GiB
 
 
@@ -288,7 +287,7 @@ class SafetensorsWriter:
         self._file = file
         self._room = -(-room // _ALIGNMENT) * _ALIGNMENT
         self._entries: dict[str, dict[str, Any]] = {}
-        self._place = self._begun = 0
+        self._place = 0
         self._late: list[tuple[str, Tensor]] = []
         file.seek(8 + self._room)
 
@@ -332,17 +331,6 @@ class SafetensorsWriter:
         self._file.write(bytes_of(tensor))
         self._entries[name]["data_offsets"] = [self._place, self._place + tensor.nbytes]
         self._place += tensor.nbytes
-        if self._place - self._begun > _MOST_UNWRITTEN:
-            self._begin_writing()
-
-    def _begin_writing(self) -> None:
-        """Have the system write to the disk what there is so far, without waiting for it."""
-        self._file.flush()
-        # Of Linux, and not in `os`: on the whole file, SYNC_FILE_RANGE_WRITE. What it says does not
-        # matter: the file is synced in the end.
-        if begin := getattr(ctypes.CDLL(None), "sync_file_range", None):
-            begin(self._file.fileno(), ctypes.c_int64(0), ctypes.c_int64(0), ctypes.c_uint(2))
-        self._begun = self._place
 
 
 @contextlib.contextmanager

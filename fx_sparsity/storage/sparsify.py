@@ -23,7 +23,6 @@ from fx_sparsity.storage.compressed_file import CompressedFile
 from fx_sparsity.storage.compressed_tensors import OUTSIDE
 from fx_sparsity.storage.container import elements_of, replacing
 from fx_sparsity.storage.criterion import Criterion
-from fx_sparsity.storage.memory import empty
 from fx_sparsity.storage.one_ahead import one_ahead
 from fx_sparsity.storage.packing import as_integers, keep_only
 from fx_sparsity.storage.sparsity_config import Counts
@@ -286,7 +285,7 @@ class _Run:
         kinds = [file.dtype_and_shape(name) for file, name in todo]
         largest = max((dtype.itemsize * elements_of(shape) for dtype, shape in kinds), default=0)
         dense = self._layout == "dense"
-        rooms = [empty((largest,), torch.uint8) if dense else None for _ in range(2)]
+        rooms = [torch.empty(largest, dtype=torch.uint8) if dense else None for _ in range(2)]
         for i, (file, name) in enumerate(todo):
             if i + 1 < len(todo):
                 todo[i + 1][0].ask_for(todo[i + 1][1])

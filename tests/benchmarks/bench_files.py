@@ -4,8 +4,8 @@
 
 Both files lie in one folder and take turns. The dense file is loaded *and* every byte of it summed,
 nothing copied, since `safetensors` maps files lazily; the compressed one ends as the parameters of
-a model. Cold means that the system was told to forget the file first. Files and their folder are
-synced, whoever wrote them, and before each turn of a checkpoint the disk has come to rest.
+a model. Cold means that the system was told to forget the file first. What is saved
+is synced, file and folder.
 """
 
 import argparse
@@ -176,56 +176,6 @@ def measure(dtype: torch.dtype, pattern: str, nbytes: int, runs: int, folder: Pa
     )
 
 
-def checkpoint(nbytes: int, runs: int, folder: Path) -> list[str]:
-    """Lines on `sparsify_checkpoint`, next to a copy and the mask engine's own time."""
-    src = folder / "src"
-    src.mkdir()
-    largest = nbytes // 16
-    weight = torch.randn(largest // 2 // COLUMNS, COLUMNS).bfloat16()
-    for shard in range(4):
-        names = [f"layers.{4 * shard + i}.weight" for i in range(4)]
-        save_file({name: weight + i for i, name in enumerate(names)}, src / f"{shard}.safetensors")
-    os.sync()
-    lines = [
-        f"sparsify_checkpoint, {nbytes >> 20} MiB of bf16 in 4 shards; seconds, medians of {runs}",
-        f"{'pattern':<19}{'layout':<12}{'copy':>6}{'engine':>8}{'ours':>7}{'/(copy + engine)':>18}",
-    ]
-    sparsifier = fxs.DataNormSparsifier()
-    for pattern, layout in (("unstructured 50%", "dense"), ("2:4", "dense"), ("2:4", "compressed")):
-        config = SparsityConfig.parse(pattern)
-        mapping = fxs.SparsityMapping().set_global(pattern)
-
-        def copy() -> None:
-            shutil.copytree(src, folder / "dst")
-            for path in (*(folder / "dst").iterdir(), folder / "dst", folder):
-                sync(path)
-
-        def engine(config: SparsityConfig = config) -> None:
-            own = {"pattern": config.pattern, "sparsity_level": config.level}
-            for _ in range(16):
-                sparsifier.mask_for("w", weight, **own)
-
-        def ours(mapping: fxs.SparsityMapping = mapping, layout: str = layout) -> None:
-            fxs.sparsify_checkpoint(src, folder / "dst", mapping, layout=layout)
-
-        times: dict[str, list[float]] = {"copy": [], "engine": [], "ours": []}
-        for _ in range(runs):
-            for work in (copy, engine, ours):
-                shutil.rmtree(folder / "dst", ignore_errors=True)
-                os.sync()
-                started = time.perf_counter()
-                work()
-                times[work.__name__].append(time.perf_counter() - started)
-        medians = {name: statistics.median(found) for name, found in times.items()}
-        ratio = medians["ours"] / (medians["copy"] + medians["engine"])
-        lines.append(
-            f"{pattern:<19}{layout:<12}{medians['copy']:>6.1f}{medians['engine']:>8.2f}"
-            f"{medians['ours']:>7.1f}{ratio:>18.2f}"
-        )
-        print(lines[-1], flush=True)
-    return lines
-
-
 def main(arguments: list[str] | None = None) -> list[Result]:
     """Print the table; `--write` keeps it."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -254,7 +204,6 @@ def main(arguments: list[str] | None = None) -> list[Result]:
             results.append(result)
             lines.append(result.line())
             print(lines[-1], flush=True)
-        lines += ["", *checkpoint(4 * options.megabytes << 20, min(options.runs, 3), folder)]
     finally:
         shutil.rmtree(folder)
     if options.write:

@@ -46,6 +46,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 _LONGEST_HEADER = 100_000_000  # bytes, as in the safetensors library
 _ALIGNMENT = 8
+_WRITTEN = 1 << 20  # bytes at a time
 _MOST_READ = 1 << 30  # bytes at a time; Linux reads no more than 2 GiB
 
 
@@ -328,7 +329,10 @@ class SafetensorsWriter:
         return self._entries
 
     def _write(self, name: str, tensor: Tensor) -> None:
-        self._file.write(bytes_of(tensor))
+        data = bytes_of(tensor)
+        # In one call, Linux takes page cache in large blocks, whose making can take far longer.
+        for start in range(0, len(data), _WRITTEN):
+            self._file.write(data[start : start + _WRITTEN])
         self._entries[name]["data_offsets"] = [self._place, self._place + tensor.nbytes]
         self._place += tensor.nbytes
 

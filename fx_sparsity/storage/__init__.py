@@ -1,8 +1,8 @@
 """Files that shrink: tensors stored by the format that takes the fewest bytes."""
 
 from fx_sparsity.storage.checkpoint import Checkpoint, CheckpointError, find_stored_weights
+from fx_sparsity.storage.compressed_file import CompressedFile
 from fx_sparsity.storage.container import FileFormatError, SafetensorsFile, SafetensorsWriter
-from fx_sparsity.storage.files import CompressedFile, export, load, save, verify
 from fx_sparsity.storage.formats import (
     FORMATS,
     MOST_EXPANSION,
@@ -12,8 +12,10 @@ from fx_sparsity.storage.formats import (
     sizes,
     smallest_format,
 )
+from fx_sparsity.storage.loading import load, verify
 from fx_sparsity.storage.mapped import MappedFile, create_file
 from fx_sparsity.storage.meta import parameters_on_meta
+from fx_sparsity.storage.saving import export, save
 from fx_sparsity.storage.sharded import CheckpointFiles, MappedCheckpoint
 from fx_sparsity.storage.sparse import load_sparse
 from fx_sparsity.storage.sparsify import (

@@ -15,7 +15,7 @@ from torch import Tensor
 from fx_sparsity.graph import WeightMap, WeightSite
 from fx_sparsity.graph.weight_map import Reason, Unclaimed
 from fx_sparsity.patterns import Role
-from fx_sparsity.storage.files import CompressedFile
+from fx_sparsity.storage.compressed_file import CompressedFile
 from fx_sparsity.storage.sharded import INDEX, OTHER_WEIGHTS, CheckpointFiles
 
 _EMBEDDING = re.compile(r"(?:.*[._])?(?:\w*embed\w*|wte|wpe)(?:[._].*)?", re.IGNORECASE)

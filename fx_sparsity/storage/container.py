@@ -46,6 +46,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 _LONGEST_HEADER = 100_000_000  # bytes, as in the safetensors library
 _ALIGNMENT = 8
+_WRITTEN = 1 << 20  # bytes at a time
 _MOST_READ = 1 << 30  # bytes at a time; Linux reads no more than 2 GiB
 
 
@@ -94,14 +95,21 @@ class SafetensorsFile:
     def _map(self) -> mmap.mmap:
         return mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_COPY)
 
-    def read(self, name: str) -> Tensor:
-        """One tensor, read into memory of its own; nothing is mapped.
+    def read(self, name: str, room: Tensor | None = None) -> Tensor:
+        """One tensor, read into memory of its own, or into `room`; nothing is mapped.
+
+        Args:
+            name: of the tensor.
+            room: uint8, at least as many as the tensor has bytes.
 
         Raises:
             FileFormatError: the file got shorter meanwhile.
         """
         entry = self.entries[name]
-        tensor = torch.empty(entry.shape, dtype=entry.dtype)
+        if room is None:
+            tensor = torch.empty(entry.shape, dtype=entry.dtype)
+        else:
+            tensor = room[: entry.nbytes].view(entry.dtype).view(entry.shape)
         into, place = bytes_of(tensor), entry.start
         while into:
             count = os.preadv(self._file.fileno(), [into[:_MOST_READ]], place)
@@ -109,6 +117,13 @@ class SafetensorsFile:
                 raise FileFormatError(f"{name}: the file ends at byte {place}")
             into, place = into[count:], place + count
         return tensor
+
+    def ask_for(self, name: str) -> None:
+        """Have the system read a tensor's bytes ahead, where it can, without waiting for them."""
+        entry = self.entries[name]
+        if hasattr(os, "posix_fadvise"):
+            advice = os.POSIX_FADV_WILLNEED
+            os.posix_fadvise(self._file.fileno(), entry.start, entry.nbytes, advice)
 
     def tensor(self, name: str) -> Tensor:
         """One tensor, contiguous: a view of the map, or a copy where the file does not align it."""
@@ -278,7 +293,7 @@ class SafetensorsWriter:
         file.seek(8 + self._room)
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Write one contiguous CPU tensor; kept in memory until `finish` if it is of odd size.
+        """Write one contiguous CPU tensor; a copy is kept until `finish` if it is of odd size.
 
         Raises:
             ValueError: a name that is taken.
@@ -290,7 +305,7 @@ class SafetensorsWriter:
             raise TypeError(f"{name}: safetensors has no dtype for {tensor.dtype}")
         self._entries[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape)}
         if tensor.nbytes % _ALIGNMENT:
-            self._late.append((name, tensor))
+            self._late.append((name, tensor.clone()))
         else:
             self._write(name, tensor)
 
@@ -314,7 +329,10 @@ class SafetensorsWriter:
         return self._entries
 
     def _write(self, name: str, tensor: Tensor) -> None:
-        self._file.write(bytes_of(tensor))
+        data = bytes_of(tensor)
+        # In one call, Linux takes page cache in large blocks, whose making can take far longer.
+        for start in range(0, len(data), _WRITTEN):
+            self._file.write(data[start : start + _WRITTEN])
         self._entries[name]["data_offsets"] = [self._place, self._place + tensor.nbytes]
         self._place += tensor.nbytes
 

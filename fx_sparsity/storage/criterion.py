@@ -29,6 +29,7 @@ class Criterion:
         self.weights, self.assignment, self.ranked = weights, assignment, ranked
         self._source, self._sparsifier = source, sparsifier
         self._cut: GlobalCut | None = None
+        self._places = {name: place for place, name in enumerate(assignment)}
         if ranked not in ("weight", "model"):
             raise CheckpointError(f'ranked: expected "weight" or "model", found {ranked!r}')
         if ranked == "model":
@@ -71,7 +72,7 @@ class Criterion:
         """True is kept."""
         config = self.assignment[name]
         if self._cut is not None:
-            return self._cut.mask(list(self.assignment).index(name), self._ranked(tensor)[0])
+            return self._cut.mask(self._places[name], self._ranked(tensor)[0])
         roles = self.weights[name].roles
         own = {"pattern": str(config.pattern), "sparsity_level": config.level, "roles": roles}
         return self._sparsifier.mask_for(name, tensor, **own)

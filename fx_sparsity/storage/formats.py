@@ -9,8 +9,10 @@ from torch import Tensor
 
 from fx_sparsity.masks.bits import pack_bits, unpack_bits
 from fx_sparsity.storage.container import FileFormatError
+from fx_sparsity.storage.memory import empty
 from fx_sparsity.storage.packing import (
     as_integers,
+    copy,
     count_bits,
     count_of_fours,
     find_bits,
@@ -137,7 +139,7 @@ class Dense:
 
     def decode(self, parts: Mapping[str, Tensor], out: Tensor) -> None:
         """See `Format.decode`."""
-        out.copy_(parts[""])
+        copy(parts[""], out)
 
 
 class Bitmask:
@@ -156,7 +158,8 @@ class Bitmask:
     def encode(self, contents: Contents) -> dict[str, Tensor]:
         """See `Format.encode`."""
         bits, count = contents.found
-        values = torch.zeros(_filled(count, contents.itemsize), dtype=contents.integers.dtype)
+        values = empty((_filled(count, contents.itemsize),), contents.integers.dtype)
+        values[count:] = 0
         pack(contents.integers, bits, values[:count])
         return {"bitmask": bits, "values": values.view(contents.tensor.dtype)}
 
@@ -197,10 +200,12 @@ class TwoFour:
 
     def encode(self, contents: Contents) -> dict[str, Tensor]:
         """See `Format.encode`."""
-        bits = _TWO_OF_FOUR[contents.found[0].int()]
-        if contents.tensor.numel() % 8:
-            bits[-1] &= 0x0F
-        values = torch.empty(contents.tensor.numel() // 2, dtype=contents.integers.dtype)
+        bits, elements = contents.found[0], contents.tensor.numel()
+        if not two_of_four(bits, elements):
+            bits = _TWO_OF_FOUR[bits.int()]
+            if elements % 8:
+                bits[-1] &= 0x0F
+        values = empty((elements // 2,), contents.integers.dtype)
         pack(contents.integers, bits, values)
         shape = (*contents.shape[:-1], contents.shape[-1] // 2)
         return {"bitmask": bits, "values": values.view(contents.tensor.dtype).view(shape)}
@@ -241,11 +246,9 @@ class Block:
     def encode(self, contents: Contents) -> dict[str, Tensor]:
         """See `Format.encode`."""
         assert contents.best_block is not None
-        (height, width), count = contents.best_block
-        rows, columns = contents.matrix.shape
-        cut = contents.matrix.view(rows // height, height, columns // width, width)
-        bits = pack_bits((cut != 0).any(3).any(1))
-        values = torch.empty(count, height, width, dtype=contents.integers.dtype)
+        block, count = contents.best_block
+        bits = pack_bits(_full_blocks(contents.found[0], contents.matrix.shape, block))
+        values = empty((count, *block), contents.integers.dtype)
         gather_blocks(contents.matrix, bits, values)
         return {"blocks": bits, "values": values.view(contents.tensor.dtype)}
 
@@ -381,6 +384,22 @@ def _blocks_in(bits: Tensor, shape: torch.Size) -> Iterator[tuple[tuple[int, int
         if height == 32 or rows % (2 * height):
             return
         combined, height = combined[0::2] | combined[1::2], 2 * height
+
+
+def _full_blocks(bits: Tensor, shape: torch.Size, block: tuple[int, int]) -> Tensor:
+    """Which blocks of a matrix have a bit that is set: boolean, [down, across]."""
+    (rows, columns), (height, width) = shape, block
+    combined = bits.view(rows, columns // 8)
+    while len(combined) > rows // height:
+        combined = combined[0::2] | combined[1::2]
+    if width >= 8:
+        return combined.view(_BYTES[width // 8]) != 0
+    if width == 4:
+        return torch.stack((combined & 15, combined >> 4), -1).flatten(1) != 0
+    return unpack_bits(combined.flatten(), (rows // height, columns))
+
+
+_BYTES = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 
 def _count_halves(bits: Tensor) -> int:

@@ -14,6 +14,7 @@ from fx_sparsity.masks.bits import pack_bits, unpack_bits
 
 LIBRARY = Library("storage", [Path(__file__).parent / "kernels" / "ops.cpp"])
 
+_PART = 1 << 20  # elements, where something is cast on the way
 _INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -85,6 +86,28 @@ def scatter_blocks(bits: Tensor, blocks: Tensor, out: Tensor) -> None:
     else:
         grid = _grid(out.zero_(), blocks)
         grid[unpack_bits(bits, grid.shape[:2])] = blocks
+
+
+def keep_only(x: Tensor, keep: Tensor) -> int:
+    """Clear the elements of `x` where `keep` is False, in place; returns how many are True.
+
+    Args:
+        x: one-dimensional.
+        keep: boolean, of the same shape, contiguous.
+    """
+    if LIBRARY.ready():
+        return torch.ops.fx_sparsity_storage.keep_only(x, keep)
+    for part, kept in zip(x.split(_PART), keep.split(_PART), strict=True):
+        part.mul_(kept.view(torch.int8).to(part.dtype))  # times 0 or 1: exact
+    return int(keep.count_nonzero())
+
+
+def copy(x: Tensor, out: Tensor) -> None:
+    """Write a contiguous CPU tensor to another one of its dtype and shape."""
+    if LIBRARY.ready():
+        torch.ops.fx_sparsity_storage.copy(x, out)
+    else:
+        out.copy_(x)
 
 
 def _grid(matrix: Tensor, blocks: Tensor) -> Tensor:

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from fx_sparsity.kernels import PACKINGS, SparseLinear
 from fx_sparsity.kernels.embedding import RowPrunedEmbedding, RowPrunedEmbeddingBag
-from fx_sparsity.storage.files import CompressedFile, check_fits, check_sums
+from fx_sparsity.storage.compressed_file import CompressedFile
+from fx_sparsity.storage.loading import check_fits, check_sums
 
 _PACKINGS = {"bitmask": "bitmask", "two_four": "nm", "block": "block"}
 """Format of a matrix in a file -> packing of the kernels, where there is such a one."""

@@ -1,12 +1,12 @@
 """Checkpoints larger than memory, sparsified or written in another layout, tensor by tensor."""
 
+import contextlib
 import hashlib
+import itertools
 import json
-import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,18 +19,21 @@ from fx_sparsity.masks import ScoreError
 from fx_sparsity.patterns import Role, SparsityConfig
 from fx_sparsity.sparsifier import BaseDataSparsifier, DataNormSparsifier
 from fx_sparsity.storage.checkpoint import Checkpoint, CheckpointError, Roles, find_stored_weights
+from fx_sparsity.storage.compressed_file import CompressedFile
 from fx_sparsity.storage.compressed_tensors import OUTSIDE
 from fx_sparsity.storage.container import elements_of, replacing
 from fx_sparsity.storage.criterion import Criterion
-from fx_sparsity.storage.files import (
-    CompressedFile,
+from fx_sparsity.storage.one_ahead import one_ahead
+from fx_sparsity.storage.packing import as_integers, keep_only
+from fx_sparsity.storage.sparsity_config import Counts
+from fx_sparsity.storage.writing import (
     CompressedWriter,
-    Counts,
     Encoded,
     PlainWriter,
     check_layout,
+    encode_compressed,
+    encode_plain,
 )
-from fx_sparsity.storage.packing import as_integers
 
 Layout = Literal["dense", "compressed", "sparse-bitmask", "sparse-24-bitmask"]
 LAYOUTS: tuple[str, ...] = ("dense", "compressed", *OUTSIDE)
@@ -40,8 +43,6 @@ REPORT = "sparsity.json"
 """File that a sparsified checkpoint carries: what was asked of each weight, and its zeros."""
 
 _PROGRESS = ".sparsify-progress.json"
-_PART = 1 << 20  # elements
-_SYNCED = 1 << 26  # bytes that are written before they are synced
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, bytes done and bytes in all."""
@@ -162,6 +163,14 @@ def stated_patterns(
         raise CheckpointError(f"{path}: states no patterns: {error!r}") from error
 
 
+@dataclass(frozen=True)
+class _Piece:
+    """One tensor to be written, and how many zeros masking left in it; None if it is not masked."""
+
+    encoded: Encoded
+    zeros: int | None
+
+
 class _Run:
     """One pass over a checkpoint that may be interrupted, and taken up again, at any moment."""
 
@@ -199,9 +208,10 @@ class _Run:
         self._save_log()
         self._state["known"] = self._criterion.prepare(self._state["known"])
         self._save_log()
-        for shard in self._source.shards:
-            if not (self._folder / self._names[shard]).exists():
-                self._write_shard(shard)
+        todo = [s for s in self._source.shards if not (self._folder / self._names[s]).exists()]
+        with contextlib.closing(one_ahead(self._pieces(todo))) as pieces:
+            for shard in todo:
+                self._write_shard(shard, pieces)
         results = self._results()
         if not self._single:
             self._finish_folder(results)
@@ -238,51 +248,56 @@ class _Run:
         with replacing(self._log) as file:
             file.write(json.dumps(self._state).encode())
 
-    def _write_shard(self, shard: str) -> None:
-        """Reading and masking take turns with writing, which a thread of its own does."""
+    def _write_shard(self, shard: str, pieces: Iterator[_Piece]) -> None:
+        """Write the next pieces, which are those of `shard`."""
         source = self._source.files[shard]
-        with (
-            replacing(self._folder / self._names[shard]) as file,
-            ThreadPoolExecutor(1) as thread,
-        ):
-            shapes = {name: source.dtype_and_shape(name)[1] for name in source.forms}
+        shapes = {name: source.dtype_and_shape(name)[1] for name in source.forms}
+        counts = Counts()
+        weights: dict[str, int] = {}
+        with replacing(self._folder / self._names[shard]) as file:
             writer: PlainWriter | CompressedWriter
             if self._layout == "compressed":
                 extra = {"same_as": source.same_as, "order": source.same_as and source.keys}
-                writer = CompressedWriter(file, shapes, None, extra)
+                writer = CompressedWriter(file, shapes, extra)
             else:
                 metadata = {"format": "pt"} if source.ours else source.file.metadata
-                writer = PlainWriter(file, shapes, self._layout, metadata)
-            unsynced = 0
-
-            def write(encoded: Encoded) -> None:
-                nonlocal unsynced
-                writer.write(encoded)
-                unsynced += encoded.nbytes
-                if unsynced > _SYNCED:  # so that the disk works while the next one is masked
-                    file.flush()
-                    os.fdatasync(file.fileno())
-                    unsynced = 0
-
-            counts = Counts()
-            weights: dict[str, Any] = {}
-            earlier: Future[None] | None = None
-            for name in shapes:
-                tensor = source.read(name)
-                if name in self._criterion.assignment:
-                    weights[name] = self._sparsify(name, tensor)
-                encoded = writer.encode(name, tensor)
-                counts.add(encoded)
-                if earlier is not None:
-                    earlier.result()
-                earlier = thread.submit(write, encoded)
-                self._tell(shard, source.stored_bytes(name))
-                del tensor, encoded
-            if earlier is not None:
-                earlier.result()
+                writer = PlainWriter(file, shapes, metadata)
+            for piece in itertools.islice(pieces, len(shapes)):
+                writer.write(piece.encoded)
+                counts.add(piece.encoded)
+                if piece.zeros is not None:
+                    weights[piece.encoded.name] = piece.zeros
+                self._tell(shard, source.stored_bytes(piece.encoded.name))
+                del piece  # before the next one is waited for
             writer.finish()
             self._state["shards"][shard] = {"weights": weights, "counts": asdict(counts)}
             self._save_log()
+
+    @torch.no_grad()
+    def _pieces(self, shards: Sequence[str]) -> Iterator[_Piece]:
+        """The tensors of `shards`, masked and encoded.
+
+        A piece is good until the next but one: dense ones take turns in the same memory, which is
+        so touched first only once. Encoding copies the others anyway.
+        """
+        files = self._source.files
+        todo = [(files[shard], name) for shard in shards for name in files[shard].forms]
+        kinds = [file.dtype_and_shape(name) for file, name in todo]
+        largest = max((dtype.itemsize * elements_of(shape) for dtype, shape in kinds), default=0)
+        dense = self._layout == "dense"
+        rooms = [torch.empty(largest, dtype=torch.uint8) if dense else None for _ in range(2)]
+        for i, (file, name) in enumerate(todo):
+            if i + 1 < len(todo):
+                todo[i + 1][0].ask_for(todo[i + 1][1])
+            yield self._piece(file, name, rooms[i % 2])
+
+    def _piece(self, file: CompressedFile, name: str, room: Tensor | None) -> _Piece:
+        tensor, zeros = file.read(name, room), None
+        if name in self._criterion.assignment:
+            zeros = self._sparsify(name, tensor)
+        if self._layout == "compressed":
+            return _Piece(encode_compressed(name, tensor), zeros)
+        return _Piece(encode_plain(name, tensor, self._layout), zeros)
 
     def _sparsify(self, name: str, tensor: Tensor) -> int:
         """Bake the zeros into a tensor; returns how many elements are zero."""
@@ -292,13 +307,7 @@ class _Run:
             raise ScoreError(
                 f"{name}: {error}" if name not in str(error) else str(error)
             ) from error
-        kept = int(keep.count_nonzero())
-        # As integers, times 0 or 1: exact, and +0.0. In parts, since the mask is cast to integers.
-        parts = zip(
-            as_integers(tensor).view(-1).split(_PART), keep.view(-1).split(_PART), strict=True
-        )
-        for part, kept_part in parts:
-            part.mul_(kept_part.view(torch.int8).to(part.dtype))
+        kept = keep_only(as_integers(tensor).view(-1), keep.contiguous().view(-1))
         return tensor.numel() - kept
 
     def _results(self) -> dict[str, StoredWeight]:

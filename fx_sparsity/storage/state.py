@@ -1,8 +1,9 @@
 """A `state_dict` as plain tensors and a description in JSON, and back: what quantized models hold.
 
-Quantized tensors become codes, scales and zero points; packed parameters the tuples that
-`torch.ao` states them as; torchao's tensors their inner tensors. Parts go by the entry's name and
-a path, `fc.weight/codes`. Nothing is ever built but what is listed here.
+Quantized tensors become codes, scales and zero points; codes are counted from the zero point, so
+that what means zero has no bit set and is left out by the formats. Packed parameters become the
+tuples that `torch.ao` states them as; torchao's tensors their inner tensors. Parts go by the
+entry's name and a path, `fc.weight/codes`. Nothing is ever built but what is listed here.
 """
 
 from collections.abc import Mapping
@@ -145,7 +146,6 @@ def _describe_quantized(name: str, value: Tensor, tensors: dict[str, Tensor]) ->
         raise TypeError(
             f"{name}: expected a tensor of {', '.join(_CODES)}, found a quantized one of {kind}"
         )
-    tensors[f"{name}/codes"] = value.int_repr()
     if value.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
         scale = torch.tensor(value.q_scale(), dtype=torch.float64)
         zero_point = torch.tensor(value.q_zero_point(), dtype=torch.int64)
@@ -153,8 +153,22 @@ def _describe_quantized(name: str, value: Tensor, tensors: dict[str, Tensor]) ->
     else:
         scale, zero_point = value.q_per_channel_scales(), value.q_per_channel_zero_points()
         axis = value.q_per_channel_axis()
+    codes = value.int_repr()
+    tensors[f"{name}/codes"] = codes - _zero_codes(zero_point, codes, axis)
     tensors[f"{name}/scale"], tensors[f"{name}/zero_point"] = scale, zero_point
     return {"kind": "quantized", "dtype": kind, "axis": axis}
+
+
+def _zero_codes(zero_point: Tensor, codes: Tensor, axis: int | None) -> Tensor:
+    """What is subtracted from codes, in their dtype, which wraps around: exact, whatever it is.
+
+    The zero points, along `axis`; 0 where they are fractions, which no code stands for.
+    """
+    if zero_point.is_floating_point():
+        return codes.new_zeros(())
+    along = [-1 if i == axis else 1 for i in range(codes.ndim)]
+    found = zero_point if axis is None else zero_point.view(along)
+    return found.to(codes.dtype)
 
 
 def _describe_subclass(name: str, value: Any, tensors: dict[str, Tensor]) -> Description:
@@ -220,6 +234,7 @@ class _Reader:
             codes, scale, zero_point = (
                 self._tensors[f"{name}/{part}"] for part in ("codes", "scale", "zero_point")
             )
+            codes = codes + _zero_codes(zero_point, codes, what["axis"])
             return _make_quantized(codes, scale, zero_point, what["axis"])
         raise TypeError(
             f"{name} is a {what['class']}: pass a model that is quantized alike, to load into"

@@ -199,6 +199,23 @@ def test_quantized_tensors_keep_codes_scales_and_zero_points(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("axis", [None, 0, 1])
+def test_codes_shrink_whatever_their_zero_point(axis, tmp_path):
+    weight = torch.randn(64, 512).clamp(-2, 2)
+    weight[torch.rand(64, 512) < 0.9] = 0
+    if axis is None:
+        tensor = torch.quantize_per_tensor(weight, 0.02, 131, torch.quint8)
+    else:
+        points = torch.randint(100, 150, (weight.shape[axis],))
+        tensor = torch.quantize_per_channel(
+            weight, torch.full(points.shape, 0.02), points, axis, torch.quint8
+        )
+    fxs.save({"w": tensor}, tmp_path / "f")
+    assert CompressedFile(tmp_path / "f").stored_bytes("w/codes") < 0.25 * tensor.numel()
+    assert torch.equal(fxs.load(tmp_path / "f")["w"].int_repr(), tensor.int_repr())
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_a_torchao_tensor_needs_a_model_that_is_quantized_alike(tmp_path):
     model, _ = quantized("torchao")
     fxs.save(model, tmp_path / "f")

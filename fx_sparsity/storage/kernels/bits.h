@@ -20,7 +20,8 @@
 namespace fx {
 
 constexpr int64_t kWord = 64;       // elements that share a word of bits
-constexpr int64_t kCache = 1 << 24;  // bytes; what is larger is not read again soon
+constexpr int64_t kCache = 1 << 20;  // bytes; what is larger does not stay in a core's cache
+constexpr int64_t kAhead = 1 << 11;  // bytes between what is read and what is asked for ahead
 constexpr int64_t kWords = 1 << 10;  // words that a thread takes at a time
 
 inline int64_t chunks_of(int64_t elements) {
@@ -30,7 +31,12 @@ inline int64_t chunks_of(int64_t elements) {
 // The bits of elements [64 * word, 64 * word + 64) out of `bytes` bytes; missing ones are unset.
 inline uint64_t word_of(const uint8_t* bits, int64_t bytes, int64_t word) {
   uint64_t value = 0;
-  std::memcpy(&value, bits + 8 * word, size_t(std::min<int64_t>(8, bytes - 8 * word)));
+  const int64_t left = bytes - 8 * word;
+  if (left >= 8) {  // a size known to the compiler: one instruction, where the other is a call
+    std::memcpy(&value, bits + 8 * word, 8);
+  } else {
+    std::memcpy(&value, bits + 8 * word, size_t(left));
+  }
   return value;
 }
 
@@ -117,25 +123,52 @@ void compress(const T* x, uint64_t word, T* values) {
   }
 }
 
-// Undoes `compress` for `count` <= 64 elements; what has no bit becomes zero. `past_cache` saves
-// the reading of memory that is about to be overwritten; `written` ends a run of such calls.
+// Undoes `compress` for `count` <= 64 elements; what has no bit becomes zero. Of `values`, `left`
+// may be read. `past_cache`, for an `out` that 64 divides, saves the reading of memory that is about
+// to be overwritten; `written` ends a run of such calls.
 template <class T>
-void expand(const T* values, uint64_t word, int64_t count, bool past_cache, T* out) {
+void expand(
+    const T* values, int64_t left, uint64_t word, int64_t count, bool past_cache, T* out) {
   using L = Lanes<T>;
-  past_cache = past_cache && reinterpret_cast<uintptr_t>(out) % 64 == 0;
+  if (count == kWord && left >= kWord) {  // no load reaches beyond 64 elements
+    _mm_prefetch(reinterpret_cast<const char*>(values) + kAhead, _MM_HINT_T0);
+    for (int64_t i = 0; i < kWord; i += L::count) {
+      const uint64_t mask = (word >> i) & lowest(L::count);
+      const __m512i v = L::expand(mask, _mm512_loadu_si512(values));
+      if (past_cache) {
+        _mm512_stream_si512(reinterpret_cast<__m512i*>(out + i), v);
+      } else {
+        _mm512_storeu_si512(out + i, v);
+      }
+      values += std::popcount(mask);
+    }
+    return;
+  }
   for (int64_t i = 0; i < count; i += L::count) {
-    const uint64_t mask = word & lowest(L::count);
+    const uint64_t mask = (word >> i) & lowest(L::count);
     const int found = std::popcount(mask);
     const __m512i v = L::expand(mask, L::load(lowest(found), values));
-    if (count - i >= L::count && past_cache) {
-      _mm512_stream_si512(reinterpret_cast<__m512i*>(out + i), v);
-    } else if (count - i >= L::count) {
-      _mm512_storeu_si512(out + i, v);
-    } else {
-      L::store(out + i, lowest(count - i), v);
-    }
+    L::store(out + i, lowest(count - i), v);
     values += found;
-    word = L::count < 64 ? word >> (L::count % 64) : 0;
+  }
+}
+
+// Copies bytes, or writes zeros where there is no `from`.
+inline void copy(const void* from, int64_t bytes, bool past_cache, void* to) {
+  const char* source = static_cast<const char*>(from);
+  char* target = static_cast<char*>(to);
+  int64_t i = 0;
+  if (past_cache && reinterpret_cast<uintptr_t>(to) % 64 == 0) {
+    for (; i + 64 <= bytes; i += 64) {
+      if (source) _mm_prefetch(source + i + kAhead, _MM_HINT_T0);
+      const __m512i v = source ? _mm512_loadu_si512(source + i) : _mm512_setzero_si512();
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(target + i), v);
+    }
+  }
+  if (source) {
+    std::memcpy(target + i, source + i, size_t(bytes - i));
+  } else {
+    std::memset(target + i, 0, size_t(bytes - i));
   }
 }
 
@@ -158,9 +191,17 @@ void compress(const T* x, uint64_t word, T* values) {
 }
 
 template <class T>
-void expand(const T* values, uint64_t word, int64_t count, bool, T* out) {
+void expand(const T* values, int64_t, uint64_t word, int64_t count, bool, T* out) {
   std::fill_n(out, count, T(0));
   for (; word; word &= word - 1) out[std::countr_zero(word)] = *values++;
+}
+
+inline void copy(const void* from, int64_t bytes, bool, void* to) {
+  if (from) {
+    std::memcpy(to, from, size_t(bytes));
+  } else {
+    std::memset(to, 0, size_t(bytes));
+  }
 }
 
 inline void written() {}

@@ -37,6 +37,11 @@ void check_plain(const Tensor& x) {
   STD_TORCH_CHECK(x.is_contiguous() && x.is_cpu(), "expected a contiguous CPU tensor");
 }
 
+// Whether to write `bytes` bytes past the caches.
+bool past_cache_for(const void* to, int64_t bytes) {
+  return bytes > kCache && reinterpret_cast<uintptr_t>(to) % 64 == 0;
+}
+
 // How many bits are set.
 int64_t count_bits(Tensor bits) {
   return starts_of(bits_of(bits, 8 * bits.numel()), 8 * bits.numel()).back();
@@ -103,14 +108,15 @@ void unpack(Tensor bits, Tensor values, Tensor out) {
   with_width(out, [&]<class T>(T) {
     const T* data = static_cast<const T*>(values.const_data_ptr());
     T* to = static_cast<T*>(out.mutable_data_ptr());
-    const bool past_cache = n * int64_t(sizeof(T)) > kCache;
+    const bool past_cache = past_cache_for(to, n * int64_t(sizeof(T)));
+    const T* all = data + values.numel();
     for_chunks(n, [&](int64_t chunk) {
       const T *next = data + starts[size_t(chunk)], *end = data + starts[size_t(chunk + 1)];
       const int64_t last = std::min((n + 63) / 64, (chunk + 1) * kWords);
       for (int64_t w = chunk * kWords; w < last; w++) {
         const uint64_t word = word_of(from, bytes, w);
         if (std::popcount(word) > end - next) break;
-        expand(next, word, std::min(kWord, n - kWord * w), past_cache, to + kWord * w);
+        expand(next, all - next, word, std::min(kWord, n - kWord * w), past_cache, to + kWord * w);
         next += std::popcount(word);
       }
       written();
@@ -154,13 +160,27 @@ Matrix matrix_of(const Tensor& x, const Tensor& blocks) {
   return {x.size(0), x.size(1), blocks.size(1), blocks.size(2)};
 }
 
+// How many of the bits [begin, end) are set.
+int64_t count_between(const uint8_t* bits, int64_t begin, int64_t end) {
+  int64_t count = 0;
+  while (begin < end) {
+    if (begin % kWord == 0 && end - begin >= kWord) {
+      count += std::popcount(word_of(bits, end / 8, begin / kWord));
+      begin += kWord;
+    } else {
+      count += (bits[begin / 8] >> (begin % 8)) & 1;
+      begin++;
+    }
+  }
+  return count;
+}
+
 // Where the blocks of each row of blocks start; the last entry is how many there are in all.
 std::vector<int64_t> block_starts(const uint8_t* bits, int64_t down, int64_t across) {
   std::vector<int64_t> starts(size_t(down + 1), 0);
   for (int64_t r = 0; r < down; r++) {
-    int64_t count = 0;
-    for (int64_t i = r * across; i < (r + 1) * across; i++) count += (bits[i / 8] >> (i % 8)) & 1;
-    starts[size_t(r + 1)] = starts[size_t(r)] + count;
+    starts[size_t(r + 1)] =
+        starts[size_t(r)] + count_between(bits, r * across, (r + 1) * across);
   }
   return starts;
 }
@@ -206,25 +226,97 @@ void gather_blocks(Tensor x, Tensor bits, Tensor blocks) {
   });
 }
 
-// Undoes `gather_blocks`; what belongs to no block becomes zero.
+// Calls `work(size)` with `bytes` as a number that the compiler knows, if it is a small power of two,
+// and as it is otherwise.
+template <class Work>
+void with_small(int64_t bytes, const Work& work) {
+  switch (bytes) {
+    case 2: return work(std::integral_constant<int64_t, 2>());
+    case 4: return work(std::integral_constant<int64_t, 4>());
+    case 8: return work(std::integral_constant<int64_t, 8>());
+    case 16: return work(std::integral_constant<int64_t, 16>());
+    case 32: return work(std::integral_constant<int64_t, 32>());
+    default: return work(bytes);
+  }
+}
+
+// Undoes `gather_blocks`; what belongs to no block becomes zero. Blocks whose rows are whole cache
+// lines are written one after another, as they are read; of others, row by row of `out` is put
+// together first.
 void scatter_blocks(Tensor bits, Tensor blocks, Tensor out) {
   const Matrix m = matrix_of(out, blocks);
-  with_width(out, [&]<class T>(T) {
-    const T* data = static_cast<const T*>(blocks.const_data_ptr());
-    T* to = static_cast<T*>(out.mutable_data_ptr());
-    for_block_rows(bits, m, blocks.size(0), [&](int64_t r, const std::vector<int64_t>& places) {
-      for (int64_t i = 0; i < m.h; i++) {
-        T* row = to + (r * m.h + i) * m.width;
-        for (const int64_t place : places) {
-          if (place >= 0) {
-            std::copy_n(data + (place * m.h + i) * m.w, m.w, row);
-          } else {
-            std::fill_n(row, m.w, T(0));
-          }
-          row += m.w;
+  const int64_t size = out.element_size(), piece = m.w * size, width = m.width * size;
+  const char* data = static_cast<const char*>(blocks.const_data_ptr());
+  char* to = static_cast<char*>(out.mutable_data_ptr());
+  const bool past_cache = past_cache_for(to, m.rows * width);
+  for_block_rows(bits, m, blocks.size(0), [&](int64_t r, const std::vector<int64_t>& places) {
+    char* row = to + r * m.h * width;
+    if (piece % 64 == 0) {
+      for (const int64_t place : places) {
+        for (int64_t i = 0; i < m.h; i++) {
+          const char* from = place < 0 ? nullptr : data + (place * m.h + i) * piece;
+          copy(from, piece, past_cache, row + i * width);
         }
+        row += piece;
       }
+    } else {
+      std::vector<char> line(size_t(width), 0);
+      with_small(piece, [&](auto bytes) {
+        for (int64_t i = 0; i < m.h; i++, row += width) {
+          char* next = line.data();
+          for (const int64_t place : places) {
+            if (place < 0) {
+              std::memset(next, 0, size_t(bytes));
+            } else {
+              std::memcpy(next, data + (place * m.h + i) * bytes, size_t(bytes));
+            }
+            next += bytes;
+          }
+          copy(line.data(), width, past_cache, row);
+        }
+      });
+    }
+    written();
+  });
+}
+
+// Clears the elements of `x` that are not to be kept; returns how many are.
+int64_t keep_only(Tensor x, Tensor keep) {
+  check_plain(x);
+  check_plain(keep);
+  STD_TORCH_CHECK(
+      keep.scalar_type() == ScalarType::Bool && keep.numel() == x.numel(),
+      "expected a boolean for every element");
+  const uint8_t* from = static_cast<const uint8_t*>(keep.const_data_ptr());
+  std::atomic<int64_t> kept{0};
+  with_width(x, [&]<class T>(T) {
+    T* data = static_cast<T*>(x.mutable_data_ptr());
+    for_chunks(x.numel(), [&](int64_t chunk) {
+      const int64_t last = std::min(x.numel(), (chunk + 1) * kWord * kWords);
+      int64_t count = 0;
+      for (int64_t i = chunk * kWord * kWords; i < last; i++) {
+        data[i] &= T(-T(from[i]));
+        count += from[i];
+      }
+      kept.fetch_add(count, std::memory_order_relaxed);
     });
+  });
+  return kept;
+}
+
+// Copies a tensor.
+void copy_tensor(Tensor x, Tensor out) {
+  check_plain(x);
+  check_plain(out);
+  const int64_t bytes = x.numel() * x.element_size();
+  STD_TORCH_CHECK(bytes == out.numel() * out.element_size(), "expected tensors of one size");
+  const char* from = static_cast<const char*>(x.const_data_ptr());
+  char* to = static_cast<char*>(out.mutable_data_ptr());
+  const bool past_cache = past_cache_for(to, bytes);
+  for_chunks(bytes, [&](int64_t chunk) {
+    const int64_t start = chunk * kWord * kWords;
+    copy(from + start, std::min(kWord * kWords, bytes - start), past_cache, to + start);
+    written();
   });
 }
 
@@ -239,6 +331,8 @@ STABLE_TORCH_LIBRARY(fx_sparsity_storage, m) {
   m.def("two_of_four(Tensor bits, int elements) -> bool");
   m.def("gather_blocks(Tensor x, Tensor bits, Tensor(a!) blocks) -> ()");
   m.def("scatter_blocks(Tensor bits, Tensor blocks, Tensor(a!) out) -> ()");
+  m.def("keep_only(Tensor(a!) x, Tensor keep) -> int");
+  m.def("copy(Tensor x, Tensor(a!) out) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fx_sparsity_storage, CPU, m) {
@@ -249,4 +343,6 @@ STABLE_TORCH_LIBRARY_IMPL(fx_sparsity_storage, CPU, m) {
   m.impl("two_of_four", TORCH_BOX(&fx::ops::two_of_four));
   m.impl("gather_blocks", TORCH_BOX(&fx::ops::gather_blocks));
   m.impl("scatter_blocks", TORCH_BOX(&fx::ops::scatter_blocks));
+  m.impl("keep_only", TORCH_BOX(&fx::ops::keep_only));
+  m.impl("copy", TORCH_BOX(&fx::ops::copy_tensor));
 }

@@ -9,6 +9,7 @@ from fx_sparsity.patterns import Tiling
 from fx_sparsity.sparsifier.calibrated.base import Solution
 from fx_sparsity.sparsifier.calibrated.hessian import Hessian
 from fx_sparsity.sparsifier.calibrated.matrix import GramSparsifier, Layer
+from fx_sparsity.sparsifier.calibrated.select import select
 from fx_sparsity.sparsifier.calibrated.sweep import by_row, sweep
 
 
@@ -45,7 +46,7 @@ class SparseGPTSparsifier(GramSparsifier):
         weight, tiling, level = layer.weight, layer.tiling, layer.level
         if _spans_rows(tiling, weight.shape[1]):
             mask = compute_mask((weight @ hessian.matrix()) * weight, tiling, level)
-            return Solution(mask, torch.where(mask, weight, 0.0), hessian.notes)
+            return Solution(mask, select(mask, weight), hessian.notes)
         order, budget = self.plan(layer, hessian)
         if order is not None:
             weight, hessian = weight.index_select(1, order), hessian.permuted(order)

@@ -130,9 +130,7 @@ class Pruner:
     ) -> tuple[Tensor, Tensor, tuple[str, ...]]:
         """Mask, kept values and zeros, and notes, if they are a solution."""
         try:
-            found = self.sparsifier.solve(
-                dense.clone(), stats, plan.form.tiling, plan.config.level
-            )
+            found = self.sparsifier.solve(dense.clone(), stats, plan.form.tiling, plan.config.level)
         except ValueError as error:
             error.add_note(f"while pruning {plan.fqn}")
             raise

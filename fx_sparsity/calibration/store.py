@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
-import torch
 from torch import Tensor, nn
 
 from fx_sparsity.calibration.plan import Plan
@@ -132,9 +131,7 @@ class MaskStore:
         fqn = row.fqn
         if self._put_mask is None:
             configs = {name: plan.config for name, plan in self._plans.items()}
-            self._put_mask = mask_one_by_one(
-                self._model, self._sparsifier, self._weights, configs
-            )
+            self._put_mask = mask_one_by_one(self._model, self._sparsifier, self._weights, configs)
         self._put_mask(fqn)
         weight, mask = self._tensors[fqn], self._sparsifier.get_mask(fqn)
         beneath = select(keep, value, weight)

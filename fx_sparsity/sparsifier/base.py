@@ -162,7 +162,7 @@ class BaseSparsifier(SparsifierCore):
             placements: of different weights.
         """
         attach_all([placement.target for placement in placements if placement.fresh])
-        for group, target, fresh, first in placements:
+        for _, target, fresh, first in placements:
             if fresh:
                 target.given = first is not None and not bool(first.all())
             elif first is not None:

@@ -171,6 +171,14 @@ def measure_memory(method: str, batches: int) -> Memory:
 
 def verdicts(costs: list[Cost], memories: list[Memory]) -> Iterator[str]:
     """What was to be reached, and what was."""
+    if len(costs) > 1:
+        yield from _time_verdicts(costs)
+    if memories:
+        worst = max(memory.tensors / memory.allowed for memory in memories)
+        yield f"at most masks, 2 statistics and activations: {worst:.2f} of it; {_met(worst <= 1)}"
+
+
+def _time_verdicts(costs: list[Cost]) -> Iterator[str]:
     fixed, slope, a_token = line_through(costs)
     usual = slope + fixed / (a_token * USUAL)
     yield f"Wanda: {fixed:.2f} s, mostly the capture, and {slope:.2f} forward passes over the data"
@@ -180,8 +188,6 @@ def verdicts(costs: list[Cost], memories: list[Memory]) -> Iterator[str]:
     measured = [cost.tokens for cost in costs if cost.ratio <= 1.5]
     yield f"measured: {'from ' + str(min(measured)) + ' tokens on' if measured else 'at no size'}"
     yield f"at the usual {USUAL} tokens, by that line: {usual:.2f}; {_met(usual <= 1.5)}"
-    worst = max(memory.tensors / memory.allowed for memory in memories)
-    yield f"at most masks, 2 statistics and live activations: {worst:.2f} of it; {_met(worst <= 1)}"
 
 
 def _met(reached: bool) -> str:
@@ -193,8 +199,10 @@ def main(arguments: list[str] | None = None) -> tuple[list[Cost], list[Memory]]:
     warnings.simplefilter("ignore")
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.bench_prune")
     parser.add_argument("--write", action="store_true", help=f"write {TABLE.name}")
-    parser.add_argument("--batches", type=int, nargs="+", default=[4, 8, 16, 32])
-    parser.add_argument("--held", type=int, default=8, help="batches where memory is measured")
+    parser.add_argument("--batches", type=int, nargs="*", default=[4, 8, 16, 32])
+    parser.add_argument(
+        "--held", type=int, default=8, help="batches where memory is measured; 0: not"
+    )
     parser.add_argument("--runs", type=int, default=3)
     options = parser.parse_args(arguments)
     torch.set_num_threads(2)
@@ -222,7 +230,7 @@ def main(arguments: list[str] | None = None) -> tuple[list[Cost], list[Memory]]:
     say("", f"MiB at the peak beyond the model's {model:.0f}, {tokens} tokens", "")
     names = ("masks", "2 statistics", "activations", "allowed", "tensors")
     say(f"{'method':<11}" + "".join(f"{n:>13}" for n in names) + f"{'share':>8}{'resident':>10}")
-    for method in METHODS:
+    for method in METHODS if options.held else ():
         memories.append(measure_memory(method, options.held))
         say(memories[-1].line())
     say("", *verdicts(costs, memories))

@@ -201,7 +201,7 @@ def main(arguments: list[str] | None = None) -> tuple[list[Cost], list[Memory]]:
     parser.add_argument("--write", action="store_true", help=f"write {TABLE.name}")
     parser.add_argument("--batches", type=int, nargs="*", default=[4, 8, 16, 32])
     parser.add_argument(
-        "--held", type=int, default=8, help="batches where memory is measured; 0: not"
+        "--held", type=int, default=4, help="batches where memory is measured; 0: not"
     )
     parser.add_argument("--runs", type=int, default=3)
     options = parser.parse_args(arguments)

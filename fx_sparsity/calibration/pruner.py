@@ -18,6 +18,7 @@ from fx_sparsity.sparsifier.calibrated import (
     Statistic,
     Statistics,
 )
+from fx_sparsity.sparsifier.calibrated.select import select
 from fx_sparsity.sparsifier.calibrated.statistics import relative_error
 
 
@@ -106,16 +107,10 @@ class Pruner:
         _check(fqn, stats)
         # May share the weight's memory: not to be read any more once that is written.
         dense = plan.form.to_matrix(weight.detach()).float().contiguous()
-        tiling, level = plan.form.tiling, plan.config.level
-        try:
-            solution = self.sparsifier.solve(dense.clone(), stats, tiling, level)
-        except ValueError as error:
-            error.add_note(f"while pruning {fqn}")
-            raise
-        kept = _kept(fqn, dense, solution)
-        notes = [*plan.notes, *_told(plan, stats), *solution.notes]
+        mask, kept, solved = self._solve(plan, dense, stats)
+        notes = [*plan.notes, *_told(plan, stats), *solved]
         relative = None if stats.gram is None else relative_error(dense, kept, stats)
-        bias = self._correction(fqn, dense - kept, stats, notes)
+        bias = self._correction(fqn, dense, kept, stats, notes)
         row = PrunedWeight(
             fqn=fqn,
             pattern=str(plan.config.pattern),
@@ -126,9 +121,20 @@ class Pruner:
             notes=tuple(notes),
         )
         value = plan.form.from_matrix(kept).to(weight.dtype)
-        self._store.write(row, plan.form.from_matrix(solution.mask), value, bias)
+        self._store.write(row, plan.form.from_matrix(mask), value, bias)
         self.pruned.append(row)
         return None
+
+    def _solve(
+        self, plan: Plan, dense: Tensor, stats: Statistics
+    ) -> tuple[Tensor, Tensor, tuple[str, ...]]:
+        """Mask, kept values and zeros, and notes, if they are a solution."""
+        try:
+            found = self.sparsifier.solve(dense.clone(), stats, plan.form.tiling, plan.config.level)
+        except ValueError as error:
+            error.add_note(f"while pruning {plan.fqn}")
+            raise
+        return found.mask, _kept(plan.fqn, dense, found), found.notes
 
     def _statistics(self, fqn: str) -> Statistics:
         """What was collected; held on to where the next weight shares it."""
@@ -163,7 +169,7 @@ class Pruner:
             stats.gradient_squares = plan.form.to_matrix(found.squares)
 
     def _correction(
-        self, fqn: str, lost: Tensor, stats: Statistics, notes: list[str]
+        self, fqn: str, dense: Tensor, kept: Tensor, stats: Statistics, notes: list[str]
     ) -> tuple[Tensor, Tensor] | None:
         """A bias, and what it has to become."""
         if self.biases is None:
@@ -174,14 +180,19 @@ class Pruner:
         assert stats.sums is not None
         mean = stats.sums / stats.tokens.clamp(min=1).unsqueeze(1)
         bias = self.biases[fqn]
-        missing = (lost @ mean.unsqueeze(-1)).reshape(bias.shape)
+        missing = ((dense - kept) @ mean.unsqueeze(-1)).reshape(bias.shape)
         return bias, (bias.float() + missing).to(bias.dtype)
+
+
+def _all_finite(tensor: Tensor) -> bool:
+    """A sum is not finite where a term is not; the converse may fail, if it overflows."""
+    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
 
 
 def _check(fqn: str, stats: Statistics) -> None:
     sums = (stats.squares, stats.sums, stats.gram, stats.gradients, stats.gradient_squares)
     for found in sums:
-        if found is not None and not bool(found.isfinite().all()):
+        if found is not None and not _all_finite(found):
             raise CalibrationError(
                 f"{fqn}: the calibration data bring NaN or infinite values to its inputs; "
                 "look for the batch, or for a layer before it that overflows"
@@ -199,8 +210,8 @@ def _kept(fqn: str, dense: Tensor, solution: Solution) -> Tensor:
                 f"{fqn}: expected a {what} of shape {tuple(dense.shape)} and {dtype} from the "
                 f"method, found {tuple(found.shape)} and {found.dtype}"
             )
-    kept = torch.where(solution.mask, solution.weight, 0)
-    if not bool(kept.isfinite().all()):
+    kept = select(solution.mask, solution.weight)
+    if not _all_finite(kept):
         raise CalibrationError(f"{fqn}: the method made NaN or infinite values of kept weights")
     return kept
 

@@ -1,16 +1,16 @@
 """Where pruned weights go: beneath masks in the model."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
-import torch
 from torch import Tensor, nn
 
 from fx_sparsity.calibration.plan import Plan
 from fx_sparsity.calibration.report import PrunedWeight
-from fx_sparsity.graph.prepare import mask_weights
+from fx_sparsity.graph.prepare import mask_one_by_one
 from fx_sparsity.graph.weight_map import WeightMap
 from fx_sparsity.sparsifier.calibrated import CalibratedSparsifier
+from fx_sparsity.sparsifier.calibrated.select import select
 
 DONE = "calibrated"
 """Counter in a sparsifier's state of a weight that has been pruned."""
@@ -101,6 +101,8 @@ class MaskStore:
         self._weights: WeightMap
         self._plans: Mapping[str, Plan] = {}
         self._tensors: Mapping[str, Tensor] = {}
+        self._put_mask: Callable[[str], object] | None = None
+        self._written: dict[str, Tensor] = {}
 
     def is_done(self, plan: Plan) -> bool:
         """See `Store.is_done`."""
@@ -116,6 +118,8 @@ class MaskStore:
 
     def read(self, fqn: str, tensor: Tensor) -> Tensor:
         """See `Store.read`: through its mask, where it has one."""
+        if fqn in self._written:
+            return self._written.pop(fqn)  # bit for bit what the mask makes of it
         if fqn in self._sparsifier.names:
             return self._sparsifier.get_data(fqn, return_original=False)
         return tensor
@@ -125,10 +129,12 @@ class MaskStore:
     ) -> None:
         """See `Store.write`."""
         fqn = row.fqn
-        configs = {fqn: self._plans[fqn].config}
-        mask_weights(self._model, self._sparsifier, self._weights, configs)
+        if self._put_mask is None:
+            configs = {name: plan.config for name, plan in self._plans.items()}
+            self._put_mask = mask_one_by_one(self._model, self._sparsifier, self._weights, configs)
+        self._put_mask(fqn)
         weight, mask = self._tensors[fqn], self._sparsifier.get_mask(fqn)
-        beneath = torch.where(keep, value, weight)
+        beneath = select(keep, value, weight)
         written = [(weight, beneath), (mask, keep.to(mask.dtype))] + ([bias] if bias else [])
         before = [tensor.clone() for tensor, _ in written]
         try:
@@ -139,3 +145,5 @@ class MaskStore:
             for (tensor, _), old in zip(written, before, strict=True):
                 tensor.copy_(old)
             raise
+        if value.stride() == weight.stride():
+            self._written = {fqn: value}

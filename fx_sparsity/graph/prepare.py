@@ -1,7 +1,7 @@
 """The verbs `prepare` and `squash`: from a wish to masks on a model, and to baked-in zeros."""
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -142,6 +142,33 @@ def mask_weights(
     else:
         sparsifier.prepare(subject, _config(subject, weights, entries))
     return subject
+
+
+def mask_one_by_one(
+    model: nn.Module,
+    sparsifier: BaseSparsifier,
+    weights: WeightMap,
+    configs: Mapping[str, SparsityConfig],
+) -> Callable[[str], object]:
+    """What `mask_weights` does, weight by weight, though a module is looked through but once.
+
+    Args:
+        model: not changed yet; to be changed by masks alone until the last one is on.
+        sparsifier: as `prepare` takes it.
+        weights: of the model.
+        configs: FQN -> configuration of each weight that may be masked.
+
+    Returns:
+        Puts a mask on the weight of that FQN.
+
+    Raises:
+        MaskError: as `prepare`.
+    """
+    if isinstance(model, fx.GraphModule):
+        return lambda fqn: mask_weights(model, sparsifier, weights, {fqn: configs[fqn]})
+    entries = {fqn: group_entry(config) for fqn, config in configs.items()}
+    planned = sparsifier.plan_masks(model, _config(model, weights, entries))
+    return lambda fqn: sparsifier.place_masks(model, [planned[fqn]])
 
 
 def squash(model: _Subject, sparsifier: BaseSparsifier) -> tuple[_Subject, SparsityRecord]:

@@ -4,7 +4,7 @@ import copy
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -29,6 +29,22 @@ from fx_sparsity.sparsifier.utils import get_arg_info_from_tensor_fqn
 
 _OF_ONE_MODEL = ("module", "module_fqn", "tensor_name")
 """Keys of a group that follow from the model and its `tensor_fqn`; not part of its state."""
+
+
+class Placement(NamedTuple):
+    """What `BaseSparsifier.prepare` does to one weight.
+
+    Attributes:
+        group: its configuration.
+        target: the weight and its mask.
+        fresh: whether the mask is new, and still to be put on.
+        first: what the mask is to be, where the configuration says so.
+    """
+
+    group: dict[str, Any]
+    target: Target
+    fresh: bool
+    first: Tensor | None
 
 
 class BaseSparsifier(SparsifierCore):
@@ -78,6 +94,23 @@ class BaseSparsifier(SparsifierCore):
             MaskError: a weight that does not exist, is not floating, is parametrized by something
                 else, shares memory with another tensor, or is listed twice; it is named.
         """
+        self.place_masks(model, list(self.plan_masks(model, config).values()))
+
+    def plan_masks(
+        self, model: nn.Module, config: Sequence[Mapping[str, Any]] | None = None
+    ) -> dict[str, Placement]:
+        """What `prepare` would do, checked, for `place_masks` to do at once or weight by weight.
+
+        Args:
+            model: not changed.
+            config: as `prepare` takes it.
+
+        Returns:
+            FQN -> placement, in order.
+
+        Raises:
+            MaskError: as `prepare`.
+        """
         if self.model is not None and self.model is not model and self._targets:
             raise MaskError(
                 f"the sparsifier is bound to another {type(self.model).__name__}; "
@@ -85,10 +118,7 @@ class BaseSparsifier(SparsifierCore):
             )
         entries = [{"tensor_fqn": fqn} for fqn in _weights_of(model)] if config is None else config
         owners = owners_by_identity(model)
-        groups: list[dict[str, Any]] = []
-        targets: dict[str, Target] = {}
-        fresh: list[Target] = []
-        given: dict[str, Tensor] = {}
+        planned: dict[str, Placement] = {}
         seen: dict[int, str] = {}
         for entry in entries:
             group = self._merge(model, entry)
@@ -112,28 +142,36 @@ class BaseSparsifier(SparsifierCore):
             wanted = self.pattern_of(group)
             if wanted is not None and isinstance(wanted[0], Rows):
                 _check_divisor(name)
-            groups.append(group)
+            fresh = mask is None
             if mask is None:
                 mask = Mask(torch.ones_like(tensor) if first is None else first)
-                fresh.append(Target(name, owners[id(tensor)], mask))
-                fresh[-1].given = first is not None and not bool(first.all())
-                targets[name] = fresh[-1]
-            else:
-                targets[name] = Target(name, owners[id(tensor)], mask, in_graph)
-                if first is not None:
-                    given[name] = first
-        for target in targets.values():
-            for module, attribute in target.owners:
+            target = Target(name, owners[id(tensor)], mask, in_graph)
+            planned[name] = Placement(group, target, fresh, first)
+        for placement in planned.values():
+            for module, attribute in placement.target.owners:
                 if mask_on(module, attribute) is None:
-                    check_maskable(target.name, module, attribute)
+                    check_maskable(placement.target.name, module, attribute)
         check_memory(model, seen)
-        attach_all(fresh)
-        for name, first in given.items():
-            targets[name].mask.update(first)
-        for name, target in targets.items():
-            counters = self.state[name].counters if name in self.state else None
+        return planned
+
+    def place_masks(self, model: nn.Module, placements: Sequence[Placement]) -> None:
+        """Put masks on as `plan_masks` has laid down.
+
+        Args:
+            model: that was planned for, as it was then but for what has been placed since.
+            placements: of different weights.
+        """
+        attach_all([placement.target for placement in placements if placement.fresh])
+        for _, target, fresh, first in placements:
+            if fresh:
+                target.given = first is not None and not bool(first.all())
+            elif first is not None:
+                target.mask.update(first)
+            counters = self.state[target.name].counters if target.name in self.state else None
             self._register(target, counters)
-        self.groups = [g for g in self.groups if g["tensor_fqn"] not in targets] + groups
+        names = {placement.target.name for placement in placements}
+        self.groups = [g for g in self.groups if g["tensor_fqn"] not in names]
+        self.groups += [placement.group for placement in placements]
         self.model = model
         guard(model)
 

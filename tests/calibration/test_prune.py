@@ -480,13 +480,13 @@ def test_a_write_that_is_interrupted_is_undone(monkeypatch):
             raise KeyboardInterrupt
         return plain(self, other, *args)
 
-    prepared = sparsifier.prepare
+    place = sparsifier.place_masks
 
-    def prepare(*args):
-        prepared(*args)
+    def place_masks(*args):
+        place(*args)
         monkeypatch.setattr(torch.Tensor, "copy_", copy_)
 
-    monkeypatch.setattr(sparsifier, "prepare", prepare)
+    monkeypatch.setattr(sparsifier, "place_masks", place_masks)
     with pytest.raises(KeyboardInterrupt):
         prune(model, sparsifier, batches)
     monkeypatch.undo()

@@ -16,6 +16,7 @@ from fx_sparsity.sparsifier.calibrated.groups import (
     required,
     unseen_groups,
 )
+from fx_sparsity.sparsifier.calibrated.select import select
 from fx_sparsity.sparsifier.calibrated.statistics import Statistic, Statistics
 
 Criterion = Callable[[Tensor, Statistics], Tensor]
@@ -61,7 +62,7 @@ class CriterionSparsifier(CalibratedSparsifier):
         else:
             mask = self.rank(scores, tiling, level)
         notes = [note for group in unseen for note in about(group, len(weight), [UNSEEN])]
-        return Solution(mask, torch.where(mask, weight, 0.0), tuple(notes))
+        return Solution(mask, select(mask, weight), tuple(notes))
 
     def rank(self, scores: Tensor, tiling: Tiling, level: float) -> Tensor:
         """The mask of these scores: the pattern's own ranking."""

@@ -39,18 +39,18 @@ class ExactUpdate(Refinement):
         residual.mul_(keep)
         enough = (layer.weight.square() @ scale) * self.tolerance**2
         step = residual / scale
-        size = _dots(residual, step)
+        size, image = _dots(residual, step), torch.empty_like(step)
         open_rows = size > enough
         for _ in range(self.iterations):
             if not bool(open_rows.any()):
                 break
-            image = (step @ matrix).mul_(keep)
+            torch.mm(step, matrix, out=image).mul_(keep)
             curvature = _dots(step, image)
             open_rows &= curvature > 0  # H is not positive definite, or all digits are used up
             length = torch.where(open_rows, size / curvature, 0.0).unsqueeze(1)
             values.addcmul_(length, step)
             residual.addcmul_(length, image, value=-1)
-            previous, scaled = size, residual / scale
+            previous, scaled = size, torch.div(residual, scale, out=image)
             size = _dots(residual, scaled)
             open_rows &= size > enough
             step.mul_(torch.where(open_rows, size / previous, 0.0).unsqueeze(1)).add_(scaled)

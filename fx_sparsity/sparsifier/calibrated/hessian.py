@@ -10,6 +10,7 @@ _DEAD = 1e-9
 against a live input's, so that its weights go first, among themselves by magnitude."""
 _BASE = 512  # size up to which LAPACK's Cholesky factor is fastest
 _PADDING = 16
+_ROWS = 128  # that are put in order together
 
 
 @dataclass(frozen=True)
@@ -46,30 +47,33 @@ class Hessian:
         shares = torch.where(diagonal == 0, _DEAD, self.damping)
         return diagonal + shares * diagonal.mean()
 
-    def matrix(self) -> Tensor:
-        """H itself, [in, in]; rows are padded in memory."""
+    def matrix(self, order: Tensor | None = None) -> Tensor:
+        """H itself, [in, in], its inputs in an order of theirs; rows are padded in memory."""
         width = len(self.gram)
         # Rows of 2^k elements alone would all fall into the same few sets of a cache.
-        matrix = self.gram.new_empty(width, width + _PADDING)[:, :width].copy_(self.gram)
-        matrix.diagonal().copy_(self.diagonal())
+        matrix = self.gram.new_empty(width, width + _PADDING)[:, :width]
+        if order is None:
+            matrix.copy_(self.gram).diagonal().copy_(self.diagonal())
+            return matrix
+        for part, rows in zip(matrix.split(_ROWS), order.split(_ROWS), strict=True):
+            part.copy_(self.gram.index_select(0, rows).index_select(1, order))
+        matrix.diagonal().copy_(self.diagonal()[order])
         return matrix
 
-    def permuted(self, order: Tensor) -> "Hessian":
-        """The same inputs in another order."""
-        gram = self.gram.index_select(0, order).index_select(1, order)
-        return Hessian(gram, self.damping, self.notes)
-
-    def root(self) -> tuple[Tensor, "Hessian"]:
+    def root(self, order: Tensor | None = None) -> tuple[Tensor, "Hessian"]:
         """The upper triangular R with R R^T = H, so that U = R^-1 is the factor of H^-1 = U^T U.
 
         Neither H^-1 nor the whole of U (arXiv 2301.00774, section 3.3) is ever needed: see `sweep`.
+
+        Args:
+            order: of the inputs in R.
 
         Returns:
             R, [in, in], where what lies below the diagonal means nothing; and the Hessian that it
             belongs to: with more damping, and a note on it, where this one is not positive definite
             in float32.
         """
-        matrix = self.matrix()
+        matrix = self.matrix(order)
         if _take_root(matrix):
             return matrix, self
         raised = max(10 * self.damping, 1e-6)
@@ -77,7 +81,7 @@ class Hessian:
             f"the Hessian is not positive definite with a damping of {self.damping:g} of the mean "
             f"diagonal; raised to {raised:g}"
         )
-        return Hessian(self.gram, raised, (*self.notes, note)).root()
+        return Hessian(self.gram, raised, (*self.notes, note)).root(order)
 
 
 def _take_root(matrix: Tensor) -> bool:

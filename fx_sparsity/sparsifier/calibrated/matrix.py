@@ -22,6 +22,7 @@ from fx_sparsity.sparsifier.calibrated.groups import (
     required,
 )
 from fx_sparsity.sparsifier.calibrated.hessian import Hessian
+from fx_sparsity.sparsifier.calibrated.select import select
 from fx_sparsity.sparsifier.calibrated.statistics import Statistic, Statistics
 
 
@@ -47,7 +48,7 @@ class Layer(NamedTuple):
     def ranked(self) -> Solution:
         """The best mask where inputs do not go together: pruning w costs w^2 x^2."""
         mask = compute_mask(self.weight.square() * self.squares, self.tiling, self.level)
-        return Solution(mask, torch.where(mask, self.weight, 0.0), (self.note,))
+        return Solution(mask, select(mask, self.weight), (self.note,))
 
 
 def layers(

@@ -9,7 +9,8 @@ from fx_sparsity.patterns import Tiling
 from fx_sparsity.sparsifier.calibrated.base import Solution
 from fx_sparsity.sparsifier.calibrated.hessian import Hessian
 from fx_sparsity.sparsifier.calibrated.matrix import GramSparsifier, Layer
-from fx_sparsity.sparsifier.calibrated.sweep import by_row, sweep
+from fx_sparsity.sparsifier.calibrated.select import select
+from fx_sparsity.sparsifier.calibrated.sweep import Groups, by_row, sweep
 
 
 class SparseGPTSparsifier(GramSparsifier):
@@ -45,15 +46,16 @@ class SparseGPTSparsifier(GramSparsifier):
         weight, tiling, level = layer.weight, layer.tiling, layer.level
         if _spans_rows(tiling, weight.shape[1]):
             mask = compute_mask((weight @ hessian.matrix()) * weight, tiling, level)
-            return Solution(mask, torch.where(mask, weight, 0.0), hessian.notes)
+            return Solution(mask, select(mask, weight), hessian.notes)
         order, budget = self.plan(layer, hessian)
         if order is not None:
-            weight, hessian = weight.index_select(1, order), hessian.permuted(order)
-        root, used = hessian.root()
+            weight = weight.index_select(1, order)
+        root, used = hessian.root(order)
         mask, kept = sweep(weight, root, tiling, level, budget, self.block_size)
         if order is not None:
+            del root, weight
             back = order.argsort()
-            mask, kept = mask.gather(1, back.expand_as(mask)), kept.index_select(1, back)
+            mask, kept = mask.index_select(1, back), kept.index_select(1, back)
         return Solution(mask, kept, used.notes)
 
     def plan(self, layer: Layer, hessian: Hessian) -> tuple[Tensor | None, Tensor]:
@@ -89,10 +91,12 @@ class ReorderedSparseGPTSparsifier(SparseGPTSparsifier):
         gone = ~compute_mask(costs, tiling, layer.level)
         unit = 1 if by_row(tiling, width) else tiling.extents[1]
         whole = width // unit * unit
-        losses = costs.mul_(gone)[:, :whole].sum(0).view(-1, unit).sum(1)
+        losses = select(gone, costs)[:, :whole].sum(0).view(-1, unit).sum(1)
         first = losses.argsort(descending=True, stable=True)
         order = (first.unsqueeze(1) * unit + torch.arange(unit, device=weight.device)).flatten()
         order = torch.cat([order, torch.arange(whole, width, device=weight.device)])
+        if Groups.of(tiling, width, layer.level).size:
+            return order, order[:0]
         if by_row(tiling, width):
             return order, gone[:, order].long()
         grid = Tiling(tiling.extents, remainder="pad").grid(weight.shape)

@@ -53,7 +53,7 @@ def relative_error(dense: Tensor, kept: Tensor, stats: Statistics) -> float:
         else:
             assert stats.squares is not None
             images = weight * stats.squares.unsqueeze(1)
-        return max(0.0, float((images * weight).sum(dtype=torch.float64)))
+        return max(0.0, float(torch.linalg.vecdot(images, weight).sum(dtype=torch.float64)))
 
     whole = squared(dense)
     return float((squared(dense - kept) / whole) ** 0.5) if whole else 0.0

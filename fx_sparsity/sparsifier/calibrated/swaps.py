@@ -27,8 +27,10 @@ class Swaps(Refinement):
       2 v_k G_k + v_k^2 H_kk - (G_j + v_k H_jk)^2 / H_jj;
     - moving kept j to where it is best adds G_j / H_jj to it.
 
-    Columns are gone through in stretches, from right to left: SparseGPT has left to the last ones
-    what they could not make up for. The error never rises.
+    Columns are gone through in stretches, first from right to left, since SparseGPT has left to the
+    last ones what they could not make up for, then back (a symmetric Gauss-Seidel iteration): what
+    lies ahead of a stretch is as it was when G was last known there, and only what lies behind
+    brings it up to date. The error never rises.
 
     Weights are exchanged where that keeps the pattern and what each row keeps: within an N:M group,
     within one row of a block that loses single weights, within one row of a stretch where the
@@ -52,18 +54,29 @@ class Swaps(Refinement):
         if not cell:
             note = "weights go in whole blocks, so none are exchanged"
             return found._replace(notes=(note,))
-        matrix, mask, change = hessian.matrix(), found.mask.clone(), layer.weight - found.weight
-        values = found.weight.clone()
+        matrix, mask, values = hessian.matrix(), found.mask.clone(), found.weight.clone()
+        change, gradients = layer.weight - values, torch.empty_like(values)
         stretch = -(-self.block_size // cell) * cell
         starts = range(0, layer.weight.shape[1], stretch)
-        for _ in range(self.sweeps):
-            for start in reversed(starts):
+        before, begun = layer.weight, found.weight
+        for sweep in range(self.sweeps):
+            forth = sweep % 2 == 1
+            for start in starts if forth else reversed(starts):
                 columns = slice(start, start + stretch)
-                gradient = change @ matrix[:, columns]
+                if sweep == 0:
+                    gradient = change @ matrix[:, columns]
+                else:
+                    behind = slice(start) if forth else slice(columns.stop, None)
+                    gradient = torch.addmm(
+                        gradients[:, columns], change[:, behind], matrix[behind, columns]
+                    )
                 part, keep = values[:, columns].contiguous(), mask[:, columns].contiguous()
                 _exchange(part, keep, gradient, matrix[columns, columns].contiguous(), cell)
                 values[:, columns], mask[:, columns] = part, keep
-                torch.sub(layer.weight[:, columns], part, out=change[:, columns])
+                gradients[:, columns] = gradient
+                torch.sub(before[:, columns], part, out=change[:, columns])
+            # A stretch has not seen yet what changed since the sweep before began its way there.
+            before, begun = begun, values.clone() if sweep + 2 < self.sweeps else values
         return Solution(mask, values)
 
 

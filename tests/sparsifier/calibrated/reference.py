@@ -74,7 +74,7 @@ def best_exchange(row, values, keep, h, cell):
 
 
 def swaps(weight, values, keep, gram, cell, stretch, sweeps):
-    """Row by row: stretches from right to left, in them cells from left to right.
+    """Row by row: stretches from right to left and back, in them cells from left to right.
 
     In narrow cells the best exchange of all; in wide ones, for as long as there are any, that of
     the pruned weight whose return alone would lower the error most. Then kept weights one by one.
@@ -82,11 +82,10 @@ def swaps(weight, values, keep, gram, cell, stretch, sweeps):
     h, weight = damped(gram), weight.double()
     values, keep = values.double().clone(), keep.clone()
     width = weight.shape[1]
-    starts = [
-        c for s in range(0, width, stretch)[::-1] for c in range(s, min(s + stretch, width), cell)
-    ]
+    stretches = [range(s, min(s + stretch, width), cell) for s in range(0, width, stretch)]
+    turns = [stretches[::-1] if sweep % 2 == 0 else stretches for sweep in range(sweeps)]
     for r, row in enumerate(weight):
-        for _, start in itertools.product(range(sweeps), starts):
+        for start in itertools.chain(*itertools.chain(*turns)):
             place = range(start, min(start + cell, width))
             candidates = list(place)
             while True:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from fx_sparsity.kernels.embedding_ops import (
     MODES,
     NO_PADDING,
+    RESULTS,
     bag_of_positions,
     check_indices,
 )
@@ -16,8 +17,6 @@ from fx_sparsity.kernels.pages import use_large_pages
 from fx_sparsity.kernels.panels import PackingError
 from fx_sparsity.kernels.row_table import RowTable
 from fx_sparsity.quantization.codes import CodedWeight
-
-_RESULTS = (torch.float32, torch.bfloat16)
 
 
 class _RowPruned(nn.Module):
@@ -30,7 +29,7 @@ class _RowPruned(nn.Module):
     def __init__(self, table: RowTable, dtype: torch.dtype, padding_idx: int | None) -> None:
         super().__init__()
         table.check()
-        if dtype not in _RESULTS:
+        if dtype not in RESULTS:
             raise TypeError(f"expected float32 or bfloat16 as the dtype of results, found {dtype}")
         self.num_embeddings, self.embedding_dim = table.remap.numel(), table.columns
         if padding_idx is not None and not 0 <= padding_idx < self.num_embeddings:
@@ -77,7 +76,7 @@ class _RowPruned(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # Affine parameters are moved like all tensors but never cast: they are seen as integers.
         like = fn(torch.empty(0, dtype=self.dtype, device=self.remap.device))
-        if like.dtype not in _RESULTS:
+        if like.dtype not in RESULTS:
             raise TypeError(f"expected a cast to float32 or bfloat16, found {like.dtype}")
         affine, self.affine = self.affine, None
         super()._apply(fn, recurse)
@@ -116,7 +115,8 @@ class _RowPruned(nn.Module):
         Straight from the dictionary: for few lookups, looking attributes up takes a good part.
         """
         held = self._buffers
-        return held["rows"], held["affine"], held["remap"], self.embedding_dim, self.dtype
+        table = held["rows"], held["affine"], held["remap"], self.embedding_dim
+        return *table, RESULTS[self.dtype]
 
     def _run(self, operator: Callable[..., Tensor], indices: Tensor, *rest: Any) -> Tensor:
         if indices.dtype not in (torch.int32, torch.int64):

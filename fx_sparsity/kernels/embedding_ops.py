@@ -6,7 +6,8 @@ zeros, whatever the weight of a sample; an index outside of the table is an erro
 summed in fp32 and rounded once. Tables have no gradient, `per_sample_weights` do.
 
 After what is looked up, both take a table, the tensors and the columns of a `RowTable`, and the
-dtype of the result.
+dtype of the result, a name of `RESULTS`: AOTInductor packages of torch 2.11 hand a dtype on as
+another one.
 """
 
 from typing import Any
@@ -20,13 +21,16 @@ from fx_sparsity.kernels.row_table import RowTable
 MODES = ("sum", "mean", "max")
 """How bags are reduced; the operator takes the position."""
 
+RESULTS = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+"""The dtypes of results, by the names that operators take."""
+
 NO_PADDING = -1
 """The `padding_idx` of an operator that has none."""
 
 _LOOKUP = "fx_sparsity::row_pruned_embedding"
 _BAG = "fx_sparsity::row_pruned_embedding_bag"
 
-_TABLE = "Tensor rows, Tensor? affine, Tensor remap, int columns, ScalarType dtype"
+_TABLE = "Tensor rows, Tensor? affine, Tensor remap, int columns, str dtype"
 torch.library.define(_LOOKUP, f"(Tensor indices, {_TABLE}) -> Tensor")
 torch.library.define(
     _BAG,
@@ -42,7 +46,7 @@ def look_up(indices: Tensor, *rest: Any) -> Tensor:
     *parts, dtype = rest
     table = RowTable(*parts)
     check_indices(indices, table.remap.numel())
-    return table.look_up(indices, dtype)
+    return table.look_up(indices, getattr(torch, dtype))
 
 
 def look_up_bags(
@@ -52,7 +56,7 @@ def look_up_bags(
     if kernel := cpu_kernel(_BAG, indices):
         return kernel(indices, offsets, per_sample_weights, *rest)
     *parts, dtype, mode, padding_idx, include_last_offset = rest
-    table = RowTable(*parts)
+    table, dtype = RowTable(*parts), getattr(torch, dtype)
     bags, bag = bag_of_positions(indices, offsets, include_last_offset)
     indices = indices.reshape(-1)[: len(bag)]
     check_indices(indices, table.remap.numel())
@@ -79,14 +83,14 @@ torch.library.impl(_BAG, "CompositeExplicitAutograd", look_up_bags)
 @torch.library.register_fake(_LOOKUP)
 def _fake_look_up(indices: Tensor, *rest: Any) -> Tensor:
     rows, _, _, columns, dtype = rest
-    return rows.new_empty((*indices.shape, columns), dtype=dtype)
+    return rows.new_empty((*indices.shape, columns), dtype=getattr(torch, dtype))
 
 
 @torch.library.register_fake(_BAG)
 def _fake_bag(indices: Tensor, offsets: Tensor | None, *rest: Any) -> Tensor:
     _, rows, _, _, columns, dtype, _, _, include_last_offset = rest
     bags = indices.shape[0] if offsets is None else offsets.shape[0] - int(include_last_offset)
-    return rows.new_empty((bags, columns), dtype=dtype)
+    return rows.new_empty((bags, columns), dtype=getattr(torch, dtype))
 
 
 def bag_of_positions(
@@ -139,7 +143,7 @@ def _gradient_of_weights(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...
     """Of `per_sample_weights`: each row against the gradient of its bag."""
     indices, offsets, *parts = ctx.saved_tensors
     columns, padding_idx = ctx.rest
-    values = torch.ops.fx_sparsity.row_pruned_embedding(indices, *parts, columns, torch.float32)
+    values = torch.ops.fx_sparsity.row_pruned_embedding(indices, *parts, columns, "float32")
     if offsets is None:
         in_bags = gradient.unsqueeze(1).expand_as(values)
         counted = indices != padding_idx

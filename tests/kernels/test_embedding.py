@@ -489,7 +489,7 @@ def test_gradient_of_weights(path):
 @pytest.mark.parametrize("bits", [None, 8])
 def test_opcheck(bits):
     module = RowPrunedEmbeddingBag.from_dense(table(), mode="sum", bits=bits)
-    parts = (module.rows, module.affine, module.remap, 5, torch.float32)
+    parts = (module.rows, module.affine, module.remap, 5, "float32")
     indices, offsets = torch.randint(0, 20, (12,)), torch.tensor([0, 3, 12])
     ops = torch.ops.fx_sparsity
     torch.library.opcheck(ops.row_pruned_embedding.default, (indices.view(3, 4), *parts))

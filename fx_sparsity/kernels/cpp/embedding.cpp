@@ -2,6 +2,8 @@
 // again only as far as memory safety needs it.
 #include <atomic>
 #include <optional>
+#include <string>
+#include <vector>
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -24,11 +26,14 @@ Integers integers(const Tensor& x) {
   return {x.const_data_ptr(), is_wide};
 }
 
+ScalarType scalar_type_of(const std::string& dtype) {
+  if (dtype == "bfloat16") return ScalarType::BFloat16;
+  STD_TORCH_CHECK(dtype == "float32", "expected a result of float32 or bfloat16");
+  return ScalarType::Float;
+}
+
 Output output(const Tensor& x) {
-  const bool is_bf16 = x.scalar_type() == ScalarType::BFloat16;
-  STD_TORCH_CHECK(
-      is_bf16 || x.scalar_type() == ScalarType::Float, "expected a result of float32 or bfloat16");
-  return {x.mutable_data_ptr(), is_bf16};
+  return {x.mutable_data_ptr(), x.scalar_type() == ScalarType::BFloat16};
 }
 
 int64_t bits_of(const Tensor& rows) {
@@ -102,13 +107,13 @@ void share(const Table& table, Integers indices, int64_t count, const Work& work
 
 Tensor row_pruned_embedding(
     Tensor indices, Tensor rows, std::optional<Tensor> affine, Tensor remap, int64_t columns,
-    ScalarType dtype) {
+    std::string dtype) {
   const Table table = table_of(rows, affine, remap, columns);
   indices = torch::stable::contiguous(indices);
   const Integers positions = integers(indices);
   std::vector<int64_t> shape(indices.sizes().begin(), indices.sizes().end());
   shape.push_back(columns);
-  Tensor result = torch::stable::empty(shape, dtype);
+  Tensor result = torch::stable::empty(shape, scalar_type_of(dtype));
   const Output out = output(result);
   with_rows(bits_of(rows), [&]<class Rows, int Bits>() {
     share(table, positions, indices.numel(), [&](int64_t begin, int64_t end) {
@@ -145,7 +150,7 @@ std::vector<int64_t> bounds_of(
 
 Tensor row_pruned_embedding_bag(
     Tensor indices, std::optional<Tensor> offsets, std::optional<Tensor> per_sample_weights,
-    Tensor rows, std::optional<Tensor> affine, Tensor remap, int64_t columns, ScalarType dtype,
+    Tensor rows, std::optional<Tensor> affine, Tensor remap, int64_t columns, std::string dtype,
     int64_t mode, int64_t padding_idx, bool include_last_offset) {
   const Table table = table_of(rows, affine, remap, columns);
   indices = torch::stable::contiguous(indices);
@@ -163,7 +168,7 @@ Tensor row_pruned_embedding_bag(
         "expected per_sample_weights of float32 for each index, and mode 0 (sum)");
     bags.weights = static_cast<const float*>(per_sample_weights->const_data_ptr());
   }
-  Tensor result = torch::stable::empty({count, columns}, dtype);
+  Tensor result = torch::stable::empty({count, columns}, scalar_type_of(dtype));
   const Output out = output(result);
   with_rows(bits_of(rows), [&]<class Rows, int Bits>() {
     // A bag belongs to the thread whose share it begins in.

@@ -18,11 +18,15 @@ struct Output {
 
   // Writes the first `count` of sixteen values from element `at` on.
   void store(int64_t at, Floats values, int64_t count) const {
-    if (is_bf16) {
-      store_floats(values, static_cast<BFloat*>(data) + at, count);
-    } else {
-      store_floats(values, static_cast<float*>(data) + at, count);
-    }
+    is_bf16 ? write(values, static_cast<BFloat*>(data) + at, count)
+            : write(values, static_cast<float*>(data) + at, count);
+  }
+
+ private:
+  template <class T>
+  static void write(Floats values, T* to, int64_t count) {
+    // Of a size known to the compiler where it can be.
+    count == kLanes ? store_floats(values, to) : store_floats(values, to, count);
   }
 };
 
@@ -47,7 +51,7 @@ struct Table {
 
   bool contains(int64_t index) const { return uint64_t(index) < uint64_t(size); }
 
-  // The row of an index that the table contains, or -1.
+  // The row of an index that the table contains; negative if it was pruned.
   int32_t find(int64_t index) const {
     const int32_t row = remap[index];
     return row < kept ? row : -1;
@@ -58,7 +62,7 @@ struct Table {
 
   // Calls for what `find` reads of any index, be it the table's or not.
   [[gnu::always_inline]] void fetch_remap(int64_t index) const {
-    __builtin_prefetch(reinterpret_cast<const void*>(uintptr_t(remap) + 4 * uint64_t(index)));
+    __builtin_prefetch(reinterpret_cast<const void*>(uintptr_t(remap) + sizeof *remap * index));
   }
 
   // Calls for a row, row 0 for -1; of a long one for its beginning, after which the processor
@@ -93,8 +97,8 @@ struct Sample {
 };
 
 struct Resolved {
-  const Sample* end;  // of the bag's samples, which follow those of the bag before
-  int64_t count;      // of indices that are not padding
+  Sample* end;    // of the bag's samples, which follow those of the bag before
+  int64_t count;  // of indices that are not padding
 };
 
 // Writes the samples of the positions [begin, end) from `to` on: of kept rows, for maxima of pruned
@@ -204,8 +208,8 @@ bool reduce_bags(
       };
       bag_of = indices.is_wide ? resolve_in(static_cast<const int64_t*>(indices.data))
                                : resolve_in(static_cast<const int32_t*>(indices.data));
-      if (!bag_of.end) return false;
-      end = const_cast<Sample*>(bag_of.end);
+      end = bag_of.end;
+      if (!end) return false;
       next++;
     } while (next < last && next - begin < kAtOnce && bounds[next + 1] - bounds[begin] <= kAtOnce);
     std::fill_n(end, kAhead, Sample{});

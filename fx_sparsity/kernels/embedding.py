@@ -1,10 +1,4 @@
-"""Embeddings and embedding bags over row-pruned tables: operators and modules.
-
-The operators are `row_pruned_embedding` and `row_pruned_embedding_bag` in
-`torch.ops.fx_sparsity`. Pruned rows contribute zeros, whatever the weight of a sample; an index
-outside of the table is an error before anything is read. Results are summed in fp32 and rounded
-once. Tables have no gradient, `per_sample_weights` do.
-"""
+"""Embeddings and embedding bags over row-pruned tables, as modules."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, Self
@@ -12,180 +6,17 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from fx_sparsity.kernels.native import cpu_kernel
+from fx_sparsity.kernels.embedding_ops import (
+    MODES,
+    NO_PADDING,
+    RESULTS,
+    bag_of_positions,
+    check_indices,
+)
+from fx_sparsity.kernels.pages import use_large_pages
 from fx_sparsity.kernels.panels import PackingError
 from fx_sparsity.kernels.row_table import RowTable
-
-MODES = ("sum", "mean", "max")
-"""How bags are reduced; the operator takes the position."""
-
-_NAMESPACE = "fx_sparsity"
-_LOOKUP = f"{_NAMESPACE}::row_pruned_embedding"
-_BAG = f"{_NAMESPACE}::row_pruned_embedding_bag"
-_NO_PADDING = -1
-_RESULTS = (torch.float32, torch.bfloat16)
-
-_TABLE = "Tensor rows, Tensor? affine, Tensor remap, int columns, ScalarType dtype"
-torch.library.define(_LOOKUP, f"(Tensor indices, {_TABLE}) -> Tensor")
-torch.library.define(
-    _BAG,
-    f"(Tensor indices, Tensor? offsets, Tensor? per_sample_weights, {_TABLE}, int mode, "
-    "int padding_idx, bool include_last_offset) -> Tensor",
-)
-
-
-def _look_up(
-    indices: Tensor,
-    rows: Tensor,
-    affine: Tensor | None,
-    remap: Tensor,
-    columns: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    if kernel := cpu_kernel(_LOOKUP, indices):
-        return kernel(indices, rows, affine, remap, columns, dtype)
-    check_indices(indices, remap.numel())
-    return RowTable(rows, affine, remap, columns).look_up(indices, dtype)
-
-
-torch.library.impl(_LOOKUP, "CompositeExplicitAutograd", _look_up)
-
-
-@torch.library.register_fake(_LOOKUP)
-def _fake_look_up(
-    indices: Tensor,
-    rows: Tensor,
-    affine: Tensor | None,
-    remap: Tensor,
-    columns: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    return rows.new_empty((*indices.shape, columns), dtype=dtype)
-
-
-def _bag(
-    indices: Tensor,
-    offsets: Tensor | None,
-    per_sample_weights: Tensor | None,
-    rows: Tensor,
-    affine: Tensor | None,
-    remap: Tensor,
-    columns: int,
-    dtype: torch.dtype,
-    mode: int,
-    padding_idx: int,
-    include_last_offset: bool,
-) -> Tensor:
-    if kernel := cpu_kernel(_BAG, indices):
-        table = (rows, affine, remap, columns, dtype)
-        how = (mode, padding_idx, include_last_offset)
-        return kernel(indices, offsets, per_sample_weights, *table, *how)
-    bags, bag = _bag_of_positions(indices, offsets, include_last_offset)
-    indices = indices.reshape(-1)[: len(bag)]
-    check_indices(indices, remap.numel())
-    counted = indices != padding_idx
-    bag = bag[counted]
-    values = RowTable(rows, affine, remap, columns).look_up(indices[counted], torch.float32)
-    result = values.new_zeros(bags, columns)
-    if MODES[mode] == "max":
-        where = bag.unsqueeze(1).expand_as(values)
-        return result.scatter_reduce_(0, where, values, "amax", include_self=False).to(dtype)
-    if per_sample_weights is not None:
-        weights = per_sample_weights.reshape(-1)[: len(counted)][counted].unsqueeze(1)
-        values = torch.where((remap[indices[counted]] >= 0).unsqueeze(1), values * weights, 0)
-    result.index_add_(0, bag, values)
-    if MODES[mode] == "mean":
-        result /= torch.bincount(bag, minlength=bags).clamp(min=1).unsqueeze(1)
-    return result.to(dtype)
-
-
-torch.library.impl(_BAG, "CompositeExplicitAutograd", _bag)
-
-
-@torch.library.register_fake(_BAG)
-def _fake_bag(
-    indices: Tensor,
-    offsets: Tensor | None,
-    per_sample_weights: Tensor | None,
-    rows: Tensor,
-    affine: Tensor | None,
-    remap: Tensor,
-    columns: int,
-    dtype: torch.dtype,
-    mode: int,
-    padding_idx: int,
-    include_last_offset: bool,
-) -> Tensor:
-    bags = indices.shape[0] if offsets is None else offsets.shape[0] - int(include_last_offset)
-    return rows.new_empty((bags, columns), dtype=dtype)
-
-
-def _bag_of_positions(
-    indices: Tensor, offsets: Tensor | None, include_last_offset: bool
-) -> tuple[int, Tensor]:
-    """How many bags there are, and the bag of each position up to the end of the last bag.
-
-    Raises:
-        ValueError: offsets do not begin with 0, decrease, or end beyond the indices.
-    """
-    device, count = indices.device, indices.numel()
-    if offsets is None:
-        bags, size = indices.shape
-        return bags, torch.arange(bags, device=device).repeat_interleave(size)
-    bounds = offsets.long()
-    if not include_last_offset:
-        bounds = torch.cat([bounds, bounds.new_tensor([count])])
-    sizes = bounds.diff()
-    starts_at_zero = not len(sizes) or int(bounds[0]) == 0
-    if not starts_at_zero or bool((sizes < 0).any()) or int(bounds[-1]) > count:
-        raise ValueError(
-            f"expected offsets that begin with 0, never decrease and end within {count} indices"
-        )
-    return len(sizes), torch.arange(len(sizes), device=device).repeat_interleave(sizes)
-
-
-def _keep_for_weights(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    indices, offsets, _, rows, affine, remap, columns, _, _, padding_idx, _ = inputs
-    ctx.save_for_backward(indices, offsets, rows, affine, remap)
-    ctx.rest = (columns, padding_idx)
-    ctx.shape = None if inputs[2] is None else inputs[2].shape
-
-
-def _gradient_of_weights(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    """Of `per_sample_weights`: each row against the gradient of its bag."""
-    indices, offsets, rows, affine, remap = ctx.saved_tensors
-    columns, padding_idx = ctx.rest
-    table = (rows, affine, remap, columns, torch.float32)
-    values = torch.ops.fx_sparsity.row_pruned_embedding(indices, *table)
-    if offsets is None:
-        in_bags = gradient.unsqueeze(1).expand_as(values)
-        counted = indices != padding_idx
-    else:
-        # Traced as well, so that nothing may hang on what the offsets are.
-        position = torch.arange(indices.shape[0], device=indices.device)
-        bag = torch.bucketize(position, offsets.long(), right=True) - 1
-        counted = (indices != padding_idx) & (bag < gradient.shape[0])
-        in_bags = gradient[bag.clamp(max=gradient.shape[0] - 1)]
-    found = torch.where(counted, (values * in_bags.float()).sum(-1), 0)
-    return (None, None, found.view(ctx.shape), *[None] * 8)
-
-
-torch.library.register_autograd(_BAG, _gradient_of_weights, setup_context=_keep_for_weights)
-
-
-def check_indices(indices: Tensor, size: int) -> None:
-    """Raise unless all indices are within a table.
-
-    Raises:
-        IndexError: names the first that is not, its position and the table's size.
-    """
-    outside = ((indices < 0) | (indices >= size)).reshape(-1)
-    if bool(outside.any()):
-        at = int(outside.nonzero()[0])
-        raise IndexError(
-            f"index {int(indices.reshape(-1)[at])} at position {at} is out of range for a table of "
-            f"{size} rows"
-        )
+from fx_sparsity.quantization.codes import CodedWeight
 
 
 class _RowPruned(nn.Module):
@@ -198,7 +29,7 @@ class _RowPruned(nn.Module):
     def __init__(self, table: RowTable, dtype: torch.dtype, padding_idx: int | None) -> None:
         super().__init__()
         table.check()
-        if dtype not in _RESULTS:
+        if dtype not in RESULTS:
             raise TypeError(f"expected float32 or bfloat16 as the dtype of results, found {dtype}")
         self.num_embeddings, self.embedding_dim = table.remap.numel(), table.columns
         if padding_idx is not None and not 0 <= padding_idx < self.num_embeddings:
@@ -210,6 +41,16 @@ class _RowPruned(nn.Module):
         self.register_buffer("rows", table.rows)
         self.register_buffer("affine", table.affine)
         self.register_buffer("remap", table.remap)
+        self._settle()
+
+    def _settle(self) -> None:
+        """To be called whenever the table lies in new memory."""
+        use_large_pages(*self._buffers.values())
+
+    def __setstate__(self, state: Any) -> None:
+        # Copies and unpickled modules.
+        super().__setstate__(state)
+        self._settle()
 
     @property
     def table(self) -> RowTable:
@@ -235,12 +76,13 @@ class _RowPruned(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # Affine parameters are moved like all tensors but never cast: they are seen as integers.
         like = fn(torch.empty(0, dtype=self.dtype, device=self.remap.device))
-        if like.dtype not in _RESULTS:
+        if like.dtype not in RESULTS:
             raise TypeError(f"expected a cast to float32 or bfloat16, found {like.dtype}")
         affine, self.affine = self.affine, None
         super()._apply(fn, recurse)
         self.affine = None if affine is None else fn(affine.view(torch.int32)).view(torch.float32)
         self.dtype = like.dtype
+        self._settle()
         return self
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
@@ -265,14 +107,23 @@ class _RowPruned(nn.Module):
                 if own is not None and own.shape != parts[name].shape:
                     setattr(self, name, own.new_empty(parts[name].shape))
         super()._load_from_state_dict(state_dict, prefix, *rest)
+        self._settle()
+
+    def _operands(self) -> tuple[Any, ...]:
+        """The table as operators take it, and the dtype of results.
+
+        Straight from the dictionary: for few lookups, looking attributes up takes a good part.
+        """
+        held = self._buffers
+        table = held["rows"], held["affine"], held["remap"], self.embedding_dim
+        return *table, RESULTS[self.dtype]
 
     def _run(self, operator: Callable[..., Tensor], indices: Tensor, *rest: Any) -> Tensor:
         if indices.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"expected indices of int32 or int64, found {indices.dtype}")
-        if indices.device != self.remap.device:
-            raise ValueError(
-                f"indices are on {indices.device}, the table is on {self.remap.device}"
-            )
+        remap: Any = self._buffers["remap"]
+        if indices.device != remap.device:
+            raise ValueError(f"indices are on {indices.device}, the table is on {remap.device}")
         try:
             return operator(indices, *rest)
         except RuntimeError:  # all that C++ can raise
@@ -301,7 +152,7 @@ class RowPrunedEmbedding(_RowPruned):
 
         Args:
             source: a weight, [rows, columns], float32 or bfloat16; or an `nn.Embedding`, or its
-                quantized form in `torch.ao.nn.quantized`, whose codes are kept. Rows beyond an
+                quantized form, torch's or ours, whose codes are kept. Rows beyond an
                 embedding's `max_norm` are rescaled once.
             bits: 8 or 4 to quantize a float weight by rows; None to keep its values.
 
@@ -335,8 +186,8 @@ class RowPrunedEmbedding(_RowPruned):
             IndexError: an index is not in the table. In a compiled program it is a RuntimeError.
             TypeError, ValueError: indices of another dtype or device.
         """
-        table = (self.rows, self.affine, self.remap, self.embedding_dim, self.dtype)
-        return self._run(torch.ops.fx_sparsity.row_pruned_embedding, input, *table)
+        operator = torch.ops.fx_sparsity.row_pruned_embedding.default
+        return self._run(operator, input, *self._operands())
 
 
 class RowPrunedEmbeddingBag(_RowPruned):
@@ -382,7 +233,7 @@ class RowPrunedEmbeddingBag(_RowPruned):
 
         Args:
             source: a weight, [rows, columns], float32 or bfloat16; or an `nn.EmbeddingBag`, or its
-                quantized form in `torch.ao.nn.quantized`, whose codes are kept. Rows beyond an
+                quantized form, torch's or ours, whose codes are kept. Rows beyond an
                 embedding's `max_norm` are rescaled once.
             bits: 8 or 4 to quantize a float weight by rows; None to keep its values.
             mode: as in `nn.EmbeddingBag`; by default that of `source`.
@@ -470,22 +321,18 @@ class RowPrunedEmbeddingBag(_RowPruned):
                 )
             per_sample_weights = per_sample_weights.float()
         return self._run(
-            torch.ops.fx_sparsity.row_pruned_embedding_bag,
+            torch.ops.fx_sparsity.row_pruned_embedding_bag.default,
             input,
             offsets,
             per_sample_weights,
-            self.rows,
-            self.affine,
-            self.remap,
-            self.embedding_dim,
-            self.dtype,
+            *self._operands(),
             MODES.index(self.mode),
-            _NO_PADDING if self.padding_idx is None else self.padding_idx,
+            NO_PADDING if self.padding_idx is None else self.padding_idx,
             self.include_last_offset,
         )
 
     def _used(self, indices: Tensor, *rest: Any) -> Tensor:
-        _, bag = _bag_of_positions(indices, rest[0], self.include_last_offset)
+        _, bag = bag_of_positions(indices, rest[0], self.include_last_offset)
         return indices.reshape(-1)[: len(bag)]
 
     def extra_repr(self) -> str:
@@ -498,6 +345,11 @@ def _table_of(source: Tensor | nn.Module, bits: int | None) -> tuple[RowTable, t
     """The table of a weight or a module, and the dtype of what is looked up."""
     if isinstance(source, Tensor):
         return RowTable.from_weight(source, bits), source.dtype
+    if bits is not None and isinstance(source, CodedWeight):
+        raise ValueError("expected a float weight to quantize, found one of 8-bit codes")
+    if isinstance(source, CodedWeight):
+        held = source._weight_codes
+        return RowTable.from_codes(held.codes, held.scale, held.zero_point), held.dtype
     weight = source.weight() if callable(source.weight) else source.weight
     if not isinstance(weight, Tensor):
         raise TypeError(f"expected a weight in {type(source).__name__}, found {type(weight)}")

@@ -1,13 +1,17 @@
 """Row-pruned tables against torch's embeddings over the same table with all its rows."""
 
+import copy
 import io
 import itertools
+import mmap
+import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch._dynamo.testing
 import torch.ao.nn.quantized as nnq
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.ao.quantization import (
@@ -16,9 +20,17 @@ from torch.ao.quantization import (
 )
 from torch.nn import functional as F
 
-from fx_sparsity.kernels import PackingError, RowPrunedEmbedding, RowPrunedEmbeddingBag, RowTable
-from fx_sparsity.kernels import embedding as operators
+from fx_sparsity.kernels import (
+    PackingError,
+    RowPrunedEmbedding,
+    RowPrunedEmbeddingBag,
+    RowTable,
+    pages,
+)
+from fx_sparsity.kernels import embedding_ops as operators
 from fx_sparsity.kernels.native import LIBRARY
+from fx_sparsity.quantization.codes import Codes, hold_codes
+from tests.kernels.test_linear import LEVELS
 
 FLOATS = (torch.float32, torch.bfloat16)
 STORED = [(torch.float32, None), (torch.bfloat16, None), (torch.float32, 8), (torch.bfloat16, 4)]
@@ -59,12 +71,12 @@ def expected_bag(module, weight, indices, offsets, weights):
 
 def plain(module, *arguments):
     """The same call in plain torch, whatever library is loaded."""
-    kind = "_bag" if isinstance(module, RowPrunedEmbeddingBag) else "_look_up"
-    name = f"row_pruned_embedding{'_bag' if kind == '_bag' else ''}"
-    patch = pytest.MonkeyPatch()
-    with patch.context() as context:
+    bag = isinstance(module, RowPrunedEmbeddingBag)
+    name = f"row_pruned_embedding{'_bag' if bag else ''}"
+    run = operators.look_up_bags if bag else operators.look_up
+    with pytest.MonkeyPatch.context() as context:
         context.setattr(operators, "cpu_kernel", lambda *_: None)
-        context.setattr(torch.ops.fx_sparsity, name, getattr(operators, kind))
+        context.setattr(torch.ops.fx_sparsity, name, SimpleNamespace(default=run))
         return module(*arguments)
 
 
@@ -95,9 +107,22 @@ def bags(draw):
     return module, weight, indices, offsets, weights
 
 
-@given(bags())
-@settings(max_examples=120, deadline=None)
-def test_bags(case):
+at_every_level = pytest.mark.parametrize("level", LEVELS)
+
+
+def examples(count):
+    return settings(
+        max_examples=count,
+        deadline=None,
+        suppress_health_check=[HealthCheck.function_scoped_fixture],
+    )
+
+
+@at_every_level
+@given(case=bags())
+@examples(60)
+def test_bags(monkeypatch, level, case):
+    monkeypatch.setenv("FX_SPARSITY_CPU", level)
     module, weight, indices, offsets, weights = case
     result = module(indices, offsets, weights)
     assert result.dtype == weight.dtype
@@ -118,6 +143,7 @@ def test_bags(case):
     )
 
 
+@at_every_level
 @given(
     rows=st.integers(1, 40),
     columns=st.integers(1, 150),
@@ -126,8 +152,9 @@ def test_bags(case):
     shape=st.sampled_from([(), (0,), (1,), (3, 4), (2, 0, 3)]),
     dtype=st.sampled_from(INDICES),
 )
-@settings(max_examples=80, deadline=None)
-def test_rows(rows, columns, density, stored, shape, dtype):
+@examples(40)
+def test_rows(monkeypatch, level, rows, columns, density, stored, shape, dtype):
+    monkeypatch.setenv("FX_SPARSITY_CPU", level)
     weight = table(rows, columns, density, stored[0], rows)
     module = RowPrunedEmbedding.from_dense(weight, bits=stored[1])
     indices = torch.randint(0, rows, shape, dtype=dtype)
@@ -208,6 +235,31 @@ def test_of_torchs_quantized_modules(qconfig):
         torch.testing.assert_close(
             found(flat, *offsets), quantized(flat, *offsets), rtol=2e-3, atol=4e-3
         )
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize:UserWarning")
+def test_of_modules_that_hold_codes():
+    weight = table(columns=6)
+    scale = torch.rand(20, dtype=torch.double) + 0.1
+    zero_point = torch.randint(100, 150, (20,)).double()
+    quantized = torch.quantize_per_channel(weight, scale, zero_point, 0, torch.quint8)
+    indices = torch.randint(0, 20, (4, 3))
+    for source, ours in (
+        (nn.Embedding(20, 6, padding_idx=2), RowPrunedEmbedding),
+        (nn.EmbeddingBag(20, 6, mode="max", padding_idx=2), RowPrunedEmbeddingBag),
+    ):
+        for dtype in FLOATS:
+            module = copy.deepcopy(source).to(dtype)
+            hold_codes(module, Codes(quantized, like=module.weight))
+            found = ours.from_dense(module)
+            assert found.rows.dtype == torch.int8
+            assert len(found.rows) == int((quantized.dequantize() != 0).any(1).sum())
+            assert found.padding_idx == 2
+            assert torch.equal(found.dense_weight(), module.weight)
+            assert found(indices).dtype == dtype
+            torch.testing.assert_close(found(indices), module(indices))
+            with pytest.raises(ValueError, match="found one of 8-bit codes"):
+                ours.from_dense(module, bits=4)
 
 
 def test_codes():
@@ -380,6 +432,32 @@ def test_counts_bytes():
         assert RowPrunedEmbedding.from_dense(weight, bits=bits).nbytes == 4000 + row * kept
 
 
+def test_large_tables_are_put_into_large_pages(monkeypatch):
+    advised, advise = [], pages._advise
+    monkeypatch.setattr(pages, "_advise", lambda *area: advised.append(area) or advise(*area))
+    RowPrunedEmbedding.from_dense(table())
+    assert not advised
+
+    def is_settled(module, weight):
+        ((start, size),) = advised
+        advised.clear()
+        first, last = module.rows.data_ptr(), module.rows.data_ptr() + module.rows.nbytes
+        page = mmap.PAGESIZE
+        within = first <= start < first + page and last - page < start + size <= last
+        return within and torch.equal(module.dense_weight(), weight)
+
+    weight, other = table(60_000, 64), table(60_000, 64, seed=1)
+    module = RowPrunedEmbedding.from_dense(weight)
+    assert is_settled(module, weight)
+    assert is_settled(copy.deepcopy(module), weight)
+    assert is_settled(pickle.loads(pickle.dumps(module)), weight)
+    assert is_settled(module.bfloat16(), weight.bfloat16())
+    source = RowPrunedEmbedding.from_dense(other.bfloat16())
+    assert is_settled(source, other.bfloat16())
+    module.load_state_dict(source.state_dict())
+    assert is_settled(module, other.bfloat16())
+
+
 @pytest.mark.parametrize("path", ["native", "plain"])
 def test_gradient_of_weights(path):
     weight = table()
@@ -411,7 +489,7 @@ def test_gradient_of_weights(path):
 @pytest.mark.parametrize("bits", [None, 8])
 def test_opcheck(bits):
     module = RowPrunedEmbeddingBag.from_dense(table(), mode="sum", bits=bits)
-    parts = (module.rows, module.affine, module.remap, 5, torch.float32)
+    parts = (module.rows, module.affine, module.remap, 5, "float32")
     indices, offsets = torch.randint(0, 20, (12,)), torch.tensor([0, 3, 12])
     ops = torch.ops.fx_sparsity
     torch.library.opcheck(ops.row_pruned_embedding.default, (indices.view(3, 4), *parts))

@@ -5,7 +5,7 @@
 namespace fx {
 namespace {
 
-constexpr int64_t kAhead = 2048;  // bytes from what is read to what is prefetched
+constexpr int64_t kAhead = 4096;  // bytes from what is read to what is called for
 
 template <class Math>
 class Blocks {
@@ -52,8 +52,9 @@ template <class Math, int Rows, int Panels>
   typename Math::Weights step[Panels];
 #pragma GCC unroll 2
   for (int p = 0; p < Panels; p++, weights += kLanes * Math::kGroup) {
-    // The processor's own prefetching stops at the end of a page.
-    __builtin_prefetch(reinterpret_cast<const char*>(weights) + kAhead);
+    // The processor's own prefetching stops at the end of a page. Into the second cache, since few
+    // lines can be on their way to the first.
+    __builtin_prefetch(reinterpret_cast<const char*>(weights) + kAhead, 0, 2);
     step[p] = Math::widen(Math::load(weights));
   }
 #pragma GCC unroll 16
@@ -63,76 +64,102 @@ template <class Math, int Rows, int Panels>
   }
 }
 
-// A row of blocks times one tile. With few sums several steps run at once, each with sums of its
-// own, since a sum has to wait for the one before it.
-template <class Math, int Rows, int Panels, int Chains>
-void multiply_row(
-    const Blocks<Math>& blocks, const typename Blocks<Math>::Row& row,
+// `Streams` rows of blocks times one tile: memory is faster where it is read in several places.
+// With few sums several steps run at once, each with sums of its own, since a sum has to wait for
+// the one before it.
+template <class Math, int Rows, int Panels, int Chains, int Streams>
+void multiply_rows(
+    const Blocks<Math>& blocks, const typename Blocks<Math>::Row* rows,
     const typename Math::Input* x, typename Math::Sum* sums) {
-  typename Math::Sum sum[Chains][Rows][Panels] = {};
+  typename Math::Sum sum[Streams][Chains][Rows][Panels] = {};
   constexpr int64_t values = Panels * kLanes * Math::kGroup, inputs = Rows * Math::kGroup;
-  const typename Math::Value* weights = row.values;
-  if constexpr (Panels == 1) {  // a block is a step
-    int64_t b = 0;
-    for (; b + Chains <= row.count; b += Chains) {
+  // Block `b` of a stream, its steps chain by chain.
+  const auto multiply_block = [&](int stream, const typename Math::Value* weights, int64_t b)
+                                  __attribute__((always_inline)) {
+    const int64_t first = rows[stream].index[b] * blocks.steps;
+    const int64_t steps = std::min(blocks.steps, blocks.groups - first);
+    const typename Math::Input* in = x + first * inputs;
+    int64_t i = 0;
+    for (; i + Chains <= steps; i += Chains) {
 #pragma GCC unroll 8
-      for (int chain = 0; chain < Chains; chain++, weights += values) {
-        multiply_step<Math>(weights, x + row.index[b + chain] * inputs, sum[chain]);
+      for (int chain = 0; chain < Chains; chain++) {
+        const int64_t step = i + chain;
+        multiply_step<Math>(weights + step * values, in + step * inputs, sum[stream][chain]);
       }
     }
-    for (; b < row.count; b++, weights += values) {
-      multiply_step<Math>(weights, x + row.index[b] * inputs, sum[0]);
+    for (; i < steps; i++) {
+      multiply_step<Math>(weights + i * values, in + i * inputs, sum[stream][0]);
     }
-  } else {
-    for (int64_t b = 0; b < row.count; b++) {
-      const int64_t first = row.index[b] * blocks.steps;
-      const int64_t steps = std::min(blocks.steps, blocks.groups - first);
-      const typename Math::Input* in = x + first * inputs;
-      int64_t i = 0;
-      for (; i + Chains <= steps; i += Chains) {
+  };
+  // Block `b`; of blocks that are a step `chains` of them, from there on.
+  const auto multiply_at = [&](int stream, int64_t b, int chains) __attribute__((always_inline)) {
+    const typename Math::Value* weights = rows[stream].values + b * blocks.steps * values;
+    if constexpr (Panels == 1) {
 #pragma GCC unroll 8
-        for (int chain = 0; chain < Chains; chain++) {
-          multiply_step<Math>(weights + (i + chain) * values, in + (i + chain) * inputs, sum[chain]);
-        }
+      for (int chain = 0; chain < chains; chain++) {
+        const typename Math::Input* in = x + rows[stream].index[b + chain] * inputs;
+        multiply_step<Math>(weights + chain * values, in, sum[stream][chain]);
       }
-      for (; i < steps; i++) multiply_step<Math>(weights + i * values, in + i * inputs, sum[0]);
-      weights += blocks.steps * values;
+    } else {
+      multiply_block(stream, weights, b);
     }
-  }
-#pragma GCC unroll 16
-  for (int r = 0; r < Rows; r++) {
+  };
+  constexpr int64_t at_once = Panels == 1 ? Chains : 1;  // blocks
+  int64_t common = rows[0].count;
+  for (int s = 1; s < Streams; s++) common = std::min(common, rows[s].count);
+  int64_t b = 0;
+  for (; b + at_once <= common; b += at_once) {
 #pragma GCC unroll 2
-    for (int p = 0; p < Panels; p++) {
-      typename Math::Sum& total = sums[r * Panels + p] = sum[0][r][p];
+    for (int s = 0; s < Streams; s++) multiply_at(s, b, at_once);
+  }
+#pragma GCC unroll 2
+  for (int s = 0; s < Streams; s++) {
+    int64_t rest = b;
+    for (; rest + at_once <= rows[s].count; rest += at_once) multiply_at(s, rest, at_once);
+    for (; rest < rows[s].count; rest++) multiply_at(s, rest, 1);
+#pragma GCC unroll 16
+    for (int r = 0; r < Rows; r++) {
+#pragma GCC unroll 2
+      for (int p = 0; p < Panels; p++) {
+        typename Math::Sum& total = sums[(s * Rows + r) * Panels + p] = sum[s][0][r][p];
 #pragma GCC unroll 8
-      for (int chain = 1; chain < Chains; chain++) total = Math::add(total, sum[chain][r][p]);
+        for (int chain = 1; chain < Chains; chain++) total = Math::add(total, sum[s][chain][r][p]);
+      }
     }
   }
 }
 
 template <class Math>
-using MultiplyRow = void (*)(
-    const Blocks<Math>&, const typename Blocks<Math>::Row&, const typename Math::Input*,
+using MultiplyRows = void (*)(
+    const Blocks<Math>&, const typename Blocks<Math>::Row*, const typename Math::Input*,
     typename Math::Sum*);
+
+constexpr int kMostStreams = 2;
 
 // All rows of blocks times all tiles: the blocks of a row stay in cache from tile to tile.
 template <class Math>
 void multiply_blocks(
     const Blocks<Math>& blocks, const Tiles<typename Math::Input>& tiles, const Result& result,
-    MultiplyRow<Math> multiply_row) {
+    int64_t streams, MultiplyRows<Math> multiply_rows) {
   const int64_t height = blocks.height, rows = (blocks.panels + height - 1) / height;
   const int64_t grain = std::max<int64_t>(1, (1 << 12) / blocks.groups);
   parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
-    const Buffer<typename Math::Sum> sums(tiles.height * height);
-    for (int64_t r = begin; r < end; r++) {
-      const auto row = blocks.row(r);
+    const Buffer<typename Math::Sum> sums(streams * tiles.height * height);
+    const int64_t stride = (end - begin + streams - 1) / streams;  // rows between streams
+    for (int64_t r = begin; r < begin + stride; r++) {
+      typename Blocks<Math>::Row together[kMostStreams] = {};  // without blocks where there is none
+      for (int64_t s = 0; s < streams && r + s * stride < end; s++) {
+        together[s] = blocks.row(r + s * stride);
+      }
       for (int64_t t = 0; t < tiles.count; t++) {
-        multiply_row(blocks, row, tiles.tile(t), sums.get());
+        multiply_rows(blocks, together, tiles.tile(t), sums.get());
         const int64_t first = t * tiles.height, present = std::min(tiles.height, result.rows - first);
-        for (int64_t p = 0; p < height && r * height + p < blocks.panels; p++) {
-          const PanelResult columns(result, r * height + p);
-          for (int64_t i = 0; i < present; i++) {
-            write<Math>(columns, first + i, sums[i * height + p]);
+        for (int64_t row = r, s = 0; row < end && s < streams; row += stride, s++) {
+          for (int64_t p = 0; p < height && row * height + p < blocks.panels; p++) {
+            const PanelResult columns(result, row * height + p);
+            for (int64_t i = 0; i < present; i++) {
+              write<Math>(columns, first + i, sums[(s * tiles.height + i) * height + p]);
+            }
           }
         }
       }
@@ -145,10 +172,12 @@ void multiply(const Blocks<Math>& blocks, const X* x, int64_t columns, const Res
   constexpr int most = std::min(8, Math::kTileRows);  // twelve rows are no faster, only more code
   with_height<most>(result.rows, [&]<int Rows>() {
     constexpr int one = std::clamp(2 * Math::kChains / Rows, 1, 4), two = std::max(1, one / 2);
+    constexpr int streams = Rows == 1 ? kMostStreams : 1;
     const auto tiles = tiles_of<Math::kGroup, typename Math::Input>(x, result.rows, columns, Rows);
     multiply_blocks(
-        blocks, tiles, result,
-        blocks.height == 1 ? multiply_row<Math, Rows, 1, one> : multiply_row<Math, Rows, 2, two>);
+        blocks, tiles, result, streams,
+        blocks.height == 1 ? multiply_rows<Math, Rows, 1, one, streams>
+                           : multiply_rows<Math, Rows, 2, two, streams>);
   });
 }
 

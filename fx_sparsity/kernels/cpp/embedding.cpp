@@ -2,12 +2,15 @@
 // again only as far as memory safety needs it.
 #include <atomic>
 #include <optional>
+#include <string>
+#include <vector>
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include "embedding.h"
+#include "parallel.h"
 
 namespace fx::ops {
 namespace {
@@ -23,11 +26,14 @@ Integers integers(const Tensor& x) {
   return {x.const_data_ptr(), is_wide};
 }
 
+ScalarType scalar_type_of(const std::string& dtype) {
+  if (dtype == "bfloat16") return ScalarType::BFloat16;
+  STD_TORCH_CHECK(dtype == "float32", "expected a result of float32 or bfloat16");
+  return ScalarType::Float;
+}
+
 Output output(const Tensor& x) {
-  const bool is_bf16 = x.scalar_type() == ScalarType::BFloat16;
-  STD_TORCH_CHECK(
-      is_bf16 || x.scalar_type() == ScalarType::Float, "expected a result of float32 or bfloat16");
-  return {x.mutable_data_ptr(), is_bf16};
+  return {x.mutable_data_ptr(), x.scalar_type() == ScalarType::BFloat16};
 }
 
 int64_t bits_of(const Tensor& rows) {
@@ -68,53 +74,50 @@ Table table_of(
       row_bytes};
 }
 
-// Calls `work.operator()<Bits>()`.
+// Calls `work.operator()<Rows, Bits>()`: for this machine, and the bits of a value.
 template <class Work>
-void with_bits(int64_t bits, const Work& work) {
-  switch (bits) {
-    case 32: return work.template operator()<32>();
-    case 16: return work.template operator()<16>();
-    case 8: return work.template operator()<8>();
-    default: return work.template operator()<4>();
-  }
+void with_rows(int64_t bits, const Work& work) {
+  with_cpu([&](auto cpu) {
+    using Rows = decltype(rows_of(cpu));
+    switch (bits) {
+      case 32: return work.template operator()<Rows, 32>();
+      case 16: return work.template operator()<Rows, 16>();
+      case 8: return work.template operator()<Rows, 8>();
+      default: return work.template operator()<Rows, 4>();
+    }
+  });
 }
 
-// Threads share positions [0, count): `work(begin, end)`, which returns the position of an index that
-// is none of the table's, having read nothing, or a negative number.
+// Threads share positions [0, count): `work(begin, end)`, which returns false if an index of those
+// it serves is none of the table's.
 template <class Work>
 void share(const Table& table, Integers indices, int64_t count, const Work& work) {
   constexpr int64_t kGrain = 1 << 14;  // columns worth a thread's while
   const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, table.columns));
-  std::atomic<int64_t> outside{count};
-  torch::stable::parallel_for(0, std::max<int64_t>(1, count), grain, [&](int64_t begin, int64_t end) {
-    const int64_t found = work(begin, std::min(end, count));
-    int64_t first = outside.load();
-    while (found >= 0 && found < first && !outside.compare_exchange_weak(first, found)) {
-    }
+  std::atomic<bool> all_inside = true;
+  parallel_for(0, std::max<int64_t>(1, count), grain, [&](int64_t begin, int64_t end) {
+    if (!work(begin, std::min(end, count))) all_inside = false;
   });
-  const int64_t at = outside.load();
+  if (all_inside) return;
+  const int64_t at = first_outside(table, indices, 0, count);
   STD_TORCH_CHECK(
-      at == count,
-      "index ", indices[at], " at position ", at, " is out of range for a table of ", table.size,
-      " rows");
+      false, "index ", indices[at], " at position ", at, " is out of range for a table of ",
+      table.size, " rows");
 }
 
 Tensor row_pruned_embedding(
     Tensor indices, Tensor rows, std::optional<Tensor> affine, Tensor remap, int64_t columns,
-    ScalarType dtype) {
+    std::string dtype) {
   const Table table = table_of(rows, affine, remap, columns);
   indices = torch::stable::contiguous(indices);
   const Integers positions = integers(indices);
   std::vector<int64_t> shape(indices.sizes().begin(), indices.sizes().end());
   shape.push_back(columns);
-  Tensor result = torch::stable::empty(shape, dtype);
+  Tensor result = torch::stable::empty(shape, scalar_type_of(dtype));
   const Output out = output(result);
-  with_bits(bits_of(rows), [&]<int Bits>() {
-    share(table, positions, indices.numel(), [&](int64_t begin, int64_t end) -> int64_t {
-      const int64_t outside = first_outside(positions, begin, end, table.size);
-      if (outside < end) return outside;
-      look_up<Bits>(Reader(table, positions, begin, end), out);
-      return -1;
+  with_rows(bits_of(rows), [&]<class Rows, int Bits>() {
+    share(table, positions, indices.numel(), [&](int64_t begin, int64_t end) {
+      return look_up<Rows, Bits>(table, positions, begin, end, out);
     });
   });
   return result;
@@ -124,6 +127,7 @@ Tensor row_pruned_embedding(
 std::vector<int64_t> bounds_of(
     const Tensor& indices, const std::optional<Tensor>& offsets, bool include_last_offset) {
   std::vector<int64_t> bounds;
+  bounds.reserve(1 + (offsets ? offsets->numel() : indices.size(0)));
   if (!offsets) {
     STD_TORCH_CHECK(indices.dim() == 2, "expected offsets, or indices of two dimensions");
     for (int64_t bag = 0; bag <= indices.size(0); bag++) bounds.push_back(bag * indices.size(1));
@@ -146,15 +150,15 @@ std::vector<int64_t> bounds_of(
 
 Tensor row_pruned_embedding_bag(
     Tensor indices, std::optional<Tensor> offsets, std::optional<Tensor> per_sample_weights,
-    Tensor rows, std::optional<Tensor> affine, Tensor remap, int64_t columns, ScalarType dtype,
+    Tensor rows, std::optional<Tensor> affine, Tensor remap, int64_t columns, std::string dtype,
     int64_t mode, int64_t padding_idx, bool include_last_offset) {
   const Table table = table_of(rows, affine, remap, columns);
   indices = torch::stable::contiguous(indices);
   const Integers positions = integers(indices);
   if (offsets) offsets = torch::stable::contiguous(*offsets);
   const std::vector<int64_t> bounds = bounds_of(indices, offsets, include_last_offset);
-  const auto bags_end = bounds.end() - 1;
-  Bags bags{nullptr, padding_idx, Mode(mode)};
+  const int64_t count = bounds.size() - 1;
+  Bags bags{bounds.data(), nullptr, padding_idx, Mode(mode)};
   STD_TORCH_CHECK(mode >= 0 && mode <= 2, "expected mode 0 (sum), 1 (mean) or 2 (max)");
   if (per_sample_weights) {
     per_sample_weights = torch::stable::contiguous(*per_sample_weights);
@@ -164,21 +168,16 @@ Tensor row_pruned_embedding_bag(
         "expected per_sample_weights of float32 for each index, and mode 0 (sum)");
     bags.weights = static_cast<const float*>(per_sample_weights->const_data_ptr());
   }
-  Tensor result = torch::stable::empty({int64_t(bounds.size()) - 1, columns}, dtype);
+  Tensor result = torch::stable::empty({count, columns}, scalar_type_of(dtype));
   const Output out = output(result);
-  with_bits(bits_of(rows), [&]<int Bits>() {
-    const auto reduce = bags.mode == Mode::max ? reduce_bag<Bits, true> : reduce_bag<Bits, false>;
+  with_rows(bits_of(rows), [&]<class Rows, int Bits>() {
     // A bag belongs to the thread whose share it begins in.
-    share(table, positions, bounds.back(), [&](int64_t begin, int64_t end) -> int64_t {
-      const auto first = std::lower_bound(bounds.begin(), bags_end, begin);
-      const auto last = end == bounds.back() ? bags_end : std::lower_bound(first, bags_end, end);
-      const int64_t outside = first_outside(positions, *first, *last, table.size);
-      if (outside < *last) return outside;
-      const Reader reader(table, positions, *first, *last);
-      for (auto bag = first; bag < last; bag++) {
-        reduce(reader, bags, bag[0], bag[1], out, (bag - bounds.begin()) * columns);
-      }
-      return -1;
+    const auto first_of = [&](int64_t position) {
+      return std::lower_bound(bounds.begin(), bounds.end() - 1, position) - bounds.begin();
+    };
+    share(table, positions, bounds.back(), [&](int64_t begin, int64_t end) {
+      const int64_t last = end == bounds.back() ? count : first_of(end);
+      return reduce_bags<Rows, Bits>(table, positions, bags, first_of(begin), last, out);
     });
   });
   return result;

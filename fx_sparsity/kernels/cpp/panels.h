@@ -43,9 +43,16 @@ void multiply_panels(
       }
     }
   }
+  // A copy, since what is indexed by a variable does not stay in registers.
+  typename Math::Sum sums[Panels][Rows];
+#pragma GCC unroll 8
+  for (int p = 0; p < Panels; p++) {
+#pragma GCC unroll 16
+    for (int r = 0; r < Rows; r++) sums[p][r] = sum[p][r];
+  }
   for (int p = 0; p < Panels; p++) {
     const PanelResult columns(result, first + p);
-    for (int64_t row = 0; row < result.rows; row++) write<Math>(columns, row, sum[p][row]);
+    for (int64_t row = 0; row < result.rows; row++) write<Math>(columns, row, sums[p][row]);
   }
 }
 

@@ -34,7 +34,8 @@ class Library:
     def ready(self) -> bool:
         """Whether the operators can be called; loads, and if need be builds, on the first call.
 
-        `FX_SPARSITY_KERNELS=0` in the environment turns them off at any time.
+        `FX_SPARSITY_KERNELS=0` in the environment turns them off: here at any time, but operators
+        that torch has a kernel of once they are loaded do not ask here again.
         """
         return self.state()[0]
 

@@ -13,8 +13,6 @@ from torch.nn.functional import pad
 from fx_sparsity.kernels import panels
 from fx_sparsity.kernels.panels import PackingError
 
-_BYTES_READ = 64  # by a kernel at once, from any value on
-
 
 class Bitmask:
     """Panels of 16 outputs; for each step of a panel as many mask bits as it has elements.
@@ -41,14 +39,14 @@ class Bitmask:
         kept = steps != 0
         counts = kept.flatten(1).sum(1)
         return {
-            "mask": _bytes(kept.flatten(2)),
-            "values": pad(steps[kept], (0, _padding(weight.dtype))),
+            "mask": panels.pack_bits(kept.flatten(2)),
+            "values": pad(steps[kept], (0, panels.padding(weight.dtype))),
             "offsets": pad(counts.cumsum(0), (1, 0)),
         }
 
     def unpack(self, parts: Mapping[str, Tensor], shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """The dense weight: exact where it was kept, +0.0 elsewhere."""
-        kept = _bits(parts["mask"])
+        kept = panels.unpack_bits(parts["mask"])
         # Where each element's value lies, or, if it has none, that of one before it.
         position = (kept.view(-1).cumsum(0) - 1).clamp(min=0).view(kept.shape)
         values = parts["values"]
@@ -63,31 +61,15 @@ class Bitmask:
         mask, values, offsets = (parts[name] for name in self.parts)
         panels.expect("mask", mask, (count, groups, 2 * group), torch.uint8)
         panels.expect("offsets", offsets, (count + 1,), torch.int64)
-        kept = _bits(mask)
+        kept = panels.unpack_bits(mask)
         counts = kept.flatten(1).sum(1)
         if not torch.equal(offsets, pad(counts.cumsum(0), (1, 0))):
             raise PackingError("offsets do not follow from the number of bits set in the mask")
         total = int(offsets[-1])
-        panels.expect("values", values, (total + _padding(dtype),), dtype)
+        panels.expect("values", values, (total + panels.padding(dtype),), dtype)
         if values[total:].count_nonzero():
             raise PackingError("values do not end in zeros")
         steps = kept.unflatten(2, (panels.LANES, group))
         inside = panels.from_panels(steps, shape)
         if int(inside.count_nonzero()) != total:
             raise PackingError(f"the mask keeps elements outside of {list(shape)}")
-
-
-def _padding(dtype: torch.dtype) -> int:
-    return _BYTES_READ // dtype.itemsize
-
-
-def _bytes(bits: Tensor) -> Tensor:
-    """Bool [..., 8 n] -> uint8 [..., n], lowest bit first."""
-    shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
-    return (bits.unflatten(-1, (-1, 8)).to(torch.uint8) << shifts).sum(-1, dtype=torch.uint8)
-
-
-def _bits(packed: Tensor) -> Tensor:
-    """Undo `_bytes`."""
-    shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
-    return ((packed.unsqueeze(-1) >> shifts) & 1).flatten(-2).bool()

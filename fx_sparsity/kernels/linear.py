@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from fx_sparsity.kernels.activations import ACTIVATIONS, QUANTIZERS
 from fx_sparsity.kernels.ops import expect_input, linear_operator
 from fx_sparsity.kernels.packing import PACKINGS, Packing, PackingError
+from fx_sparsity.kernels.pages import use_large_pages
 
 
 class SparseLinear(nn.Module):
@@ -57,6 +58,16 @@ class SparseLinear(nn.Module):
         self.register_buffer("scale", scale)
         self.register_buffer("row_sums", row_sums)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=bias.requires_grad)
+        self._settle()
+
+    def _settle(self) -> None:
+        """To be called whenever the weight lies in new memory."""
+        use_large_pages(*self.parts().values())
+
+    def __setstate__(self, state: Any) -> None:
+        # Copies and unpickled modules.
+        super().__setstate__(state)
+        self._settle()
 
     @classmethod
     def from_dense(
@@ -203,6 +214,7 @@ class SparseLinear(nn.Module):
                 if own.shape != part.shape:
                     setattr(self, name, own.new_empty(part.shape))
         super()._load_from_state_dict(state_dict, prefix, *rest)
+        self._settle()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move or convert; a weight of another dtype lies otherwise and is packed anew."""
@@ -221,6 +233,7 @@ class SparseLinear(nn.Module):
             self.weight_dtype = like.dtype
             for name, part in parts.items():
                 setattr(self, name, part)
+        self._settle()
         return self
 
 

@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fx_sparsity.kernels import panels
-from fx_sparsity.kernels.bitmask import _bits, _bytes, _padding
 from fx_sparsity.kernels.panels import LANES, PackingError
 
 PATTERNS = ((1, 4), (2, 8), (2, 4), (4, 8))
@@ -55,15 +54,15 @@ class NM:
         steps = panels.to_panels(full)
         kept = panels.to_panels(kept.flatten(1).to(weight.dtype)) != 0
         return {
-            "mask": _bytes(kept.flatten(2))[:, :groups].contiguous(),
-            "values": pad(steps[kept], (0, _padding(weight.dtype))),
+            "mask": panels.pack_bits(kept.flatten(2))[:, :groups].contiguous(),
+            "values": pad(steps[kept], (0, panels.padding(weight.dtype))),
         }
 
     def unpack(self, parts: Mapping[str, Tensor], shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """The dense weight: exact where it was kept, +0.0 elsewhere."""
-        kept, values = _bits(parts["mask"]), parts["values"]
+        kept, values = panels.unpack_bits(parts["mask"]), parts["values"]
         count = kept.shape[0]
-        size = (values.shape[0] - _padding(dtype)) // count
+        size = (values.shape[0] - panels.padding(dtype)) // count
         first = torch.arange(count, device=kept.device).unsqueeze(1) * size
         position = (kept.flatten(1).cumsum(1) - 1).clamp(min=0) + first
         steps = torch.where(kept, values[position.view(kept.shape)], values.new_zeros(()))
@@ -75,13 +74,13 @@ class NM:
         mask, values = (parts[name] for name in self.parts)
         count, groups = panels.panel_count(shape), panels.group_count(shape, dtype)
         panels.expect("mask", mask, (count, groups, 2 * panels.GROUP[dtype]), torch.uint8)
-        total = values.numel() - _padding(dtype)
+        total = values.numel() - panels.padding(dtype)
         if total < 0 or total % count:
             raise PackingError(f"values are {values.numel()}, which {count} panels cannot share")
-        panels.expect("values", values, (total + _padding(dtype),), dtype)
+        panels.expect("values", values, (total + panels.padding(dtype),), dtype)
         if values[total:].count_nonzero():
             raise PackingError("values do not end in zeros")
-        kept = _bits(mask).flatten(1).sum(1)
+        kept = panels.unpack_bits(mask).flatten(1).sum(1)
         if bool((kept > total // count).any()):
             panel = int((kept > total // count).nonzero()[0])
             raise PackingError(

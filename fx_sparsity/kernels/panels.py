@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 LANES = 16
+_BYTES_READ = 64  # by a kernel at once, from any value on
 GROUP = {torch.float32: 1, torch.bfloat16: 2, torch.int8: 4}
 
 
@@ -62,6 +63,23 @@ def from_panels(panels: Tensor, shape: torch.Size) -> Tensor:
     count, groups, lanes, group = panels.shape
     full = panels.permute(0, 2, 1, 3).reshape(count * lanes, groups * group)
     return full[: shape[0], : shape[1]].contiguous()
+
+
+def pack_bits(bits: Tensor) -> Tensor:
+    """Bool [..., 8 n] -> uint8 [..., n], lowest bit first."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    return (bits.unflatten(-1, (-1, 8)).to(torch.uint8) << shifts).sum(-1, dtype=torch.uint8)
+
+
+def unpack_bits(packed: Tensor) -> Tensor:
+    """Undo `pack_bits`."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    return ((packed.unsqueeze(-1) >> shifts) & 1).flatten(-2).bool()
+
+
+def padding(dtype: torch.dtype) -> int:
+    """Elements that a kernel may read past the last packed value."""
+    return _BYTES_READ // dtype.itemsize
 
 
 def expect(name: str, part: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:

@@ -1,5 +1,6 @@
 """Packed linear layers against dense float64, in every way that torch runs an operator."""
 
+import copy
 import io
 import os
 import re
@@ -16,6 +17,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torchao.quantization import MappingType, PerRow
 from torchao.quantization.quantize_.workflows import Int8Tensor
 
+import fx_sparsity.kernels.linear
 from fx_sparsity._native import compiler
 from fx_sparsity._native.cache import instruction_set
 from fx_sparsity.kernels import PACKINGS, PackingError, SparseLinear
@@ -327,6 +329,20 @@ def test_converts():
     coded = layer(dtype=torch.int8)
     assert coded.to(torch.bfloat16).scale.dtype == torch.float32
     assert coded.values.dtype == torch.int8
+
+
+def test_new_memory_is_in_large_pages(monkeypatch):
+    asked = set()
+
+    def record(*tensors):
+        asked.update(tensor.data_ptr() for tensor in tensors)
+
+    monkeypatch.setattr(fx_sparsity.kernels.linear, "use_large_pages", record)
+    made = layer(density=0.9)
+    loaded = layer(density=0.1)
+    loaded.load_state_dict(made.state_dict())
+    for module in (made, copy.deepcopy(made), loaded, layer().to(torch.bfloat16)):
+        assert {part.data_ptr() for part in module.parts().values()} <= asked
 
 
 def test_counts_bytes():

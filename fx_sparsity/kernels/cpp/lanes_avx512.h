@@ -4,7 +4,6 @@
 #include <immintrin.h>
 
 #include <algorithm>
-#include <chrono>
 
 #include "lanes_portable.h"
 
@@ -178,10 +177,9 @@ inline bool fma_is_faster() {
     const auto least = [](auto chain) {
       int64_t best = INT64_MAX;
       for (int run = 0; run < 5; run++) {
-        const auto start = std::chrono::steady_clock::now();
+        const auto start = int64_t(__rdtsc());
         chain();
-        const std::chrono::nanoseconds took = std::chrono::steady_clock::now() - start;
-        best = std::min<int64_t>(best, took.count());
+        best = std::min(best, int64_t(__rdtsc()) - start);
       }
       return best;
     };

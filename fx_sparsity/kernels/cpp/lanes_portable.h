@@ -10,7 +10,7 @@
 //   load(p) -> Step, expand(mask, p) -> Step, widen(step) -> Weights
 //   dot(sum, weights, input) -> sum, add(sum, sum) -> sum
 // and how much its registers hold:
-//   kChains      sums that hide the latency of `dot`
+//   kChains      sums that hide the latency of `dot`; panels read side by side for one row
 //   kDirectRows  rows that one pass over packed steps can serve
 //   kTileRows, kTilePanels  rows and panels whose sums expanded steps are added to
 // A level ("Cpu") names its arithmetics by what is multiplied, weight by activation:

@@ -5,6 +5,9 @@
 // Few rows are multiplied while the steps are read; for more see expanded.h.
 #pragma once
 
+#include <array>
+#include <utility>
+
 #include "expanded.h"
 #include "parallel.h"
 
@@ -20,31 +23,36 @@ void with_height(int64_t n, const Work& work) {
   work.template operator()<N>();
 }
 
-// Sums of `Rows` rows while a panel is read. For few rows several steps run at once, each with sums
-// of its own, since a sum has to wait for the one before it.
-template <class Math, int Rows, int Chains, class Panel>
-void multiply_panel(
-    Panel panel, int64_t steps, const typename Math::Input* x, typename Math::Sum* sums) {
-  typename Math::Sum sum[Rows][Chains] = {};
-  const auto step = [&](int chain) __attribute__((always_inline)) {
-    const typename Math::Weights weights = Math::widen(panel.next());
-#pragma GCC unroll 16
-    for (int r = 0; r < Rows; r++) {
-      sum[r][chain] = Math::dot(sum[r][chain], weights, x + r * Math::kGroup);
-    }
-    x += Rows * Math::kGroup;
+// Sums of `Rows` rows while `Panels` of them are read side by side from panel `first` on: memory is
+// faster where it is read in several places, and a sum has to wait for the one before it.
+template <class Math, int Rows, int Panels, class Packed>
+void multiply_panels(
+    const Packed& packed, int64_t first, const typename Math::Input* x, const Result& result) {
+  typename Math::Sum sum[Panels][Rows] = {};
+  const auto cursors = [&]<size_t... p>(std::index_sequence<p...>) {
+    return std::array{packed.panel(first + p)...};
   };
-  int64_t i = 0;
-  for (; i + Chains <= steps; i += Chains) {
+  auto panels = cursors(std::make_index_sequence<Panels>());
+  for (int64_t i = 0; i < packed.steps; i++, x += Rows * Math::kGroup) {
 #pragma GCC unroll 8
-    for (int chain = 0; chain < Chains; chain++) step(chain);
-  }
-  for (; i < steps; i++) step(0);
+    for (int p = 0; p < Panels; p++) {
+      const typename Math::Weights weights = Math::widen(panels[p].next());
 #pragma GCC unroll 16
-  for (int r = 0; r < Rows; r++) {
+      for (int r = 0; r < Rows; r++) {
+        sum[p][r] = Math::dot(sum[p][r], weights, x + r * Math::kGroup);
+      }
+    }
+  }
+  // A copy, since what is indexed by a variable does not stay in registers.
+  typename Math::Sum sums[Panels][Rows];
 #pragma GCC unroll 8
-    for (int chain = 1; chain < Chains; chain++) sum[r][0] = Math::add(sum[r][0], sum[r][chain]);
-    sums[r] = sum[r][0];
+  for (int p = 0; p < Panels; p++) {
+#pragma GCC unroll 16
+    for (int r = 0; r < Rows; r++) sums[p][r] = sum[p][r];
+  }
+  for (int p = 0; p < Panels; p++) {
+    const PanelResult columns(result, first + p);
+    for (int64_t row = 0; row < result.rows; row++) write<Math>(columns, row, sums[p][row]);
   }
 }
 
@@ -53,14 +61,13 @@ void multiply_few(
     const Packed& packed, const Tiles<typename Math::Input>& tiles, const Result& result) {
   const int64_t grain = std::max<int64_t>(1, (1 << 12) / packed.steps);
   with_height<Math::kDirectRows>(tiles.height, [&]<int Rows>() {
+    constexpr int side = std::max(1, Math::kChains / Rows);
     parallel_for(0, packed.panels, grain, [&](int64_t begin, int64_t end) {
-      for (int64_t p = begin; p < end; p++) {
-        typename Math::Sum sums[Rows];
-        constexpr int chains = std::max(1, Math::kChains / Rows);
-        multiply_panel<Math, Rows, chains>(packed.panel(p), packed.steps, tiles.data, sums);
-        const PanelResult columns(result, p);
-        for (int64_t row = 0; row < result.rows; row++) write<Math>(columns, row, sums[row]);
+      int64_t p = begin;
+      for (; p + side <= end; p += side) {
+        multiply_panels<Math, Rows, side>(packed, p, tiles.data, result);
       }
+      for (; p < end; p++) multiply_panels<Math, Rows, 1>(packed, p, tiles.data, result);
     });
   });
 }

@@ -1,10 +1,15 @@
-// torch's thread pool, through its C interface: kernels know nothing else of torch, since its C++
+// torch's thread pool, through its C interface: kernels know nothing else of torch, since its
 // headers take longer to compile than they do.
 #pragma once
 
+#include <cstdint>
 #include <stdexcept>
 
-#include <torch/csrc/stable/c/shim.h>
+// As torch/csrc/stable/c/shim.h declares it, whose other headers take longer to compile than most
+// kernels; files that include both would not compile if the two differed.
+extern "C" __attribute__((visibility("default"))) int32_t torch_parallel_for(
+    int64_t begin, int64_t end, int64_t grain, void (*work)(int64_t, int64_t, void*),
+    void* context);
 
 namespace fx {
 

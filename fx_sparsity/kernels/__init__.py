@@ -3,6 +3,7 @@
 from fx_sparsity.kernels.embedding import RowPrunedEmbedding, RowPrunedEmbeddingBag
 from fx_sparsity.kernels.linear import SparseLinear
 from fx_sparsity.kernels.lower import lower, unlower
+from fx_sparsity.kernels.packed_weights import read_packed
 from fx_sparsity.kernels.packing import PACKINGS, Packing, PackingError
 from fx_sparsity.kernels.policy import LoweringError
 from fx_sparsity.kernels.report import LoweredWeight, LoweringReport
@@ -27,6 +28,7 @@ __all__ = [
     "SemiSparseWeightConfig",
     "SparseLinear",
     "lower",
+    "read_packed",
     "sparsify_",
     "unlower",
 ]

@@ -141,7 +141,13 @@ class DenseLinear:
 
 
 class Kind(ABC):
-    """A kind of modules that hold one linear weight."""
+    """A kind of modules that hold one linear weight.
+
+    Attributes:
+        transposed: whether they store it as [in, out].
+    """
+
+    transposed: bool = False
 
     @abstractmethod
     def covers(self, module: nn.Module) -> bool:
@@ -190,6 +196,8 @@ class FloatLinear(Kind):
 
 class TransposedLinear(FloatLinear):
     """The `Conv1D` of transformers: a linear layer whose weight is stored [in, out]."""
+
+    transposed = True
 
     def covers(self, module: nn.Module) -> bool:
         """See `Kind`."""

@@ -85,7 +85,7 @@ class Case:
         """The case of a layer and its packed form in a model with that many bytes of weights."""
         mebibytes = max(min(model_bytes, _FOOTPRINT) >> 20, 1)
         linear = isinstance(packed, LoweredLinear)
-        stored = packed.parts()["values"].shape[1:3] if linear else ()
+        stored = packed.get_buffer("values").shape[1:3] if linear else ()
         return cls(
             dtype=layer.dtype,
             outputs=layer.shape[0],
@@ -240,30 +240,28 @@ def _inputs(layer: DenseLinear | DenseTable, tokens: int, dtype: torch.dtype) ->
 @torch.no_grad()
 def _compared(dense: Forms, ours: Forms, inputs: list[Tensor]) -> dict[str, Timing]:
     """Each of ours against the fastest dense form; forms, copies and inputs take turns."""
-    forms = {("dense", name): form for name, form in dense.items()}
-    forms |= {("ours", name): form for name, form in ours.items()}
+    forms = {(True, name): form for name, form in dense.items()}
+    forms |= {(False, name): form for name, form in ours.items()}
     for form in forms.values():
         _round(form, inputs, 0)  # warms up
-    first = {name: _round(form, inputs, 0) for name, form in forms.items()}
-    hopeless = _HOPELESS * min(time for (side, _), time in first.items() if side == "dense")
-    for name in list(forms):
-        if name[0] == "dense" and first[name] > hopeless:
-            del forms[name]
-    repeats = {name: max(1, round(_CALL / first[name])) for name in forms}
-    seconds: dict[tuple[str, str], list[float]] = {name: [] for name in forms}
+    first = {place: _round(form, inputs, 0) for place, form in forms.items()}
+    hopeless = _HOPELESS * min(time for (is_dense, _), time in first.items() if is_dense)
+    forms = {p: form for p, form in forms.items() if not (p[0] and first[p] > hopeless)}
+    repeats = {place: max(1, round(_CALL / first[place])) for place in forms}
+    seconds: dict[tuple[bool, str], list[float]] = {place: [] for place in forms}
     for _ in range(ROUNDS):
-        for name, form in forms.items():
-            seconds[name].append(_round(form, inputs, repeats[name]))
-    medians = {name: statistics.median(times) for name, times in seconds.items()}
-    best = min((name for name in forms if name[0] == "dense"), key=medians.__getitem__)
+        for place, form in forms.items():
+            seconds[place].append(_round(form, inputs, repeats[place]))
+    medians = {place: statistics.median(times) for place, times in seconds.items()}
+    best = min((place for place in forms if place[0]), key=medians.__getitem__)
     timings = {}
     for name in ours:
-        taken = seconds["ours", name]
+        taken = seconds[False, name]
         ratios = sorted(d / p for d, p in zip(seconds[best], taken, strict=True))
         timings[name] = Timing(
             dense=best[1],
             dense_us=round(1e6 * medians[best], 2),
-            packed_us=round(1e6 * medians["ours", name], 2),
+            packed_us=round(1e6 * medians[False, name], 2),
             gain=round(statistics.median(ratios), 4),
             at_least=round(ratios[_SURE], 4),
         )

@@ -24,7 +24,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torchao.quantization import (
     Int8DynamicActivationInt8WeightConfig,
     Int8WeightOnlyConfig,
@@ -41,6 +41,7 @@ from tests.benchmarks.bench_linear import (
     TOKENS,
     U8,
     Candidate,
+    Run,
     activations,
     blocks,
     dense,
@@ -141,6 +142,12 @@ def measure(candidates: Sequence[Candidate], columns: int) -> dict[int, Times]:
     return times
 
 
+def mkl(weight: Tensor) -> Run:
+    """What freezing puts in place of a float32 layer, packed for each number of tokens."""
+    ahead = {tokens: torch.ops.mkl._mkl_reorder_linear_weight(weight, tokens) for tokens in TOKENS}
+    return lambda x: torch.ops.mkl._mkl_linear(x, ahead[len(x)], weight, None, len(x))
+
+
 def rows(model: nn.ModuleDict, dtype: str) -> Iterator[Row]:
     """How fast dense is, what `auto` does with every layer, and how fast that is."""
     inputs = F32 if dtype == "f32" else BF16
@@ -154,6 +161,8 @@ def rows(model: nn.ModuleDict, dtype: str) -> Iterator[Row]:
                 ours.append(Candidate(f"{name}, {kept}", [layer, copy.deepcopy(layer)], inputs))
     own = next(iter(model.values()))
     theirs = [Candidate("own", [own, copy.deepcopy(own)], inputs)]
+    if dtype == "f32":
+        theirs.append(Candidate("mkl", [mkl(own.weight), mkl(own.weight.clone())], inputs))
     theirs += [c for c in dense(dtype, torch.randn(own.weight.shape), 2) if c.name != "int4"]
     times = measure([*ours, *theirs], own.in_features)
     best = {

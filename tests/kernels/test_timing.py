@@ -72,7 +72,11 @@ def test_a_measurement_tells_the_faster_one(monkeypatch):
     """Against dense forms that sleep, packed wins; against ones that do nothing, it loses."""
     for forms, fastest, faster in (
         ({"slow": sleeping(2e-3), "slower": sleeping(3e-3)}, "slow", True),
-        ({"slow": sleeping(2e-3), "none": (lambda layer: lambda x: x, torch.float32)}, "none", False),
+        (
+            {"slow": sleeping(2e-3), "none": (lambda layer: lambda x: x, torch.float32)},
+            "none",
+            False,
+        ),
     ):
         monkeypatch.setattr(timing, "_dense_forms", lambda *_, forms=forms: forms)
         measured = measure(layer())["bitmask"][2]

@@ -2,11 +2,13 @@
 
 import re
 from collections.abc import Iterator
-from dataclasses import replace
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
 
 from fx_sparsity.graph.capture import module_source
 from fx_sparsity.graph.operators import bind
@@ -14,7 +16,7 @@ from fx_sparsity.kernels.embedding import RowPrunedEmbedding, RowPrunedEmbedding
 from fx_sparsity.kernels.linear import SparseLinear
 from fx_sparsity.kernels.lowered import LoweredLinear
 from fx_sparsity.kernels.ops import NAMESPACE
-from fx_sparsity.kernels.packing import PACKINGS, Packing
+from fx_sparsity.kernels.packing import PACKINGS, Packing, PackingError
 from fx_sparsity.kernels.rewrite import KERNELS
 from fx_sparsity.quantization.stored import READERS, StoredWeight
 
@@ -32,8 +34,48 @@ def read_packed(model: nn.Module) -> Iterator[StoredWeight]:
             yield _table(path, module)
     if isinstance(model, fx.GraphModule):
         for node in model.graph.nodes:
-            if (packing := _BY_OPERATOR.get(str(node.target))) is not None:
-                yield from _node(model, node, packing)
+            packing = _BY_OPERATOR.get(str(node.target))
+            if packing is not None and (read := _read_node(model, node, packing)) is not None:
+                codes = packing.unpack(read.parts, read.shape, read.parts["values"].dtype)
+                fqn = _weight_of(read.path)
+                yield _stored(fqn, read.path, packing, codes, read.scale, read.names)
+
+
+def check_packed(model: nn.Module | ExportedProgram) -> None:
+    """Raise unless kernels can read every packed weight safely: for models from elsewhere.
+
+    Layers check themselves when they are built, unpickled, or loaded from a state dict; tables when
+    they are built or loaded from a state dict. Graphs and programs do not, whose parts are plain
+    tensors: check those that come from files which somebody else may have written, before they run.
+
+    Args:
+        model: lowered, or of any kind; not changed.
+
+    Raises:
+        PackingError: the name of the weight, and what is corrupt.
+    """
+    module = model.module() if isinstance(model, ExportedProgram) else model
+    for path, inner in module.named_modules():
+        with _naming(_weight_of(path)):
+            if isinstance(inner, SparseLinear):
+                inner.check()
+            elif isinstance(inner, RowPrunedEmbedding | RowPrunedEmbeddingBag):
+                inner.table.check()
+    if not isinstance(module, fx.GraphModule):
+        return
+    for node in module.graph.nodes:
+        packing = _BY_OPERATOR.get(str(node.target))
+        if packing is not None and (read := _read_node(module, node, packing)) is not None:
+            with _naming(_weight_of(read.path)):
+                packing.check(read.parts, read.shape, read.parts["values"].dtype)
+
+
+@contextmanager
+def _naming(fqn: str) -> Iterator[None]:
+    try:
+        yield
+    except PackingError as error:
+        raise PackingError(f"{fqn}: {error}") from error
 
 
 def _linear(path: str, layer: SparseLinear) -> StoredWeight:
@@ -71,21 +113,35 @@ def _table(path: str, table: RowPrunedEmbedding | RowPrunedEmbeddingBag) -> Stor
     )
 
 
-def _node(model: fx.GraphModule, node: fx.Node, packing: Packing) -> Iterator[StoredWeight]:
-    """The weight of an operator whose parts are tensors of the graph."""
+@dataclass(frozen=True)
+class _Read:
+    """What an operator reads: packed parts, their shape, scales, and the names of all of these."""
+
+    parts: dict[str, Tensor]
+    shape: torch.Size
+    scale: Tensor | None
+    names: list[str]
+
+    @property
+    def path(self) -> str:
+        """That the names share."""
+        return self.names[0].rpartition(".")[0]
+
+
+def _read_node(model: fx.GraphModule, node: fx.Node, packing: Packing) -> _Read | None:
+    """What an operator reads; None where that is computed, and not held by the graph."""
     source, args = module_source(model), bind(node)
     found = {name: source(args[name]) for name in packing.parts}
-    if None in found.values():
-        return
     held: dict[str, tuple[str, Tensor]] = {name: f for name, f in found.items() if f is not None}
-    parts = {name: tensor for name, (_, tensor) in held.items()}
-    shape = torch.Size((args["out_features"], args["in_features"]))
+    if len(held) < len(found):
+        return None
     scaled = None if args["scale"] is None else source(args["scale"])
-    codes = packing.unpack(parts, shape, parts["values"].dtype)
-    names = [name for name, _ in (*held.values(), *filter(None, [scaled]))]
-    path = names[0].rpartition(".")[0]
-    scale = None if scaled is None else scaled[1]
-    yield _stored(_weight_of(path), path, packing, codes, scale, names)
+    return _Read(
+        {name: tensor for name, (_, tensor) in held.items()},
+        torch.Size((args["out_features"], args["in_features"])),
+        None if scaled is None else scaled[1],
+        [name for name, _ in (*held.values(), *filter(None, [scaled]))],
+    )
 
 
 def _stored(

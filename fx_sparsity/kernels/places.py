@@ -78,7 +78,8 @@ class Place(ABC):
         """Why the layer that was found here cannot be replaced; empty if it can."""
         if self.obstacle:
             return self.obstacle
-        if (device := layer.device.type) != "cpu":
+        devices = ("cpu", "cuda") if isinstance(layer, DenseLinear) else ("cpu",)
+        if (device := layer.device.type) not in devices:
             return f"no kernel for {device}"
         if strange := sorted(str(dtype) for dtype in self.dtypes if not layer.takes(dtype)):
             return f"no kernel for inputs of {', '.join(strange)}"

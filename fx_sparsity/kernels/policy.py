@@ -149,6 +149,8 @@ class Policy:
             return Choice(None, reason=reason)
         if wish == ALWAYS:
             return Choice(smaller[0], packed=fitting[smaller[0]])
+        if layer.device.type == "cuda" and layer.how:
+            return Choice(None, reason="int8 is not timed on CUDA: name the packing, or 'always'")
         timed = timing.measure(
             layer,
             {name: fitting[name] for name in smaller},

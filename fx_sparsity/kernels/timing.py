@@ -53,6 +53,7 @@ class Case:
         how: codes meet their activations, or bags reduce rows; empty where there is one way.
         input_dtype: of the activations, or the indices.
         packing: what was measured against dense.
+        device: name of the GPU; empty for the processor.
         blocks: height and width of what the packing stores as a whole, such as `2x16`, in units of
             its own; empty where that is single values.
         percent: of the dense bytes that the packed form takes, to the nearest two.
@@ -67,6 +68,7 @@ class Case:
     how: str
     input_dtype: str
     packing: str
+    device: str
     blocks: str
     percent: int
     tokens: int
@@ -85,7 +87,8 @@ class Case:
         """The case of a layer and its packed form in a model with that many bytes of weights."""
         mebibytes = max(min(model_bytes, _FOOTPRINT) >> 20, 1)
         linear = isinstance(packed, LoweredLinear)
-        stored = packed.get_buffer("values").shape[1:3] if linear else ()
+        values = packed.get_buffer("values") if linear else None
+        stored = () if values is None or values.dim() < 3 else values.shape[1:3]
         return cls(
             dtype=layer.dtype,
             outputs=layer.shape[0],
@@ -93,6 +96,7 @@ class Case:
             how=layer.how,
             input_dtype=_name(input_dtype),
             packing=packing,
+            device=torch.cuda.get_device_name(layer.device) if layer.device.type == "cuda" else "",
             blocks="x".join(map(str, reversed(stored))),
             percent=2 * round(50 * packed.nbytes / layer.nbytes),
             tokens=tokens,
@@ -104,9 +108,10 @@ class Case:
         """In the table."""
         form = f"{self.packing} {self.blocks}".rstrip()
         how = f" {self.how}" if self.how else ""
+        where = f" on {self.device}" if self.device else ""
         return (
             f"{form} {self.percent}% {self.dtype}{how} {self.outputs}x{self.inputs}, "
-            f"{self.tokens} x {self.input_dtype}, in {self.footprint} MiB"
+            f"{self.tokens} x {self.input_dtype}, in {self.footprint} MiB{where}"
         )
 
 
@@ -154,7 +159,7 @@ def measure(
     weight as a model of that footprint reads between two calls.
 
     Args:
-        layer: on the CPU.
+        layer: on the CPU; or on CUDA, not quantized.
         packed: name of a packing -> the layer in that packing.
         tokens: rows of activations in a call; indices, of a table.
         input_dtype: of the activations, or the indices.
@@ -230,7 +235,7 @@ def _table_forms(
 def _inputs(layer: DenseLinear | DenseTable, tokens: int, dtype: torch.dtype) -> list[Tensor]:
     """Activations; or lookups all over a table, of which bags have 16 indices."""
     if isinstance(layer, DenseLinear):
-        return [torch.randn(tokens, layer.shape[1], dtype=dtype)]
+        return [torch.randn(tokens, layer.shape[1], dtype=dtype, device=layer.device)]
     inputs = [torch.randint(layer.shape[0], (tokens,), dtype=dtype) for _ in range(16)]
     if layer.how == "lookup":
         return inputs
@@ -271,10 +276,17 @@ def _compared(dense: Forms, ours: Forms, inputs: list[Tensor]) -> dict[str, Timi
 def _round(copies: Sequence[Form], inputs: Sequence[Tensor], repeats: int) -> float:
     """Seconds a call, over `repeats` calls, or one through each copy; copies take turns."""
     count = repeats or min(len(copies), 4)
-    start = time.perf_counter()
+    start = _now(inputs[0].device)
     for i in range(count):
         copies[i % len(copies)](inputs[i % len(inputs)])
-    return (time.perf_counter() - start) / count
+    return (_now(inputs[0].device) - start) / count
+
+
+def _now(device: torch.device) -> float:
+    """Seconds, when all that was asked of a device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 Make = Callable[[DenseLinear], Form]
@@ -293,6 +305,8 @@ def _dense_forms(
     Of layers whose activations are quantized, some forms take codes that are ready: the time that
     torch's own quantization takes depends on what it is fused with, and is not counted.
     """
+    if layer.device.type == "cuda":
+        return {"eager": (_eager, input_dtype)}
     if layer.scale is None:
         return {name: (make, input_dtype) for name, make in _float_forms(input_dtype).items()}
     forms: dict[str, tuple[Make, torch.dtype]] = {

@@ -73,12 +73,13 @@ HEADER = (
 )
 
 
-def layers(shape: tuple[int, int], dtype: str) -> nn.ModuleDict:
-    """A dense model: a layer for each of `ZEROS`."""
+def layers(shape: tuple[int, int], dtype: str, names: Sequence[str]) -> nn.ModuleDict:
+    """A dense model: a layer for each of `names`, out of `ZEROS`."""
     torch.manual_seed(0)
     model = nn.ModuleDict()
     outputs, inputs = shape
-    for name, (zeros, sparsity) in ZEROS.items():
+    for name in names:
+        zeros, sparsity = ZEROS[name]
         layer = nn.Linear(inputs, outputs, bias=False, device="meta")
         weight = zeros(torch.randn(shape), sparsity)
         layer.weight = nn.Parameter(weight if dtype == "f32" else weight.bfloat16(), False)
@@ -152,12 +153,17 @@ def rows(model: nn.ModuleDict, dtype: str) -> Iterator[Row]:
     """How fast dense is, what `auto` does with every layer, and how fast that is."""
     inputs = F32 if dtype == "f32" else BF16
     reports, ours = {}, []
+    left = list(model)
     for kept in (False, True):
-        lowered = nn.ModuleDict(model.items())
-        lowered, reports[kept] = fxs.lower(lowered, tokens=TOKENS, keep_dense=kept)
+        lowered, reports[kept] = fxs.lower(
+            nn.ModuleDict(model.items()),
+            policy=dict.fromkeys(left, "auto"),
+            tokens=TOKENS,
+            keep_dense=kept,
+        )
+        left = [name for name in left if reports[kept][f"{name}.weight"].kernel is None]
         for name, layer in lowered.items():
-            row = reports[kept][f"{name}.weight"]
-            if row.kernel is not None and (row.up_to is not None or not kept):
+            if reports[kept][f"{name}.weight"].kernel is not None:
                 ours.append(Candidate(f"{name}, {kept}", [layer, copy.deepcopy(layer)], inputs))
     own = next(iter(model.values()))
     theirs = [Candidate("own", [own, copy.deepcopy(own)], inputs)]
@@ -194,6 +200,22 @@ def line(shape: tuple[int, int], dtype: str, row: Row) -> str:
     return f"{weight:<12}{dtype:<10}{row.zeros:<11}{row.chosen:<20}{''.join(cells)}{row.why}"
 
 
+def merged(before: Sequence[str], table: Sequence[str]) -> list[str]:
+    """Lines of another table without what this one has anew, and those; in order."""
+    shapes = ["x".join(map(str, shape)) for shape in SHAPES]
+    orders = (shapes, list(DTYPES), ["any", *ZEROS])
+
+    def place(text: str) -> tuple[str, ...]:
+        return text[:12].rstrip(), text[12:22].rstrip(), text[22:33].rstrip()
+
+    def rank(text: str) -> list[int]:
+        parts = zip(place(text), orders, strict=True)
+        return [order.index(part) if part in order else len(order) for part, order in parts]
+
+    anew = {place(text) for text in table}
+    return sorted([*(text for text in before if place(text) not in anew), *table], key=rank)
+
+
 def verdict(table: Sequence[str]) -> str:
     """What the lines of a table come to."""
     cells = [cell for text in table for cell in re.findall(r"([\d.]+) \(([\d.]+)-([\d.]+)\)", text)]
@@ -209,10 +231,11 @@ def main(arguments: list[str] | None = None) -> str:
     """Measure, print, and write the table if asked to; the verdict."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.bench_auto")
     parser.add_argument(
-        "--write", action="store_true", help=f"write {TABLE.name}, where other weights stay"
+        "--write", action="store_true", help=f"write {TABLE.name}, where what is not measured stays"
     )
     parser.add_argument("--dtype", choices=DTYPES, help="only this one")
     parser.add_argument("--shape", help="only this weight, as 4096x4096")
+    parser.add_argument("--zeros", nargs="*", choices=ZEROS, default=list(ZEROS), metavar="ZEROS")
     options = parser.parse_args(arguments)
     warnings.filterwarnings("ignore")
     torch.set_num_threads(2)
@@ -233,15 +256,15 @@ def main(arguments: list[str] | None = None) -> str:
                 tempfile.TemporaryDirectory() as folder,
                 patch.object(timing, "folders", lambda folder=folder: [Path(folder)]),
             ):
-                for row in rows(layers(shape, dtype), dtype):
+                for row in rows(layers(shape, dtype, options.zeros), dtype):
                     table.append(line(shape, dtype, row))
                     print(table[-1], flush=True)
             print(f"{time.perf_counter() - start:.0f} s", flush=True)
     if options.write:
-        measured = {tuple(text.split()[:2]) for text in table}
         before = TABLE.read_text().splitlines() if TABLE.exists() else []
-        before = before[before.index(HEADER) + 1 : -2] if before else []
-        table = [text for text in before if tuple(text.split()[:2]) not in measured] + table
+        if before:
+            lines = before[before.index(HEADER) + 1 :]
+            table = merged(lines[: lines.index("")], table)
         TABLE.write_text("\n".join([*head, "", HEADER, *table, "", verdict(table)]) + "\n")
     print(f"\n{verdict(table)}")
     return verdict(table)

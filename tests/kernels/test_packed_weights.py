@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import fx_sparsity as fxs
-from fx_sparsity.kernels import lower, timing
+from fx_sparsity.kernels import PackingError, check_packed, lower, timing
 from fx_sparsity.kernels.by_tokens import ByTokens
 from fx_sparsity.kernels.packed_weights import read_packed
 
@@ -170,3 +170,45 @@ def test_packed_weights_are_not_written():
     weight = next(iter(read_packed(lowered)))
     with pytest.raises(TypeError, match="0.weight is packed: unlower the model"):
         weight.set_zero(torch.zeros(48, 64, dtype=torch.bool))
+
+
+def spoil(parts):
+    """A mask that keeps one value more than there are."""
+    mask = parts["mask"]
+    mask.view(-1)[(mask.view(-1) != 255).nonzero()[0]] = 255
+
+
+def test_corrupt_layers_are_refused_when_they_are_unpickled(tmp_path):
+    lowered, _ = lower(masked()[0], (X,), "always")
+    torch.save(lowered, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert torch.equal(loaded(X), lowered(X))
+    empty = torch.load(tmp_path / "model.pt", weights_only=False, map_location="meta")
+    assert empty[0].values.is_meta
+    spoil(lowered[2].parts())
+    copy.deepcopy(lowered)  # what is in memory was checked
+    torch.save(lowered, tmp_path / "model.pt")
+    with pytest.raises(PackingError, match="offsets do not follow"):
+        torch.load(tmp_path / "model.pt", weights_only=False)
+    with pytest.raises(PackingError, match="^2.weight: offsets do not follow"):
+        check_packed(lowered)
+
+
+def test_corrupt_programs_are_found(tmp_path):
+    lowered, _ = lower(torch.export.export(masked()[0], (X,)), policy="always")
+    check_packed(lowered)
+    spoil({"mask": lowered.state_dict["fx_sparsity_kernels.2.weight.mask"]})
+    torch.export.save(lowered, tmp_path / "program.pt2")
+    with pytest.raises(PackingError, match="^2.weight: offsets do not follow"):
+        check_packed(torch.export.load(tmp_path / "program.pt2"))
+    table, _ = lower(pruned_bag(), (torch.randint(100, (4, 6)),), "always")
+    check_packed(table)
+    table[0].remap[0] = 77
+    with pytest.raises(PackingError, match="^0.weight: remap"):
+        check_packed(table)
+
+
+def pruned_bag():
+    model = nn.Sequential(nn.EmbeddingBag(100, 16, mode="sum"))
+    model[0].weight[::2] = 0
+    return model

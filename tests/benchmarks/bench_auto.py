@@ -155,6 +155,8 @@ def rows(model: nn.ModuleDict, dtype: str) -> Iterator[Row]:
     reports, ours = {}, []
     left = list(model)
     for kept in (False, True):
+        if not left:
+            break
         lowered, reports[kept] = fxs.lower(
             nn.ModuleDict(model.items()),
             policy=dict.fromkeys(left, "auto"),

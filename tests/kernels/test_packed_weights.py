@@ -10,6 +10,7 @@ import fx_sparsity as fxs
 from fx_sparsity.kernels import PackingError, check_packed, lower, timing
 from fx_sparsity.kernels.by_tokens import ByTokens
 from fx_sparsity.kernels.packed_weights import read_packed
+from tests.kernels import test_lower
 
 X = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
 MAPPING = fxs.SparsityMapping().set_global("unstructured 60%")
@@ -212,3 +213,13 @@ def pruned_bag():
     model = nn.Sequential(nn.EmbeddingBag(100, 16, mode="sum"))
     model[0].weight[::2] = 0
     return model
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("flow", ["eager dynamic", "fx dynamic", "pt2e dynamic", "pt2e static"])
+def test_every_flow_keeps_its_zeros_when_it_is_lowered(flow):
+    model = test_lower.FLOWS[flow]()
+    before = {row.fqn: row.zeros for row in fxs.verify(model)}
+    lowered, report = lower(model, (X,), "always")
+    assert set(report.lowered) == set(before) == {"0.weight", "2.weight"}
+    assert {row.fqn: row.zeros for row in fxs.verify(lowered)} == before

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._inductor.compile_fx import compile_fx
+from torch._dynamo import lookup_backend
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fx_sparsity.graph import SparsityMapping, WeightSite, find_weights
@@ -94,7 +94,10 @@ def backend(
     _check_inference(example_inputs)
     with real_tensors(), torch.no_grad():
         lowered = _lowered(graph, example_inputs, chosen)
-    compiled: Any = compile_fx(lowered, list(example_inputs), config_patches=dict(chosen.inductor))
+    inductor: Any = lookup_backend("inductor")
+    compiled: Callable[..., Any] = inductor(
+        lowered, list(example_inputs), config_patches=dict(chosen.inductor)
+    )
     return compiled
 
 

@@ -3,9 +3,10 @@
 from torch import Tensor, nn
 
 from fx_sparsity.kernels.lowered import LoweredLinear
+from fx_sparsity.quantization.stored import Forms
 
 
-class ByTokens(nn.Module):
+class ByTokens(Forms, nn.Module):
     """Calls of up to `limit` tokens go to the packed form, the others to the dense one.
 
     Both take part in `state_dict`. Under `torch.compile` the choice is a guard on the size of the
@@ -17,6 +18,8 @@ class ByTokens(nn.Module):
         packed: the same layer with its weight packed.
         limit: tokens, which are the product of all sizes of the activations but the last.
     """
+
+    forms = ("dense", "packed")
 
     def __init__(self, dense: nn.Module, packed: LoweredLinear, limit: int) -> None:
         super().__init__()

@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 
 from fx_sparsity.kernels.lowered import LoweredLinear
 from fx_sparsity.kernels.packing import PACKINGS
+from fx_sparsity.kernels.semi_structured import SemiStructured
 from fx_sparsity.patterns import Role
 from fx_sparsity.quantization.embeddings import FORWARD_HOOKS
 from fx_sparsity.quantization.modules import read_quantized
@@ -84,6 +85,8 @@ class DenseLinear:
 
     def takes(self, dtype: torch.dtype) -> bool:
         """Whether kernels take activations of that dtype."""
+        if self.device.type == "cuda" and self.scale is None:
+            return dtype == self.weight.dtype
         return dtype in (torch.float32, torch.bfloat16)
 
     def candidates(self) -> tuple[dict[str, LoweredLinear], list[str]]:
@@ -93,7 +96,12 @@ class DenseLinear:
         return fitting, [f"{name}: {refusal}" for name, refusal in refusals.items() if refusal]
 
     def refusal(self, packing: str) -> str | None:
-        """Why a packing cannot hold it; None if it can."""
+        """Why a packing cannot hold it, or has no kernel where it lies; None if it can."""
+        if self.device.type == "cuda":
+            if packing != SemiStructured.name:
+                return f"no kernel for CUDA, where {SemiStructured.name!r} is the packing of 2:4"
+            if self.scale is not None and self.quantize_input == "none":
+                return "no kernel for weight-only int8"
         return PACKINGS[packing].refusal(self.weight)
 
     def pack(self, packing: str, tied: LoweredLinear | None = None) -> LoweredLinear:
@@ -141,7 +149,13 @@ class DenseLinear:
 
 
 class Kind(ABC):
-    """A kind of modules that hold one linear weight."""
+    """A kind of modules that hold one linear weight.
+
+    Attributes:
+        transposed: whether they store it as [in, out].
+    """
+
+    transposed: bool = False
 
     @abstractmethod
     def covers(self, module: nn.Module) -> bool:
@@ -190,6 +204,8 @@ class FloatLinear(Kind):
 
 class TransposedLinear(FloatLinear):
     """The `Conv1D` of transformers: a linear layer whose weight is stored [in, out]."""
+
+    transposed = True
 
     def covers(self, module: nn.Module) -> bool:
         """See `Kind`."""

@@ -1,5 +1,6 @@
 """A linear layer whose weight is packed."""
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any, Self
 
@@ -155,6 +156,28 @@ class SparseLinear(nn.Module):
     def parts(self) -> dict[str, Tensor]:
         """The packed weight by the names of its packing's parts."""
         return {name: getattr(self, name) for name in self._packing.parts}
+
+    def check(self) -> None:
+        """Raise PackingError, naming what is corrupt, unless a kernel can read the weight safely.
+
+        Done whenever a layer is unpickled or a state dict is loaded; layers on the meta device hold
+        nothing to check.
+        """
+        if self._device.type == "meta":
+            return
+        self._packing.check(self.parts(), self._shape, self.weight_dtype)
+        if self.row_sums is not None:
+            self._expect_sums(self.dense_codes(), self.row_sums)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.check()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        # Not through __setstate__: what is copied in memory was checked.
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
 
     def dense_codes(self) -> Tensor:
         """The weight as it was packed, [out, in], in `weight_dtype`; +0.0 for what was zero."""

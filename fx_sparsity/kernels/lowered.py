@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from fx_sparsity.graph.passes import SeenWeight
 from fx_sparsity.kernels.linear import SparseLinear
 
 
@@ -28,6 +29,10 @@ class LoweredLinear(SparseLinear):
 
     Attributes:
         origin: None where it was no module, but a node of a graph.
+        transposed: whether the model stored the weight, or what it saw of it, as [in, out].
+        view: what a node saw of its weight; None where that was the weight itself.
     """
 
     origin: Origin | None = None
+    transposed: bool = False
+    view: SeenWeight | None = None

@@ -127,10 +127,11 @@ def expect_input(x: Tensor, in_features: int) -> None:
     """Raise where an operator cannot take activations `x`.
 
     Raises:
-        TypeError: x is neither fp32 nor bf16.
+        TypeError: x is neither fp32 nor bf16, nor, on CUDA, fp16.
         ValueError: its last dimension is not `in_features`.
     """
-    if x.dtype not in (torch.float32, torch.bfloat16):
+    half = x.dtype == torch.float16 and x.device.type == "cuda"
+    if x.dtype not in (torch.float32, torch.bfloat16) and not half:
         raise TypeError(f"activations are {x.dtype}, expected float32 or bfloat16")
     if not x.dim() or x.shape[-1] != in_features:
         raise ValueError(f"activations are {list(x.shape)}, expected [..., {in_features}]")

@@ -10,6 +10,7 @@ from fx_sparsity.kernels.bitmask import Bitmask
 from fx_sparsity.kernels.block import Block
 from fx_sparsity.kernels.nm import NM
 from fx_sparsity.kernels.panels import PackingError
+from fx_sparsity.kernels.semi_structured import SemiStructured
 
 __all__ = ["PACKINGS", "Packing", "PackingError"]
 
@@ -55,4 +56,6 @@ class Packing(Protocol):
         ...
 
 
-PACKINGS: dict[str, Packing] = {packing.name: packing for packing in (Bitmask(), NM(), Block())}
+PACKINGS: dict[str, Packing] = {
+    packing.name: packing for packing in (Bitmask(), NM(), Block(), SemiStructured())
+}

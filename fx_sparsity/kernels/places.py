@@ -10,7 +10,14 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fx_sparsity.graph.capture import ExampleInputs, call_arguments, run_undisturbed
-from fx_sparsity.kernels.layers import DenseLinear, computed_or_hooked, kind_of, read_module
+from fx_sparsity.graph.passes import SeenWeight
+from fx_sparsity.kernels.layers import (
+    KINDS,
+    DenseLinear,
+    computed_or_hooked,
+    kind_of,
+    read_module,
+)
 from fx_sparsity.kernels.tables import DenseTable, holds_table, read_table
 
 TABLE = "table"
@@ -53,6 +60,16 @@ class Place(ABC):
         """The first of its names."""
         return self.names[0]
 
+    @property
+    def transposed(self) -> bool:
+        """Whether the model stores the weight, or what is seen of it here, as [in, out]."""
+        return False
+
+    @property
+    def view(self) -> SeenWeight | None:
+        """What is seen of the weight here; None where that is the weight itself."""
+        return None
+
     @abstractmethod
     def look(self) -> DenseLinear | DenseTable | str:
         """The layer; or, in words, why it cannot be replaced."""
@@ -61,7 +78,8 @@ class Place(ABC):
         """Why the layer that was found here cannot be replaced; empty if it can."""
         if self.obstacle:
             return self.obstacle
-        if (device := layer.device.type) != "cpu":
+        devices = ("cpu", "cuda") if isinstance(layer, DenseLinear) else ("cpu",)
+        if (device := layer.device.type) not in devices:
             return f"no kernel for {device}"
         if strange := sorted(str(dtype) for dtype in self.dtypes if not layer.takes(dtype)):
             return f"no kernel for inputs of {', '.join(strange)}"
@@ -94,6 +112,11 @@ class ModulePlace(Place):
     def paths(self) -> tuple[str, ...]:
         """Every FQN of the module."""
         return tuple(name.rpartition(".")[0] for name in self.names)
+
+    @property
+    def transposed(self) -> bool:
+        """See `Place`."""
+        return self.kind != TABLE and KINDS[self.kind].transposed
 
     def look(self) -> DenseLinear | DenseTable | str:
         """See `Place`."""

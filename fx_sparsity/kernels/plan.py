@@ -86,6 +86,7 @@ def pack_all(planned: Iterable[Planned]) -> dict[Place, LoweredLinear | Lookup]:
                 new = plan.layer.pack(plan.choice.packing, first.get(key))
             packed[plan.place] = new
             if isinstance(new, LoweredLinear):
+                new.transposed, new.view = plan.place.transposed, plan.place.view
                 first[key] = new
     return packed
 
@@ -185,7 +186,9 @@ def other_rows(
         if stored.data.ndim < 2 or not named.isdisjoint((stored.where, stored.fqn)):
             continue
         site = sites.get(stored.fqn)
-        if stored.quantized:
+        if stored.made_of:
+            reason = "it is packed already"
+        elif stored.quantized:
             reason = f"no kernel for {stored.dtype}, {stored.scheme}"
         elif site is not None:
             reason = no_kernel(site)

@@ -71,7 +71,7 @@ class Policy:
     def __init__(self, policy: str | Rules) -> None:
         self.rules: Rules = {nn.Module: policy} if isinstance(policy, str) else dict(policy)
         self.table = timing.read_table()
-        self.measured: dict[str, timing.Timing] = {}
+        self._read = set(self.table)
         self._used: set[str | type[nn.Module]] = set()
         known = (AUTO, ALWAYS, *PACKINGS, ROWS)
         for key, wish in self.rules.items():
@@ -149,27 +149,24 @@ class Policy:
             return Choice(None, reason=reason)
         if wish == ALWAYS:
             return Choice(smaller[0], packed=fitting[smaller[0]])
-        case = timing.Case.of(layer, smaller[0], 1, input_dtype, model_bytes)
-        timed = {
-            name: {
-                count: self._measure(replace(case, packing=name, tokens=count), layer)
-                for count in tokens
-            }
-            for name in smaller
-        }
+        if layer.device.type == "cuda" and layer.how:
+            return Choice(None, reason="int8 is not timed on CUDA: name the packing, or 'always'")
+        timed = timing.measure(
+            layer,
+            {name: fitting[name] for name in smaller},
+            tokens,
+            input_dtype=input_dtype,
+            model_bytes=model_bytes,
+            table=self.table,
+        )
         choice = _fastest(timed, keep_dense and linear)
         return choice if choice.packing is None else replace(choice, packed=fitting[choice.packing])
 
-    def _measure(self, case: timing.Case, layer: DenseLinear | DenseTable) -> timing.Timing:
-        if case.key not in self.table:
-            self.measured[case.key] = timing.measure(case, layer, self.table)
-        return self.table[case.key]
-
     def save(self) -> None:
         """Keep what was measured for the next time."""
-        if self.measured:
-            timing.write_table(self.measured)
-            self.measured = {}
+        if measured := {key: t for key, t in self.table.items() if key not in self._read}:
+            timing.write_table(measured)
+            self._read.update(measured)
 
 
 def _fastest(timed: Mapping[str, Mapping[int, timing.Timing]], keep_dense: bool) -> Choice:

@@ -1,7 +1,8 @@
 """Lowering of graphs without modules: nodes that compute linear layers are rewritten."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import count
 from math import prod
 from typing import Any
 
@@ -21,7 +22,7 @@ from fx_sparsity.quantization.graph_reader import read_value
 from fx_sparsity.quantization.stored import StoredWeight, is_float
 
 KERNELS = "fx_sparsity_kernels"
-"""Submodule of a rewritten GraphModule that holds the packed layers."""
+"""Submodule of a rewritten GraphModule that holds the packed layers, by the names of weights."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,16 @@ class NodePlace(Place):
     form: _Form = field(kw_only=True)
     seen: SeenWeight = field(kw_only=True)
     source: Source = field(kw_only=True)
+
+    @property
+    def transposed(self) -> bool:
+        """See `Place`."""
+        return self.form.transposed
+
+    @property
+    def view(self) -> SeenWeight | None:
+        """See `Place`."""
+        return None if self.seen.is_whole else self.seen
 
     def look(self) -> DenseLinear | str:
         """See `Place`."""
@@ -180,14 +191,14 @@ class LowerNodes(PassBase):
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """See `PassBase.call`."""
         graph = graph_module.graph
-        held = getattr(graph_module, KERNELS, None)
-        kernels = held if isinstance(held, nn.ModuleList) else nn.ModuleList()
-        graph_module.add_module(KERNELS, kernels)
         read = set(_attributes(graph))
-        for place, layer in self.packed.items():
-            kernels.append(layer)
+        taken = {name for name, _ in graph_module.named_modules()}
+        for (place, layer), name in zip(
+            self.packed.items(), _names(self.packed, taken), strict=True
+        ):
+            graph_module.add_submodule(name, layer)
             with graph.inserting_before(place.node):
-                new = graph.call_module(f"{KERNELS}.{len(kernels) - 1}", (place.x,))
+                new = graph.call_module(name, (place.x,))
             new.meta = dict(place.node.meta)
             place.node.replace_all_uses_with(new)
             graph.erase_node(place.node)
@@ -207,10 +218,22 @@ def lower_program(
     program: ExportedProgram, packed: Mapping[NodePlace, LoweredLinear]
 ) -> ExportedProgram:
     """A program with the operators of packed layers in the place of nodes; `program` stays."""
-    calls = {}
-    for i, (place, layer) in enumerate(packed.items()):
-        calls[place.node.name] = (f"{KERNELS}.{i}", layer, place.x.name)
+    taken = {name.rpartition(".")[0] for name in (*program.state_dict, *program.constants)}
+    calls = {
+        place.node.name: (name, layer, place.x.name)
+        for (place, layer), name in zip(packed.items(), _names(packed, taken), strict=True)
+    }
     return replace_nodes(program, calls)
+
+
+def _names(packed: Iterable[NodePlace], taken: set[str]) -> Iterator[str]:
+    """Paths for packed layers, by the weights they stand for; `__1` and so on for further ones."""
+    taken = set(taken)
+    for place in packed:
+        first = f"{KERNELS}.{place.fqn}"
+        name = next(n for i in count() if (n := f"{first}__{i}" if i else first) not in taken)
+        taken.add(name)
+        yield name
 
 
 def _attributes(graph: fx.Graph) -> Iterator[str]:

@@ -1,10 +1,115 @@
 """2:4 on CUDA: torch's own semi-structured tensors, which run on cuSPARSELt or CUTLASS."""
 
-from typing import TypeGuard
+from collections.abc import Mapping
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.sparse import SparseSemiStructuredTensor, to_sparse_semi_structured
+from torch.sparse import (
+    SparseSemiStructuredTensor,
+    SparseSemiStructuredTensorCUSPARSELT,
+    SparseSemiStructuredTensorCUTLASS,
+    to_sparse_semi_structured,
+)
+
+# Private, for CUTLASS's layout on the CPU too; torch's tensors are made on CUDA alone.
+from torch.sparse._semi_structured_conversions import (
+    sparse_semi_structured_from_dense_cutlass,
+    sparse_semi_structured_to_dense_cutlass,
+)
+
+from fx_sparsity.kernels.panels import PackingError, expect, expect_parts
+
+_INPUTS = {torch.float16: 64, torch.bfloat16: 64, torch.int8: 128}
+"""Dtype -> what the inputs have to be a multiple of, for either library, as torch 2.13 has them."""
+_OUTPUTS = 32
+_META = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.int8: torch.int32}
+"""Dtype of a weight -> dtype of CUTLASS's positions, 4 bits for every four inputs."""
+
+
+class SemiStructured:
+    """The packing "semi_structured": 2:4 as the libraries on CUDA want it; 9 bits a weight in bf16.
+
+    Parts:
+        values: [out, in / 2] of the weight's dtype, the two that are kept of every four inputs; for
+            cuSPARSELt, which is taken where torch has it, followed by positions in its own layout.
+        meta: CUTLASS's positions, int16 [out, in / 16], or int32 [out, in / 32] for int8; for
+            cuSPARSELt int16 [0].
+    """
+
+    name = "semi_structured"
+    operator = "semi_structured_linear"
+    parts = ("values", "meta")
+
+    def refusal(self, weight: Tensor) -> str | None:
+        """Why torch has no such kernel for the weight; None if it has."""
+        if weight.dim() != 2:
+            return f"the weight has {weight.dim()} dimensions, not [out, in]"
+        if weight.device.type != "cuda":
+            return (
+                f"torch has semi-structured kernels on CUDA alone, the weight is on {weight.device}"
+            )
+        if weight.dtype not in _INPUTS:
+            return f"the weight is {weight.dtype}; kernels take float16, bfloat16 and int8"
+        if not follows_2_4(weight):
+            return "its zeros are not 2:4 along the inputs"
+        outputs, inputs = weight.shape
+        if not weight.numel() or outputs % _OUTPUTS or inputs % _INPUTS[weight.dtype]:
+            return (
+                f"the weight is {list(weight.shape)}, which has to be a multiple of "
+                f"{[_OUTPUTS, _INPUTS[weight.dtype]]}"
+            )
+        return None
+
+    def pack(self, weight: Tensor) -> dict[str, Tensor]:
+        """Pack [out, in] that is not refused, on CUDA; elsewhere in CUTLASS's layout."""
+        weight = torch.where(weight != 0, weight, weight.new_zeros(())).contiguous()
+        if weight.is_cuda and torch.backends.cusparselt.is_available():
+            packed = SparseSemiStructuredTensorCUSPARSELT.from_dense(weight).packed
+            assert packed is not None
+            none = torch.empty(0, dtype=torch.int16, device=weight.device)
+            return {"values": packed, "meta": none}
+        values, meta = sparse_semi_structured_from_dense_cutlass(weight)
+        return {"values": values, "meta": meta}
+
+    def unpack(self, parts: Mapping[str, Tensor], shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """The dense weight: exact where it was kept, +0.0 elsewhere."""
+        if is_cusparselt(parts):
+            return to_dense(torch_tensor(parts, shape))
+        dense = sparse_semi_structured_to_dense_cutlass(parts["values"], parts["meta"])
+        return torch.where(dense != 0, dense, dense.new_zeros(()))
+
+    def check(self, parts: Mapping[str, Tensor], shape: torch.Size, dtype: torch.dtype) -> None:
+        """Raise PackingError unless a kernel can read `parts` safely, as an [out, in] weight."""
+        expect_parts(parts, self.parts)
+        values, meta = (parts[name] for name in self.parts)
+        outputs, inputs = shape
+        if is_cusparselt(parts):
+            if not values.is_cuda:
+                raise PackingError(f"values for cuSPARSELt are on {values.device}, not on CUDA")
+            if values.dtype != dtype or values.numel() < outputs * inputs // 2:
+                raise PackingError(
+                    f"{values.numel()} values of {values.dtype}, expected {dtype} for {list(shape)}"
+                )
+            return
+        expect("values", values, (outputs, inputs // 2), dtype)
+        expect("meta", meta, (outputs, inputs // (8 * _META[dtype].itemsize)), _META[dtype])
+        kept = self.unpack(parts, shape, dtype).count_nonzero()
+        if int(kept) != int(values.count_nonzero()):
+            raise PackingError("meta puts two values into one place")
+
+
+def is_cusparselt(parts: Mapping[str, Tensor]) -> bool:
+    """Whether cuSPARSELt compressed the parts, rather than CUTLASS."""
+    return not parts["meta"].numel()
+
+
+def torch_tensor(parts: Mapping[str, Tensor], shape: torch.Size) -> Any:
+    """The parts as one of torch's semi-structured tensors, which shares their memory."""
+    rest: Any = (None, None, None)  # what is kept for products with the transposed weight
+    if is_cusparselt(parts):
+        return SparseSemiStructuredTensorCUSPARSELT(shape, parts["values"], None, *rest)
+    return SparseSemiStructuredTensorCUTLASS(shape, parts["values"], parts["meta"], *rest)
 
 
 def semi_structured_refusal(weight: Tensor) -> str | None:

@@ -14,7 +14,7 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,9 @@ from torch.nn import functional
 
 from fx_sparsity._native.cache import folders, instruction_set, usable, writable
 from fx_sparsity.kernels.layers import DenseLinear
-from fx_sparsity.kernels.tables import DenseTable
+from fx_sparsity.kernels.lowered import LoweredLinear
+from fx_sparsity.kernels.native import LIBRARY
+from fx_sparsity.kernels.tables import DenseTable, Lookup
 from fx_sparsity.quantization.modules import quiet
 
 _log = logging.getLogger(__name__)
@@ -35,6 +37,8 @@ _SURE = 4
 """Of 17 paired ratios in order, the fifth lies below the true median in 97.5% of all cases."""
 _CALL = 2e-3
 """Seconds: a round repeats calls until it lasts as long, so that the clock is fine enough."""
+_HOPELESS = 3
+"""Dense forms that take so many times as long as the fastest are not looked at any further."""
 _FOOTPRINT = 1 << 28
 """Bytes: weights of larger models are never in a cache when their turn comes again."""
 
@@ -49,7 +53,10 @@ class Case:
         how: codes meet their activations, or bags reduce rows; empty where there is one way.
         input_dtype: of the activations, or the indices.
         packing: what was measured against dense.
-        percent: of values that are not zero, to the nearest five.
+        device: name of the GPU; empty for the processor.
+        blocks: height and width of what the packing stores as a whole, such as `2x16`, in units of
+            its own; empty where that is single values.
+        percent: of the dense bytes that the packed form takes, to the nearest two.
         tokens: rows of activations in a call; indices, of a table.
         footprint: MiB of weights that a model reads between two calls of the layer, a power of two
             of at most 256: what decides whether the weight is still in a cache.
@@ -61,6 +68,8 @@ class Case:
     how: str
     input_dtype: str
     packing: str
+    device: str
+    blocks: str
     percent: int
     tokens: int
     footprint: int
@@ -70,12 +79,16 @@ class Case:
         cls,
         layer: DenseLinear | DenseTable,
         packing: str,
+        packed: LoweredLinear | Lookup,
         tokens: int,
         input_dtype: torch.dtype,
         model_bytes: int,
     ) -> "Case":
-        """The case of a layer in a model with that many bytes of weights."""
+        """The case of a layer and its packed form in a model with that many bytes of weights."""
         mebibytes = max(min(model_bytes, _FOOTPRINT) >> 20, 1)
+        linear = isinstance(packed, LoweredLinear)
+        values = packed.get_buffer("values") if linear else None
+        stored = () if values is None or values.dim() < 3 else values.shape[1:3]
         return cls(
             dtype=layer.dtype,
             outputs=layer.shape[0],
@@ -83,7 +96,9 @@ class Case:
             how=layer.how,
             input_dtype=_name(input_dtype),
             packing=packing,
-            percent=5 * round(20 * layer.density),
+            device=torch.cuda.get_device_name(layer.device) if layer.device.type == "cuda" else "",
+            blocks="x".join(map(str, reversed(stored))),
+            percent=2 * round(50 * packed.nbytes / layer.nbytes),
             tokens=tokens,
             footprint=1 << (mebibytes.bit_length() - 1),
         )
@@ -91,10 +106,12 @@ class Case:
     @property
     def key(self) -> str:
         """In the table."""
+        form = f"{self.packing} {self.blocks}".rstrip()
         how = f" {self.how}" if self.how else ""
+        where = f" on {self.device}" if self.device else ""
         return (
-            f"{self.packing} {self.percent}% {self.dtype}{how} {self.outputs}x{self.inputs}, "
-            f"{self.tokens} x {self.input_dtype}, in {self.footprint} MiB"
+            f"{form} {self.percent}% {self.dtype}{how} {self.outputs}x{self.inputs}, "
+            f"{self.tokens} x {self.input_dtype}, in {self.footprint} MiB{where}"
         )
 
 
@@ -126,91 +143,150 @@ Form = Callable[[Tensor], Tensor]
 """One copy of a layer, dense or packed: activations in, result out."""
 
 
-def measure(case: Case, layer: DenseLinear | DenseTable, table: dict[str, Timing]) -> Timing:
-    """The timing of a case; measured if `table` lacks it, and then put there.
+def measure(
+    layer: DenseLinear | DenseTable,
+    packed: Mapping[str, LoweredLinear | Lookup],
+    tokens: Sequence[int],
+    *,
+    input_dtype: torch.dtype,
+    model_bytes: int,
+    table: dict[str, Timing],
+) -> dict[str, dict[int, Timing]]:
+    """Packing -> tokens -> timing; what `table` lacks is measured, and then put there.
 
     Dense is the fastest of what torch has for the dtype: eager, prepacked as a compiled and frozen
     model has it, and its own int8 kernels. All forms take turns, each through as many copies of the
     weight as a model of that footprint reads between two calls.
 
     Args:
-        case: of `layer`.
-        layer: on the CPU.
+        layer: on the CPU; or on CUDA, not quantized.
+        packed: name of a packing -> the layer in that packing.
+        tokens: rows of activations in a call; indices, of a table.
+        input_dtype: of the activations, or the indices.
+        model_bytes: of all weights of the model.
         table: case -> timing, of this machine.
     """
-    if (known := table.get(case.key)) is None:
-        forms, inputs = (
-            _linear_forms(case, layer)
+    cases = {
+        (name, count): Case.of(layer, name, form, count, input_dtype, model_bytes)
+        for name, form in packed.items()
+        for count in tokens
+    }
+    missing = {place: case for place, case in cases.items() if case.key not in table}
+    if missing:
+        (footprint,) = {case.footprint for case in missing.values()}
+        wanted = {name: packed[name] for name, _ in missing}
+        dense, ours = (
+            _linear_forms(layer, wanted, input_dtype, footprint << 20)
             if isinstance(layer, DenseLinear)
-            else _table_forms(case, layer)
+            else _table_forms(layer, wanted)
         )
-        known = table[case.key] = _compared(forms, inputs)
-        _log.info("%s: %.3gx (at least %.3gx)", case.key, known.gain, known.at_least)
-    return known
+        for count in sorted({count for _, count in missing}):
+            names = [name for name, n in missing if n == count]
+            inputs = _inputs(layer, count, input_dtype)
+            compared = _compared(dense, {name: ours[name] for name in names}, inputs)
+            for name, timing in compared.items():
+                key = missing[name, count].key
+                table[key] = timing
+                _log.info("%s: %.3gx (at least %.3gx)", key, timing.gain, timing.at_least)
+    timed: dict[str, dict[int, Timing]] = {name: {} for name in packed}
+    for (name, count), case in cases.items():
+        timed[name][count] = table[case.key]
+    return timed
 
 
-_PACKED = "packed"
 _BAG = 16
 """Indices in a bag."""
 
+Forms = dict[str, list[Form]]
+"""Name -> copies."""
 
-def _linear_forms(case: Case, layer: DenseLinear) -> tuple[dict[str, list[Form]], list[Tensor]]:
-    """Copies of each form of a layer, and what to call them with."""
-    layer = replace(layer, bias=None, activation="none")
-    x = torch.randn(case.tokens, case.inputs, dtype=getattr(torch, case.input_dtype))
+
+def _linear_forms(
+    layer: DenseLinear,
+    packed: Mapping[str, LoweredLinear | Lookup],
+    input_dtype: torch.dtype,
+    footprint: int,
+) -> tuple[Forms, Forms]:
+    """Copies of the dense forms of a layer, and of the packed ones; without bias and activation."""
+    bare = replace(layer, bias=None, activation="none")
 
     def copies(itemsize: int) -> range:
         nbytes = max(layer.weight.numel() * itemsize, 1)
-        return range(min(max((case.footprint << 20) // nbytes, 1), 64))
+        return range(min(max(footprint // nbytes, 1), 64))
 
-    forms: dict[str, list[Form]] = {}
-    for name, (make, dtype) in _dense_forms(layer, x).items():
-        forms[name] = [make(_copied(layer)) for _ in copies(dtype.itemsize)]
-    packed = layer.pack(case.packing)
-    forms[_PACKED] = [copy.deepcopy(packed) for _ in copies(layer.weight.itemsize)]
-    return forms, [x]
+    dense: Forms = {}
+    for name, (make, dtype) in _dense_forms(bare, input_dtype).items():
+        dense[name] = [make(_copied(bare)) for _ in copies(dtype.itemsize)]
+    ours: Forms = {}
+    for name, form in packed.items():
+        assert isinstance(form, LoweredLinear)
+        one = bare.pack(name, form)
+        ours[name] = [copy.deepcopy(one) for _ in copies(layer.weight.itemsize)]
+    return dense, ours
 
 
-def _table_forms(case: Case, layer: DenseTable) -> tuple[dict[str, list[Form]], list[Tensor]]:
-    """The module as it is and packed, and lookups all over the table; bags have 16 indices."""
-    inputs = [
-        torch.randint(case.outputs, (case.tokens,), dtype=getattr(torch, case.input_dtype))
-        for _ in range(16)
-    ]
-    if case.how != "lookup":
-        inputs = [indices.view(-1, _BAG if case.tokens % _BAG == 0 else 1) for indices in inputs]
-    return {"eager": [layer.module], _PACKED: [layer.pack(case.packing)]}, inputs
+def _table_forms(
+    layer: DenseTable, packed: Mapping[str, LoweredLinear | Lookup]
+) -> tuple[Forms, Forms]:
+    """The module as it is, and packed."""
+    return {"eager": [layer.module]}, {name: [form] for name, form in packed.items()}
+
+
+def _inputs(layer: DenseLinear | DenseTable, tokens: int, dtype: torch.dtype) -> list[Tensor]:
+    """Activations; or lookups all over a table, of which bags have 16 indices."""
+    if isinstance(layer, DenseLinear):
+        return [torch.randn(tokens, layer.shape[1], dtype=dtype, device=layer.device)]
+    inputs = [torch.randint(layer.shape[0], (tokens,), dtype=dtype) for _ in range(16)]
+    if layer.how == "lookup":
+        return inputs
+    return [indices.view(-1, _BAG if tokens % _BAG == 0 else 1) for indices in inputs]
 
 
 @torch.no_grad()
-def _compared(forms: dict[str, list[Form]], inputs: list[Tensor]) -> Timing:
-    """Packed against the fastest of the others; copies and inputs take turns."""
-    seconds = {name: [_round(form, inputs, 0)] for name, form in forms.items()}  # also warms up
-    repeats = {name: max(1, round(_CALL / first[0])) for name, first in seconds.items()}
-    for name in seconds:
-        seconds[name].clear()
+def _compared(dense: Forms, ours: Forms, inputs: list[Tensor]) -> dict[str, Timing]:
+    """Each of ours against the fastest dense form; forms, copies and inputs take turns."""
+    forms = {(True, name): form for name, form in dense.items()}
+    forms |= {(False, name): form for name, form in ours.items()}
+    for form in forms.values():
+        _round(form, inputs, 0)  # warms up
+    first = {place: _round(form, inputs, 0) for place, form in forms.items()}
+    hopeless = _HOPELESS * min(time for (is_dense, _), time in first.items() if is_dense)
+    forms = {p: form for p, form in forms.items() if not (p[0] and first[p] > hopeless)}
+    repeats = {place: max(1, round(_CALL / first[place])) for place in forms}
+    seconds: dict[tuple[bool, str], list[float]] = {place: [] for place in forms}
     for _ in range(ROUNDS):
-        for name, form in forms.items():
-            seconds[name].append(_round(form, inputs, repeats[name]))
-    taken = seconds.pop(_PACKED)
-    dense = min(seconds, key=lambda name: statistics.median(seconds[name]))
-    ratios = sorted(d / p for d, p in zip(seconds[dense], taken, strict=True))
-    return Timing(
-        dense=dense,
-        dense_us=round(1e6 * statistics.median(seconds[dense]), 2),
-        packed_us=round(1e6 * statistics.median(taken), 2),
-        gain=round(statistics.median(ratios), 4),
-        at_least=round(ratios[_SURE], 4),
-    )
+        for place, form in forms.items():
+            seconds[place].append(_round(form, inputs, repeats[place]))
+    medians = {place: statistics.median(times) for place, times in seconds.items()}
+    best = min((place for place in forms if place[0]), key=medians.__getitem__)
+    timings = {}
+    for name in ours:
+        taken = seconds[False, name]
+        ratios = sorted(d / p for d, p in zip(seconds[best], taken, strict=True))
+        timings[name] = Timing(
+            dense=best[1],
+            dense_us=round(1e6 * medians[best], 2),
+            packed_us=round(1e6 * medians[False, name], 2),
+            gain=round(statistics.median(ratios), 4),
+            at_least=round(ratios[_SURE], 4),
+        )
+    return timings
 
 
 def _round(copies: Sequence[Form], inputs: Sequence[Tensor], repeats: int) -> float:
     """Seconds a call, over `repeats` calls, or one through each copy; copies take turns."""
     count = repeats or min(len(copies), 4)
-    start = time.perf_counter()
+    start = _now(inputs[0].device)
     for i in range(count):
         copies[i % len(copies)](inputs[i % len(inputs)])
-    return (time.perf_counter() - start) / count
+    return (_now(inputs[0].device) - start) / count
+
+
+def _now(device: torch.device) -> float:
+    """Seconds, when all that was asked of a device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 Make = Callable[[DenseLinear], Form]
@@ -221,17 +297,21 @@ def _copied(layer: DenseLinear) -> DenseLinear:
     return replace(layer, weight=layer.weight.clone())
 
 
-def _dense_forms(layer: DenseLinear, x: Tensor) -> dict[str, tuple[Make, torch.dtype]]:
+def _dense_forms(
+    layer: DenseLinear, input_dtype: torch.dtype
+) -> dict[str, tuple[Make, torch.dtype]]:
     """What torch has for a layer: name -> makes one such form, and the dtype it reads.
 
     Of layers whose activations are quantized, some forms take codes that are ready: the time that
     torch's own quantization takes depends on what it is fused with, and is not counted.
     """
+    if layer.device.type == "cuda":
+        return {"eager": (_eager, input_dtype)}
     if layer.scale is None:
-        return {name: (make, x.dtype) for name, make in _float_forms(x).items()}
+        return {name: (make, input_dtype) for name, make in _float_forms(input_dtype).items()}
     forms: dict[str, tuple[Make, torch.dtype]] = {
-        f"dequantized, {name}": (_dequantized_first(make, x.dtype), x.dtype)
-        for name, make in _float_forms(x).items()
+        f"dequantized, {name}": (_dequantized_first(make, input_dtype), input_dtype)
+        for name, make in _float_forms(input_dtype).items()
     }
     engines = torch.backends.quantized.supported_engines
     if layer.quantize_input == "none":
@@ -240,14 +320,14 @@ def _dense_forms(layer: DenseLinear, x: Tensor) -> dict[str, tuple[Make, torch.d
     if torch.backends.quantized.engine != "none":
         forms["quantized.linear_dynamic"] = _linear_dynamic, torch.int8
     if "onednn" in engines:
-        forms["onednn.qlinear"] = _qlinear(x), torch.int8
+        forms["onednn.qlinear"] = _qlinear(input_dtype), torch.int8
     return forms
 
 
-def _float_forms(x: Tensor) -> dict[str, Make]:
+def _float_forms(dtype: torch.dtype) -> dict[str, Make]:
     """Eager, and prepacked as a compiled and frozen model has it."""
     forms: dict[str, Make] = {"eager": _eager}
-    if x.dtype == torch.float32 and torch.backends.mkl.is_available():
+    if dtype == torch.float32 and torch.backends.mkl.is_available():
         forms["frozen"] = _frozen_float
     elif torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
         forms["frozen"] = _frozen_bfloat
@@ -302,24 +382,38 @@ def _linear_dynamic(layer: DenseLinear) -> Form:
     return lambda x: torch.ops.quantized.linear_dynamic(x.float(), packed).to(x.dtype)
 
 
-def _qlinear(example: Tensor) -> Make:
-    codes = torch.randint(0, 256, example.shape, dtype=torch.uint8)
+def _qlinear(output_dtype: torch.dtype) -> Make:
     one, zero = torch.tensor(1.0), torch.tensor(0)
+    codes: dict[torch.Size, Tensor] = {}
 
     def make(layer: DenseLinear) -> Form:
         scale, zeros = layer.scale, torch.zeros(len(layer.weight), dtype=torch.int64)
-        packed = torch.ops.onednn.qlinear_prepack(layer.weight, list(example.shape))
+        packed = torch.ops.onednn.qlinear_prepack(layer.weight, None)
         qlinear = torch.ops.onednn.qlinear_pointwise
-        rest: tuple[Any, ...] = (scale, zeros, None, 1.0, 0, example.dtype, "none", [], "")
-        return lambda x: qlinear(codes, one, zero, packed, *rest)
+        rest: tuple[Any, ...] = (scale, zeros, None, 1.0, 0, output_dtype, "none", [], "")
+
+        def call(x: Tensor) -> Tensor:
+            if x.shape not in codes:
+                codes[x.shape] = torch.randint(0, 256, x.shape, dtype=torch.uint8)
+            return qlinear(codes[x.shape], one, zero, packed, *rest)
+
+        return call
 
     return make
 
 
 def machine() -> str:
-    """What the table is about: processor, torch and threads."""
+    """What the table is about: processor, torch, threads, and the kernels that were measured."""
     digest = hashlib.sha256(instruction_set().encode()).hexdigest()[:8]
-    return f"{_processor()} {digest}, torch {torch.__version__}, {torch.get_num_threads()} threads"
+    ready, how = LIBRARY.state()
+    parts = [
+        f"{_processor()} {digest}",
+        f"torch {torch.__version__}",
+        f"{torch.get_num_threads()} threads",
+        Path(how).stem if ready else "plain torch",  # the file's name tells kernels apart
+        *filter(None, [os.environ.get("FX_SPARSITY_CPU")]),
+    ]
+    return ", ".join(parts)
 
 
 def path() -> Path:

@@ -17,7 +17,14 @@ from fx_sparsity.graph.passes import WEIGHT_META
 from fx_sparsity.masks import tightest_pattern, tiling_holds
 from fx_sparsity.quantization.backend import loaded_backends
 from fx_sparsity.quantization.codes import Codes
-from fx_sparsity.quantization.stored import StoredWeight, by_name, float_weight, is_float
+from fx_sparsity.quantization.stored import (
+    READERS,
+    Forms,
+    StoredWeight,
+    by_name,
+    float_weight,
+    is_float,
+)
 from fx_sparsity.sparsifier import Mask, MaskRecord
 from fx_sparsity.tables import format_table
 
@@ -180,7 +187,7 @@ class Verification(Sequence[VerifiedWeight]):
 
 
 def read_weights(model: nn.Module | ExportedProgram) -> list[StoredWeight]:
-    """How a model stores its weights now: quantized modules, graphs and tensors, and float ones.
+    """How a model stores its weights now: quantized, packed by `lower`, or as floats.
 
     Args:
         model: a module, compiled or not; a GraphModule, whose weights have their names where
@@ -190,8 +197,10 @@ def read_weights(model: nn.Module | ExportedProgram) -> list[StoredWeight]:
         model = model.module()
     model = getattr(model, "_orig_mod", model)  # what torch.compile wrapped
     stored = [weight for backend in loaded_backends() for weight in backend.read(model)]
-    known = {weight.where for weight in stored}
+    stored += [weight for read in READERS for weight in read(model)]
+    known = {name for weight in stored for name in (weight.where, *weight.made_of)}
     rest = [weight for weight in _read_float(model) if weight.where not in known]
+    stored, rest = _of_the_place(model, stored), _of_the_place(model, rest)
     if not isinstance(model, fx.GraphModule) or not any(
         WEIGHT_META in node.meta for node in model.graph.nodes
     ):
@@ -205,6 +214,22 @@ def read_weights(model: nn.Module | ExportedProgram) -> list[StoredWeight]:
     calls = tuple(f"{node.target}." for node in model.graph.find_nodes(op="call_module"))
     stored += [replace(weight, aside=True) for weight in rest if weight.where in reads]
     return stored + [weight for weight in rest if weight.where.startswith(calls)]
+
+
+def _of_the_place(model: nn.Module, stored: list[StoredWeight]) -> list[StoredWeight]:
+    """Weights of modules that are forms of another, by the names that they had in its place."""
+    places = {
+        f"{path}.{form}.".removeprefix("."): f"{path}.".removeprefix(".")
+        for path, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, Forms)
+        for form in module.forms
+    }
+    named = []
+    for weight in stored:
+        form = next(filter(weight.fqn.startswith, places), "")
+        fqn = places.get(form, "") + weight.fqn.removeprefix(form)
+        named.append(replace(weight, fqn=fqn) if form else weight)
+    return named
 
 
 def _read_float(model: nn.Module) -> Iterator[StoredWeight]:
@@ -394,7 +419,7 @@ def _row(
             change = (values - alone.dequantize()).abs()[keep]
             max_change = float(change.max()) if change.numel() else 0.0
         elif not weight.quantized:
-            extra = int((zeros & keep & ~mask.kept_zeros.to(device)).count_nonzero())
+            extra = int((zeros & keep & ~weight.seen(mask.kept_zeros).to(device)).count_nonzero())
     return VerifiedWeight(
         fqn=fqn,
         where=weight.where,

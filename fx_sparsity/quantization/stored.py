@@ -37,6 +37,7 @@ class StoredWeight:
         aliases: what else the weight may have been called in the float model.
         computed: the parametrizations that compute it anew, so that it cannot be written; empty as
             a rule.
+        made_of: names of the tensors that hold the weight, where it lies in several.
         aside: whether only operators read it that take it for no weight, so that no quantizer was
             meant to touch this copy.
     """
@@ -56,6 +57,7 @@ class StoredWeight:
     aliases: tuple[str, ...] = ()
     computed: str = ""
     aside: bool = False
+    made_of: tuple[str, ...] = ()
 
     def seen(self, whole: Tensor) -> Tensor:
         """The part of a tensor in the weight's own shape that this copy stores, in its order."""
@@ -120,6 +122,21 @@ class StoredWeight:
             ZeroNotRepresentableError: there is no such code; nothing was changed.
         """
         self.write(torch.where(self.seen(keep), self.data, self.zero_code()))
+
+
+class Forms:
+    """Mixin of modules that stand in the place of another, and keep it in several forms.
+
+    Attributes:
+        forms: names of the children, each of which holds what the module in that place held.
+    """
+
+    forms: tuple[str, ...]
+
+
+READERS: list[Callable[[nn.Module], Iterable[StoredWeight]]] = []
+"""What finds weights that are stored in other ways than those of torch and of quantization
+backends; whoever stores them so adds its function."""
 
 
 def float_weight(fqn: str, where: str, tensor: Tensor) -> StoredWeight:

@@ -23,7 +23,8 @@ MAPPING = fxs.SparsityMapping().set_global("unstructured 60%").set_module_name("
 def fresh(tmp_path, monkeypatch):
     torch._dynamo.reset()
     monkeypatch.setattr(timing, "folders", lambda: [tmp_path])
-    monkeypatch.setattr(compiling, "compile_fx", lambda graph, inputs, **_: graph.forward)
+    without = {"inductor": lambda graph, inputs, **_: graph.forward}
+    monkeypatch.setattr(compiling, "lookup_backend", without.__getitem__)
     with torch.no_grad():
         yield
 
@@ -169,11 +170,11 @@ def test_unknown_options_are_refused():
 def test_options_go_on_to_inductor(monkeypatch):
     seen = {}
 
-    def compile_fx(graph, inputs, **kwargs):
+    def inductor(graph, inputs, **kwargs):
         seen.update(kwargs)
         return graph.forward
 
-    monkeypatch.setattr(compiling, "compile_fx", compile_fx)
+    monkeypatch.setattr(compiling, "lookup_backend", {"inductor": inductor}.__getitem__)
     torch.compile(Model().eval(), backend=backend, options={"inductor": {"freezing": True}})(X)
     assert seen == {"config_patches": {"freezing": True}}
 

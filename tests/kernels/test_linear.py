@@ -188,7 +188,7 @@ def test_unusual_activations(how):
         assert not module(x)[0].isfinite().any()
 
 
-@pytest.mark.parametrize("packing", sorted(PACKINGS))
+@pytest.mark.parametrize("packing", ["bitmask", "block", "nm"])
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.int8])
 @given(
     rows=st.integers(1, 70), columns=st.integers(1, 70), density=st.sampled_from([0.0, 0.5, 1.0])

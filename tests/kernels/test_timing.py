@@ -34,45 +34,81 @@ def layer(dtype=torch.float32, quantize_input="none"):
     ],
 )
 def test_dense_forms_compute_the_layer(dense, input_dtype):
-    x = torch.randn(3, 64).to(input_dtype)
     scale = 1 if dense.scale is None else dense.scale.view(-1, 1)
-    expected = x.double() @ (dense.weight.double() * scale).t()
-    forms = timing._dense_forms(dense, x)
+    forms = timing._dense_forms(dense, input_dtype)
     assert len(forms) >= 2
     for name, (make, _) in forms.items():
-        found = make(dense)(x)
-        assert found.shape == (3, 48)
-        if name != "onednn.qlinear":  # reads codes of its own
-            torch.testing.assert_close(
-                found.double(), expected, rtol=0.05, atol=0.05 * float(expected.abs().max())
-            )
+        form = make(dense)
+        for tokens in (3, 1, 3):
+            x = torch.randn(tokens, 64).to(input_dtype)
+            expected = x.double() @ (dense.weight.double() * scale).t()
+            found = form(x)
+            assert found.shape == (tokens, 48)
+            if name != "onednn.qlinear":  # reads codes of its own
+                torch.testing.assert_close(
+                    found.double(), expected, rtol=0.05, atol=0.05 * float(expected.abs().max())
+                )
+
+
+def measure(dense, tokens=(2,), table=None, input_dtype=None):
+    return timing.measure(
+        dense,
+        dense.candidates()[0],
+        tokens,
+        input_dtype=input_dtype or dense.input_dtype,
+        model_bytes=1,
+        table={} if table is None else table,
+    )
+
+
+def sleeping(seconds):
+    def make(layer):
+        return lambda x: (time.sleep(seconds), x)[1]
+
+    return make, torch.float32
 
 
 def test_a_measurement_tells_the_faster_one(monkeypatch):
     """Against dense forms that sleep, packed wins; against ones that do nothing, it loses."""
-    x = torch.zeros(2, 48)
-
-    def slow(layer):
-        return lambda _: (time.sleep(2e-3), x)[1]
-
-    case = timing.Case.of(layer(), "bitmask", 2, torch.float32, 1)
-    for make, faster in ((slow, True), (lambda layer: lambda _: x, False)):
-        monkeypatch.setattr(
-            timing, "_dense_forms", lambda *_, make=make: {"fake": (make, torch.float32)}
-        )
-        measured = timing.measure(case, layer(), {})
-        assert measured.dense == "fake"
+    for forms, fastest, faster in (
+        ({"slow": sleeping(2e-3), "slower": sleeping(3e-3)}, "slow", True),
+        (
+            {"slow": sleeping(2e-3), "none": (lambda layer: lambda x: x, torch.float32)},
+            "none",
+            False,
+        ),
+    ):
+        monkeypatch.setattr(timing, "_dense_forms", lambda *_, forms=forms: forms)
+        measured = measure(layer())["bitmask"][2]
+        assert measured.dense == fastest
         assert measured.faster is faster
         assert measured.at_least <= measured.gain
+
+
+def test_only_what_the_table_lacks_is_measured(monkeypatch):
+    table = {}
+    first = measure(layer(), (2, 1), table)
+    assert set(first["bitmask"]) == {1, 2}
+    assert len(table) == 2
+    compared = []
+    known = first["bitmask"][1]
+    monkeypatch.setattr(
+        timing,
+        "_compared",
+        lambda _, ours, xs: compared.append(len(xs[0])) or dict.fromkeys(ours, known),
+    )
+    assert measure(layer(), (1, 2), table) == first
+    assert compared == []
+    measure(layer(), (1, 2, 3), dict(table))
+    assert compared == [3]
 
 
 def test_tables_are_measured_in_bags():
     module = torch.nn.EmbeddingBag(64, 8, mode="sum")
     module.weight.data[::2] = 0
-    table = read_table(module)
-    case = timing.Case.of(table, "rows", 32, torch.int64, 1)
-    assert case.key == "rows 50% float32 sum 64x8, 32 x int64, in 1 MiB"
-    measured = timing.measure(case, table, {})
+    table = {}
+    measured = measure(read_table(module), (32,), table)["rows"][32]
+    assert list(table) == ["rows 62% float32 sum 64x8, 32 x int64, in 1 MiB"]
     assert measured.packed_us > 0
     assert measured.dense == "eager"
 
@@ -102,14 +138,42 @@ def test_a_table_that_cannot_be_read_is_replaced(folder, caplog):
     assert "another version" in caplog.text
 
 
-def test_threads_and_the_model_around_are_part_of_the_case():
-    small, large = (
-        timing.Case.of(layer(), "bitmask", 1, torch.float32, n) for n in (1 << 20, 1 << 40)
-    )
+def case(dense, packing="bitmask", model_bytes=1 << 20):
+    return timing.Case.of(dense, packing, dense.pack(packing), 1, torch.float32, model_bytes)
+
+
+def test_the_model_around_is_part_of_the_case():
+    small, large = (case(layer(), model_bytes=n) for n in (1 << 20, 1 << 40))
     assert (small.footprint, large.footprint) == (1, 256)
     assert small.key != large.key
-    assert f"{torch.get_num_threads()} threads" in timing.machine()
-    assert small.key == "bitmask 40% float32 48x64, 1 x float32, in 1 MiB"
+    assert small.key == "bitmask 44% float32 48x64, 1 x float32, in 1 MiB"
+
+
+def test_zeros_of_one_number_in_other_places_are_other_cases():
+    """A block packing takes as long as the blocks that it stores, not as there are non-zeros."""
+    scattered, rows, squares = (torch.zeros(64, 64) for _ in range(3))
+    scattered[::2, ::4] = 1
+    rows[:16, ::2] = 1
+    squares[:32, :16] = 1
+    weights = [DenseLinear(weight) for weight in (scattered, rows, squares)]
+    assert len({dense.density for dense in weights}) == 1
+    keys = [case(dense, "block").key for dense in weights]
+    assert keys == [
+        "block 1x1 26% float32 64x64, 1 x float32, in 1 MiB",
+        "block 1x1 14% float32 64x64, 1 x float32, in 1 MiB",
+        "block 2x16 12% float32 64x64, 1 x float32, in 1 MiB",
+    ]
+
+
+def test_threads_and_kernels_are_part_of_the_machine(monkeypatch):
+    kernels = timing.machine()
+    assert f"{torch.get_num_threads()} threads" in kernels
+    assert "kernels-" in kernels
+    monkeypatch.setenv("FX_SPARSITY_CPU", "avx2")
+    assert timing.machine() == f"{kernels}, avx2"
+    monkeypatch.delenv("FX_SPARSITY_CPU")
+    monkeypatch.setenv("FX_SPARSITY_KERNELS", "0")
+    assert "plain torch" in timing.machine()
 
 
 def test_the_table_lies_with_the_compiled_operators(monkeypatch, tmp_path):

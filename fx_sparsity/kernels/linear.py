@@ -65,11 +65,6 @@ class SparseLinear(nn.Module):
         """To be called whenever the weight lies in new memory."""
         use_large_pages(*self.parts().values())
 
-    def __setstate__(self, state: Any) -> None:
-        # Copies and unpickled modules.
-        super().__setstate__(state)
-        self._settle()
-
     @classmethod
     def from_dense(
         cls,
@@ -172,11 +167,13 @@ class SparseLinear(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.check()
+        self._settle()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         # Not through __setstate__: what is copied in memory was checked.
         copied = memo[id(self)] = type(self).__new__(type(self))
         copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        copied._settle()
         return copied
 
     def dense_codes(self) -> Tensor:

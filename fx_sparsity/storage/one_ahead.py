@@ -1,13 +1,13 @@
 """An iterator that works while its caller does."""
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 Item = TypeVar("Item")
 
 
-def one_ahead(items: Iterator[Item]) -> Iterator[Item]:
+def one_ahead(items: Iterator[Item]) -> Generator[Item, None, None]:
     """The same items; a thread works on the next one while the caller has one.
 
     It begins with that only when the caller is done with the one before, so that two are alive.

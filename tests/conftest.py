@@ -7,6 +7,8 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Several test processes share the processors: threads that wait for work must not spin.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# So that kernels are compiled for every instruction set, and tests can choose one.
+os.environ.setdefault("FX_SPARSITY_CPU", "")
 
 
 def pytest_configure(config):

@@ -47,13 +47,16 @@ def find() -> list[str]:
     raise BuildError("no C++ compiler was found (tried $CXX, c++, g++, clang++)")
 
 
-def compile_library(command: Sequence[str], sources: Sequence[Path], target: Path) -> None:
+def compile_library(
+    command: Sequence[str], sources: Sequence[Path], target: Path, extra: Sequence[str] = ()
+) -> None:
     """Compile `sources` into the shared library `target`, which appears whole or not at all.
 
     Args:
         command: the compiler, see `find`.
         sources: files to compile, several at once; headers beside them are found.
         target: where the library goes; its folder exists.
+        extra: flags beside the usual ones.
 
     Raises:
         BuildError: the compiler fails, hangs or cannot be started, or the folder cannot be written.
@@ -68,7 +71,7 @@ def compile_library(command: Sequence[str], sources: Sequence[Path], target: Pat
             if target.exists():  # another process was faster
                 return
             unfinished = Path(folder) / target.name
-            start = [*command, *flags(), "-isystem", str(root / "include")]
+            start = [*command, *flags(), *extra, "-isystem", str(root / "include")]
             if len(sources) > 1:
                 sources = _objects([part for part in start if part != "-shared"], sources, folder)
             _run([*start, *map(str, sources), "-o", str(unfinished), *libraries])

@@ -3,7 +3,7 @@
 import logging
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -23,11 +23,16 @@ class Library:
     Args:
         name: for file names and messages.
         sources: C++ files, compiled together; headers in the same folders belong to them.
+        flags: what the compiler gets beside the usual flags, asked for when the library is looked
+            for.
     """
 
-    def __init__(self, name: str, sources: Sequence[Path]) -> None:
+    def __init__(
+        self, name: str, sources: Sequence[Path], flags: Callable[[], list[str]] = list
+    ) -> None:
         self.name = name
         self.sources = list(sources)
+        self._flags = flags
         self._lock = threading.Lock()
         self._outcome: tuple[bool, str] | None = None
 
@@ -74,13 +79,14 @@ class Library:
                 folder,
                 because,
             )
-            compiler.compile_library(command, self.sources, folder / name)
+            compiler.compile_library(command, self.sources, folder / name, self._flags())
             return folder / name
         raise BuildError(f"none of {', '.join(refused)} can be written")
 
     def _file_name(self) -> str:
         headers = [h for folder in {s.parent for s in self.sources} for h in folder.glob("*.h")]
-        return cache.file_name(self.name, [*self.sources, *headers], compiler.flags())
+        flags = [*compiler.flags(), *self._flags()]
+        return cache.file_name(self.name, [*self.sources, *headers], flags)
 
     def _load(self) -> tuple[bool, str]:
         try:

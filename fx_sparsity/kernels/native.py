@@ -1,5 +1,6 @@
 """The C++ operators of this room, compiled on first use."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,16 @@ from fx_sparsity._native import Library
 
 _FOLDER = Path(__file__).parent / "cpp"
 
-LIBRARY = Library("kernels", sorted(_FOLDER.glob("*.cpp")))
+
+def _levels() -> list[str]:
+    """Weaker instruction sets are compiled in where one of them may be asked for; see `cpu.h`."""
+    return ["-DFX_EVERY_LEVEL"] if "FX_SPARSITY_CPU" in os.environ else []
+
+
+_SOURCES = ["block", "embedding", "bitmask", "ops", "expanded", "activations"]
+"""Those that take longest to compile first, so that no processor is left with one of them."""
+
+LIBRARY = Library("kernels", [_FOLDER / f"{name}.cpp" for name in _SOURCES], _levels)
 
 
 def cpu_kernel(name: str, x: Tensor) -> Callable[..., Tensor] | None:

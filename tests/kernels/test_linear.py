@@ -71,7 +71,10 @@ def assert_close(module, x, y):
     rtol = 2**-7 if x.dtype == torch.bfloat16 else 1e-5
     # Sums of terms that cancel are as exact as the terms are large.
     size = x.abs().double().reshape(-1, x.shape[-1]).amax() if x.numel() else torch.tensor(0.0)
-    atol = rtol * float(size) * float(module.dense_weight().double().abs().sum(1).max()) * 0.1
+    terms = float(size) * float(module.dense_weight().double().abs().sum(1).max())
+    if module.bias is not None:
+        terms += float(module.bias.abs().max())
+    atol = rtol * terms * 0.1
     torch.testing.assert_close(y.double(), want, rtol=rtol, atol=atol + 1e-12)
 
 

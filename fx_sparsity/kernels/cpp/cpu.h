@@ -1,7 +1,8 @@
-// Which instructions the kernels use: the best of those compiled in, or what FX_SPARSITY_CPU names.
+// Which instructions the kernels use: the best that the machine has, or what FX_SPARSITY_CPU names.
 //
 // The library is compiled for the machine it runs on, so that what the compiler lacks the machine
-// lacks as well. A weaker level is chosen only to test it.
+// lacks as well. A weaker level is chosen only to test it, and compiled in only where that is meant
+// (FX_EVERY_LEVEL), since all of them take twice as long to compile.
 #pragma once
 
 #include <cstdlib>
@@ -9,18 +10,23 @@
 #include <string>
 
 #include "lanes_portable.h"
-#if defined(__AVX2__) && defined(__FMA__)
-#include "lanes_avx2.h"
-#define FX_AVX2 1
-#else
-#define FX_AVX2 0
-#endif
 #if defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512VBMI2__) && \
     defined(__AVX512VNNI__) && defined(__AVX512BF16__)
 #include "lanes_avx512.h"
 #define FX_AVX512 1
 #else
 #define FX_AVX512 0
+#endif
+#if defined(__AVX2__) && defined(__FMA__) && (defined(FX_EVERY_LEVEL) || !FX_AVX512)
+#include "lanes_avx2.h"
+#define FX_AVX2 1
+#else
+#define FX_AVX2 0
+#endif
+#if defined(FX_EVERY_LEVEL) || (!FX_AVX512 && !FX_AVX2)
+#define FX_PORTABLE 1
+#else
+#define FX_PORTABLE 0
 #endif
 
 namespace fx {
@@ -38,12 +44,12 @@ auto with_cpu(const Work& work) {
 #if FX_AVX2
   if (name.empty() || name == "avx2") return work(Avx2{});
 #endif
-  if (!name.empty() && name != "portable") {
-    throw std::runtime_error(
-        "FX_SPARSITY_CPU is '" + name +
-        "', which is none of the levels of this machine: avx512, avx2, portable");
-  }
-  return work(Portable{});
+#if FX_PORTABLE
+  if (name.empty() || name == "portable") return work(Portable{});
+#endif
+  throw std::runtime_error(
+      "FX_SPARSITY_CPU is '" + name + "', which is none of the levels of this machine that were " +
+      "compiled in: avx512, avx2, portable; weaker ones are if it is set before kernels are loaded");
 }
 
 }  // namespace fx

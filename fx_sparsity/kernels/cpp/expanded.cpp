@@ -87,10 +87,12 @@ void multiply_expanded(
   template void multiply_expanded<Math>( \
       int64_t, int64_t, const Tiles<Math::Input>&, const Result&, const MakeReader<Math>&)
 
+#if FX_PORTABLE
 FX_EXPANDED(Portable::F32);
 FX_EXPANDED(Portable::BF16);
 FX_EXPANDED(Portable::I8);
 FX_EXPANDED(Portable::W8<float>);
+#endif
 #if FX_AVX2
 FX_EXPANDED(Avx2::F32);
 FX_EXPANDED(Avx2::BF16);

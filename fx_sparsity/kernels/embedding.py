@@ -13,13 +13,13 @@ from fx_sparsity.kernels.embedding_ops import (
     bag_of_positions,
     check_indices,
 )
-from fx_sparsity.kernels.pages import use_large_pages
+from fx_sparsity.kernels.packed_module import PackedModule
 from fx_sparsity.kernels.panels import PackingError
 from fx_sparsity.kernels.row_table import RowTable
 from fx_sparsity.quantization.codes import CodedWeight
 
 
-class _RowPruned(nn.Module):
+class _RowPruned(PackedModule):
     """A row-pruned table in buffers."""
 
     rows: Tensor
@@ -43,14 +43,10 @@ class _RowPruned(nn.Module):
         self.register_buffer("remap", table.remap)
         self._settle()
 
-    def _settle(self) -> None:
-        """To be called whenever the table lies in new memory."""
-        use_large_pages(*self._buffers.values())
-
-    def __setstate__(self, state: Any) -> None:
-        # Copies and unpickled modules.
-        super().__setstate__(state)
-        self._settle()
+    def check(self) -> None:
+        """See `PackedModule.check`."""
+        if self.remap.device.type != "meta":
+            self.table.check()
 
     @property
     def table(self) -> RowTable:
@@ -82,7 +78,6 @@ class _RowPruned(nn.Module):
         super()._apply(fn, recurse)
         self.affine = None if affine is None else fn(affine.view(torch.int32)).view(torch.float32)
         self.dtype = like.dtype
-        self._settle()
         return self
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:

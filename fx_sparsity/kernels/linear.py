@@ -1,6 +1,5 @@
 """A linear layer whose weight is packed."""
 
-import copy
 from collections.abc import Callable, Mapping
 from typing import Any, Self
 
@@ -9,11 +8,11 @@ from torch import Tensor, nn
 
 from fx_sparsity.kernels.activations import ACTIVATIONS, QUANTIZERS
 from fx_sparsity.kernels.ops import expect_input, linear_operator
+from fx_sparsity.kernels.packed_module import PackedModule
 from fx_sparsity.kernels.packing import PACKINGS, Packing, PackingError
-from fx_sparsity.kernels.pages import use_large_pages
 
 
-class SparseLinear(nn.Module):
+class SparseLinear(PackedModule):
     """A linear layer for inference that keeps and multiplies only what is not zero.
 
     Made by `from_dense`. The packed weight lies in buffers named after the packing's parts; what
@@ -60,10 +59,6 @@ class SparseLinear(nn.Module):
         self.register_buffer("row_sums", row_sums)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=bias.requires_grad)
         self._settle()
-
-    def _settle(self) -> None:
-        """To be called whenever the weight lies in new memory."""
-        use_large_pages(*self.parts().values())
 
     @classmethod
     def from_dense(
@@ -153,28 +148,12 @@ class SparseLinear(nn.Module):
         return {name: getattr(self, name) for name in self._packing.parts}
 
     def check(self) -> None:
-        """Raise PackingError, naming what is corrupt, unless a kernel can read the weight safely.
-
-        Done whenever a layer is unpickled or a state dict is loaded; layers on the meta device hold
-        nothing to check.
-        """
+        """See `PackedModule.check`."""
         if self._device.type == "meta":
             return
         self._packing.check(self.parts(), self._shape, self.weight_dtype)
         if self.row_sums is not None:
             self._expect_sums(self.dense_codes(), self.row_sums)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self.check()
-        self._settle()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        # Not through __setstate__: what is copied in memory was checked.
-        copied = memo[id(self)] = type(self).__new__(type(self))
-        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        copied._settle()
-        return copied
 
     def dense_codes(self) -> Tensor:
         """The weight as it was packed, [out, in], in `weight_dtype`; +0.0 for what was zero."""
@@ -253,7 +232,7 @@ class SparseLinear(nn.Module):
             self.weight_dtype = like.dtype
             for name, part in parts.items():
                 setattr(self, name, part)
-        self._settle()
+            self._settle()
         return self
 
 

@@ -16,6 +16,7 @@ from fx_sparsity.kernels.embedding import RowPrunedEmbedding, RowPrunedEmbedding
 from fx_sparsity.kernels.linear import SparseLinear
 from fx_sparsity.kernels.lowered import LoweredLinear
 from fx_sparsity.kernels.ops import NAMESPACE
+from fx_sparsity.kernels.packed_module import PackedModule
 from fx_sparsity.kernels.packing import PACKINGS, Packing, PackingError
 from fx_sparsity.kernels.rewrite import KERNELS
 from fx_sparsity.quantization.stored import READERS, StoredWeight
@@ -44,9 +45,9 @@ def read_packed(model: nn.Module) -> Iterator[StoredWeight]:
 def check_packed(model: nn.Module | ExportedProgram) -> None:
     """Raise unless kernels can read every packed weight safely: for models from elsewhere.
 
-    Layers check themselves when they are built, unpickled, or loaded from a state dict; tables when
-    they are built or loaded from a state dict. Graphs and programs do not, whose parts are plain
-    tensors: check those that come from files which somebody else may have written, before they run.
+    Layers and tables check themselves when they are built, unpickled, or loaded from a state dict.
+    Graphs and programs do not, whose parts are plain tensors: check those that come from files that
+    somebody else may have written, before they run.
 
     Args:
         model: lowered, or of any kind; not changed.
@@ -57,10 +58,8 @@ def check_packed(model: nn.Module | ExportedProgram) -> None:
     module = model.module() if isinstance(model, ExportedProgram) else model
     for path, inner in module.named_modules():
         with _naming(_weight_of(path)):
-            if isinstance(inner, SparseLinear):
+            if isinstance(inner, PackedModule):
                 inner.check()
-            elif isinstance(inner, RowPrunedEmbedding | RowPrunedEmbeddingBag):
-                inner.table.check()
     if not isinstance(module, fx.GraphModule):
         return
     for node in module.graph.nodes:

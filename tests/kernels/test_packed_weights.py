@@ -205,6 +205,9 @@ def test_corrupt_programs_are_found(tmp_path):
     table, _ = lower(pruned_bag(), (torch.randint(100, (4, 6)),), "always")
     check_packed(table)
     table[0].remap[0] = 77
+    torch.save(table, tmp_path / "table.pt")
+    with pytest.raises(PackingError, match="remap"):
+        torch.load(tmp_path / "table.pt", weights_only=False)
     with pytest.raises(PackingError, match="^0.weight: remap"):
         check_packed(table)
 

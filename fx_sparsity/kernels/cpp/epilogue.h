@@ -69,7 +69,8 @@ struct Result {
 // The result's 16 columns that one panel makes, or those of them that exist.
 class PanelResult {
  public:
-  PanelResult(const Result& result, int64_t panel)
+  // Not inlined, like `finish`: every kernel has one.
+  __attribute__((noinline)) PanelResult(const Result& result, int64_t panel)
       : result_(result),
         first_(panel * kLanes),
         count_(std::min<int64_t>(kLanes, result.outputs - first_)) {

@@ -10,12 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._dynamo import lookup_backend
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fx_sparsity.graph import SparsityMapping, WeightSite, find_weights
 from fx_sparsity.graph.capture import Source, compiled_source
-from fx_sparsity.graph.compiled import real_tensors
+from fx_sparsity.graph.compiled import inductor, real_tensors
 from fx_sparsity.kernels.layers import DenseLinear
 from fx_sparsity.kernels.lowered import LoweredLinear
 from fx_sparsity.kernels.plan import Bytes, Planned, choose, layer_rows, no_kernel
@@ -94,8 +93,7 @@ def backend(
     _check_inference(example_inputs)
     with real_tensors(), torch.no_grad():
         lowered = _lowered(graph, example_inputs, chosen)
-    inductor: Any = lookup_backend("inductor")
-    compiled: Callable[..., Any] = inductor(
+    compiled: Callable[..., Any] = inductor()(
         lowered, list(example_inputs), config_patches=dict(chosen.inductor)
     )
     return compiled

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._dynamo import lookup_backend
 from torch._dynamo.source import ConstantSource
 from torch._functorch._aot_autograd.descriptors import PlainAOTInput
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
@@ -47,6 +48,12 @@ def capture_graphs(
         except Exception as error:
             return graphs, error
     return graphs, None
+
+
+def inductor() -> Callable[..., Any]:
+    """Inductor, as a backend to hand a graph on to: (graph, example inputs, config_patches=)."""
+    found: Callable[..., Any] = lookup_backend("inductor")
+    return found
 
 
 def source_target(node: fx.Node) -> str | None:

@@ -23,8 +23,7 @@ MAPPING = fxs.SparsityMapping().set_global("unstructured 60%").set_module_name("
 def fresh(tmp_path, monkeypatch):
     torch._dynamo.reset()
     monkeypatch.setattr(timing, "folders", lambda: [tmp_path])
-    without = {"inductor": lambda graph, inputs, **_: graph.forward}
-    monkeypatch.setattr(compiling, "lookup_backend", without.__getitem__)
+    monkeypatch.setattr(compiling, "inductor", lambda: lambda graph, inputs, **_: graph.forward)
     with torch.no_grad():
         yield
 
@@ -174,7 +173,7 @@ def test_options_go_on_to_inductor(monkeypatch):
         seen.update(kwargs)
         return graph.forward
 
-    monkeypatch.setattr(compiling, "lookup_backend", {"inductor": inductor}.__getitem__)
+    monkeypatch.setattr(compiling, "inductor", lambda: inductor)
     torch.compile(Model().eval(), backend=backend, options={"inductor": {"freezing": True}})(X)
     assert seen == {"config_patches": {"freezing": True}}
 

@@ -15,6 +15,9 @@ import torch
 
 _TIMEOUT = 600  # seconds
 
+INCLUDE = Path(__file__).with_name("include")
+"""Headers that several libraries share."""
+
 
 class BuildError(RuntimeError):
     """A library cannot be built; one line says why."""
@@ -54,7 +57,7 @@ def compile_library(
 
     Args:
         command: the compiler, see `find`.
-        sources: files to compile, several at once; headers beside them are found.
+        sources: files to compile, several at once; headers beside them and in `INCLUDE` are found.
         target: where the library goes; its folder exists.
         extra: flags beside the usual ones.
 
@@ -72,6 +75,7 @@ def compile_library(
                 return
             unfinished = Path(folder) / target.name
             start = [*command, *flags(), *extra, "-isystem", str(root / "include")]
+            start += ["-I", str(INCLUDE)]
             if len(sources) > 1:
                 sources = _objects([part for part in start if part != "-shared"], sources, folder)
             _run([*start, *map(str, sources), "-o", str(unfinished), *libraries])

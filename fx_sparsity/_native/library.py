@@ -22,7 +22,8 @@ class Library:
 
     Args:
         name: for file names and messages.
-        sources: C++ files, compiled together; headers in the same folders belong to them.
+        sources: C++ files, compiled together; headers in the same folders, and those that
+            all libraries share, belong to them.
         flags: what the compiler gets beside the usual flags, asked for when the library is looked
             for.
     """
@@ -84,7 +85,8 @@ class Library:
         raise BuildError(f"none of {', '.join(refused)} can be written")
 
     def _file_name(self) -> str:
-        headers = [h for folder in {s.parent for s in self.sources} for h in folder.glob("*.h")]
+        folders = {compiler.INCLUDE, *(source.parent for source in self.sources)}
+        headers = [header for folder in folders for header in folder.glob("*.h")]
         flags = [*compiler.flags(), *self._flags()]
         return cache.file_name(self.name, [*self.sources, *headers], flags)
 

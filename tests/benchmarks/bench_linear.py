@@ -3,8 +3,9 @@
     python -m tests.benchmarks.bench_linear --write
 
 All candidates of a weight take turns, each time with another copy of their weight, so that none
-finds it in the cache; medians, in milliseconds. The dense ones get every advantage: weights packed
-ahead, the best kernel for each number of tokens, and, for int8, inputs that need no conversion.
+finds it in the cache; medians, in milliseconds. All are operators, without the modules around them.
+The dense ones get every advantage: weights packed ahead, the best kernel for each number of tokens,
+and, for int8, inputs that need no conversion.
 """
 
 import argparse
@@ -21,8 +22,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from fx_sparsity.kernels import SparseLinear
+from fx_sparsity.kernels import PACKINGS, SparseLinear
 from fx_sparsity.kernels.native import LIBRARY
+from fx_sparsity.kernels.ops import linear_operator
 from tests.benchmarks.bench_masks import machine
 
 TABLE = Path(__file__).with_name("linear.txt")
@@ -183,7 +185,7 @@ DENSE: dict[str, list[tuple[str, Callable[[Tensor], Run], torch.dtype]]] = {
 
 
 def sparse(entry: Entry, sparsity: float, dtype: str, weight: Tensor, copies: int) -> Candidate:
-    """Our layer, under the name of its entry."""
+    """Our operator, under the name of its entry."""
     weight = entry.zeros(weight, sparsity)
     options: dict[str, Any] = {}
     if dtype.startswith("int8"):
@@ -194,7 +196,17 @@ def sparse(entry: Entry, sparsity: float, dtype: str, weight: Tensor, copies: in
         weight.bfloat16() if dtype == "bf16" else weight, packing=entry.packing, **options
     )
     layers = [layer, *(copy.deepcopy(layer) for _ in range(copies - 1))]
-    return Candidate(f"{entry.name} {sparsity}", layers, F32 if dtype == "f32" else BF16)
+    runs = [operator(layer) for layer in layers]
+    return Candidate(f"{entry.name} {sparsity}", runs, F32 if dtype == "f32" else BF16)
+
+
+def operator(layer: SparseLinear) -> Run:
+    """What the layer calls."""
+    run = linear_operator(PACKINGS[layer.packing])
+    vectors = (layer.scale, layer.row_sums, layer.bias)
+    shape = (layer.in_features, layer.out_features)
+    operands = (*layer.parts().values(), *vectors, *shape, layer.quantize_input, layer.activation)
+    return lambda x: run(x, *operands)
 
 
 def dense(dtype: str, weight: Tensor, copies: int) -> Iterator[Candidate]:

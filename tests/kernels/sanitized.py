@@ -10,8 +10,9 @@ from fx_sparsity._native import compiler
 from fx_sparsity.kernels import PACKINGS, PackingError, RowPrunedEmbedding, RowPrunedEmbeddingBag
 from fx_sparsity.kernels.embedding_ops import MODES
 from fx_sparsity.kernels.native import LIBRARY
+from tests.kernels.levels import LEVELS
 from tests.kernels.test_embedding import STORED, table
-from tests.kernels.test_linear import LEVELS, layer, sparse
+from tests.kernels.test_linear import layer, sparse
 
 SHAPES = [(1, 1), (16, 16), (17, 5), (40, 67), (33, 1030)]
 ROWS = 40

@@ -30,7 +30,7 @@ from fx_sparsity.kernels import (
 from fx_sparsity.kernels import embedding_ops as operators
 from fx_sparsity.kernels.native import LIBRARY
 from fx_sparsity.quantization.codes import Codes, hold_codes
-from tests.kernels.test_linear import LEVELS
+from tests.kernels.levels import LEVELS
 
 FLOATS = (torch.float32, torch.bfloat16)
 STORED = [(torch.float32, None), (torch.bfloat16, None), (torch.float32, 8), (torch.bfloat16, 4)]

@@ -19,19 +19,14 @@ from torchao.quantization.quantize_.workflows import Int8Tensor
 
 import fx_sparsity.kernels.packed_module
 from fx_sparsity._native import compiler
-from fx_sparsity._native.cache import instruction_set
 from fx_sparsity.kernels import PACKINGS, PackingError, SparseLinear
 from fx_sparsity.kernels.activations import ACTIVATIONS, quantize
 from fx_sparsity.kernels.native import LIBRARY
 from fx_sparsity.kernels.ops import linear_operator, plain_linear
+from tests.kernels.levels import LEVELS
 
 ROOT = Path(__file__).parents[2]
 FLOATS = (torch.float32, torch.bfloat16)
-LEVELS = [
-    name
-    for name, flag in {"avx512": "avx512_bf16", "avx2": "avx2", "portable": ""}.items()
-    if flag in instruction_set()
-]
 QUANTIZED = ("token_symmetric", "token_affine", "tensor_affine")
 
 
@@ -458,3 +453,20 @@ def test_under_the_address_sanitizer(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.splitlines()[-1].startswith("clean")
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("how", QUANTIZED)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_codes_of_activations_are_those_of_plain_torch(monkeypatch, level, how, dtype):
+    """An identity shows them."""
+    monkeypatch.setenv("FX_SPARSITY_CPU", level)
+    identity = torch.eye(64, dtype=torch.int8)
+    module = SparseLinear.from_dense(
+        identity, packing="bitmask", scale=torch.ones(64), quantize_input=how
+    )
+    for seed in range(400):  # some have values in the very middle
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(1 + seed % 40, 64, generator=generator).to(dtype)
+        y = plain_linear(PACKINGS["bitmask"], *operands(module, x))
+        assert torch.equal(module(x), y)

@@ -9,9 +9,9 @@ from fx_sparsity.kernels import PACKINGS, PackingError, SparseLinear
 from fx_sparsity.kernels.activations import QUANTIZERS, quantize
 from fx_sparsity.kernels.native import LIBRARY
 from fx_sparsity.kernels.ops import linear_operator
+from tests.kernels.levels import LEVELS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.int8)
-CPUS = ("avx512", "avx2", "portable")
 PATTERNS = ((1, 4), (2, 8), (2, 4), (4, 8))
 BLOCKS = ((16, 1), (16, 2), (16, 4), (16, 16), (32, 8), (32, 16), (32, 32), (64, 64))
 
@@ -73,7 +73,7 @@ def calls(draw):
     x_dtype = draw(st.sampled_from(DTYPES[:2])) if coded else dtype
     shape = (draw(st.integers(1, 100)), draw(st.integers(1, 150)))
     tokens = draw(st.sampled_from([1, 2, 3, 4, 7, 8, 9, 16, 17, 40]))
-    return shape, dtype, tokens, how, x_dtype, draw(st.sampled_from(CPUS))
+    return shape, dtype, tokens, how, x_dtype, draw(st.sampled_from(LEVELS))
 
 
 @given(call=calls(), pattern=st.sampled_from(PATTERNS))

@@ -9,13 +9,18 @@
 #include <stdexcept>
 #include <string>
 
+#include "expand.h"
 #include "lanes_portable.h"
-#if defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512VBMI2__) && \
-    defined(__AVX512VNNI__) && defined(__AVX512BF16__)
+#if FX_EXPAND && defined(__AVX512VNNI__)
 #include "lanes_avx512.h"
 #define FX_AVX512 1
 #else
 #define FX_AVX512 0
+#endif
+#if FX_AVX512 && (defined(FX_EVERY_LEVEL) || !FX_VBMI2)
+#define FX_AVX512_VNNI 1
+#else
+#define FX_AVX512_VNNI 0
 #endif
 #if defined(__AVX2__) && defined(__FMA__) && (defined(FX_EVERY_LEVEL) || !FX_AVX512)
 #include "lanes_avx2.h"
@@ -36,10 +41,16 @@ template <class Work>
 auto with_cpu(const Work& work) {
   const char* named = std::getenv("FX_SPARSITY_CPU");
   const std::string name = named ? named : "";
-#if FX_AVX512
+#if FX_AVX512 && FX_VBMI2
   if (name.empty() || name == "avx512") {
-    return fma_is_faster() ? work(Avx512ByFma{}) : work(Avx512{});
+#if FX_BF16
+    if (!fma_is_faster()) return work(Avx512Bf16{});
+#endif
+    return work(Avx512Vbmi2{});
   }
+#endif
+#if FX_AVX512_VNNI
+  if (name.empty() || name == "avx512_vnni") return work(Avx512Vnni{});
 #endif
 #if FX_AVX2
   if (name.empty() || name == "avx2") return work(Avx2{});
@@ -49,7 +60,7 @@ auto with_cpu(const Work& work) {
 #endif
   throw std::runtime_error(
       "FX_SPARSITY_CPU is '" + name + "', which is none of the levels of this machine that were " +
-      "compiled in: avx512, avx2, portable; weaker ones are if it is set before kernels are loaded");
+      "compiled in: avx512, avx512_vnni, avx2, portable; weaker ones are if it is set before kernels are loaded");
 }
 
 }  // namespace fx

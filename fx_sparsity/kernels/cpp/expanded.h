@@ -64,7 +64,12 @@ class ReaderOf final : public Reader<Math> {
 
 template <class Math>
 void write(const PanelResult& result, int64_t row, const typename Math::Sum& sum) {
-  result.write(row, std::bit_cast<std::conditional_t<Math::kInteger, Ints, Floats>>(sum));
+  using Lanes = std::conditional_t<Math::kInteger, Ints, Floats>;
+  if constexpr (requires { Math::lanes(sum); }) {
+    result.write(row, std::bit_cast<Lanes>(Math::lanes(sum)));
+  } else {
+    result.write(row, std::bit_cast<Lanes>(sum));
+  }
 }
 
 }  // namespace fx

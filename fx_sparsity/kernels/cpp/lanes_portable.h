@@ -6,9 +6,10 @@
 //   kGroup    inputs a step, and consecutive activations that `dot` reads
 //   Step      16 * kGroup elements as packed, output by output
 //   Weights   a step ready for `dot`; made once, used for every row
-//   Sum       16 sums of 64 bytes: fp32, or int32 where kInteger
+//   Sum       16 sums of 64 bytes: fp32, or int32 where kInteger; or more, see `lanes`
 //   load(p) -> Step, expand(mask, p) -> Step, widen(step) -> Weights
 //   dot(sum, weights, input) -> sum, add(sum, sum) -> sum
+//   lanes(sum) -> the 16 sums, for a Sum that holds more
 // and how much its registers hold:
 //   kChains      sums that hide the latency of `dot`; panels read side by side for one row
 //   kDirectRows  rows that one pass over packed steps can serve

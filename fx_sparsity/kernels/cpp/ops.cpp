@@ -64,6 +64,23 @@ const void* data_of(const char* name, const Optional& part, ScalarType dtype, in
   return part ? data_of(name, *part, dtype, size) : nullptr;
 }
 
+// An empty tensor of the shape of `x`, but for its last dimension. Straight from the C interface:
+// new_empty looks its operator up by name, which takes longer than a small product.
+Tensor result_like(const Tensor& x, int64_t out_features) {
+  const int64_t dims = x.dim();
+  std::vector<int64_t> shape(dims, out_features), strides(dims, 1);
+  for (int64_t d = dims - 1; d-- > 0;) {
+    shape[d] = x.size(d);
+    strides[d] = strides[d + 1] * shape[d + 1];
+  }
+  int32_t dtype = 0;
+  AtenTensorHandle y = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      dims, shape.data(), strides.data(), dtype, aoti_torch_device_type_cpu(), 0, &y));
+  return Tensor(y);
+}
+
 // Checks what all operators share, and runs `kernel(call)`.
 template <class Kernel>
 Tensor linear(
@@ -90,9 +107,7 @@ Tensor linear(
       "quantized activations need an int8 weight and its row_sums, others take none");
 
   if (!x.is_contiguous()) x = torch::stable::contiguous(x);
-  std::vector<int64_t> shape(x.dim(), out_features);
-  for (int64_t d = 0; d + 1 < x.dim(); d++) shape[d] = x.size(d);
-  Tensor y = torch::stable::new_empty(x, shape);
+  Tensor y = result_like(x, out_features);
 
   Call call{};
   call.x = x.const_data_ptr();

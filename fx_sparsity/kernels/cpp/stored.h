@@ -52,7 +52,10 @@ struct Avx512Rows : PortableRows {
   }
 };
 
-inline Avx512Rows rows_of(Avx512) { return {}; }
+inline Avx512Rows rows_of(Avx512Vnni) { return {}; }
+#if FX_VBMI2
+inline Avx512Rows rows_of(Avx512Vbmi2) { return {}; }
+#endif
 #endif
 
 template <class Rows, int Bits>

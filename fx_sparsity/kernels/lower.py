@@ -14,7 +14,7 @@ from fx_sparsity.graph.capture import ExampleInputs, call_arguments, run_undistu
 from fx_sparsity.kernels.by_tokens import ByTokens
 from fx_sparsity.kernels.embedding import RowPrunedEmbedding, RowPrunedEmbeddingBag
 from fx_sparsity.kernels.layers import KINDS, DenseLinear
-from fx_sparsity.kernels.lowered import LoweredLinear, Origin
+from fx_sparsity.kernels.lowered import LoweredLinear
 from fx_sparsity.kernels.places import ModulePlace, Place, module_places, replaced, watch
 from fx_sparsity.kernels.plan import Bytes, Planned, choose, layer_rows, other_rows, pack_all, ties
 from fx_sparsity.kernels.policy import AUTO, LoweringError, Policy, Rules, checked_tokens
@@ -195,22 +195,19 @@ def _put(
         if (limit := up_to[place]) is not None:
             assert isinstance(new, LoweredLinear)
             new = ByTokens(place.module, new, limit)
-        new.train(place.module.training)
-        for path in place.paths:
-            model = replaced(model, path, new)
+        model = place.put(model, new.train(place.module.training))
     held = {id(parameter) for parameter in model.parameters()}
     for place in lowered:
         shared = place.tensor if id(place.tensor) in held else None
         if isinstance(new := packed[place], LoweredLinear):
-            new.origin = Origin(place.kind, KINDS[place.kind].shell(place.module), shared)
+            new.origin = place.origin(shared)
     try:
         if lowered and example_inputs is not None:
             args, kwargs = call_arguments(example_inputs)
             run_undisturbed(model, lambda: model(*args, **kwargs))
     except InputError as error:
         for place in lowered:
-            for path in place.paths:
-                model = replaced(model, path, place.module)
+            model = place.put(model, place.module)
         raise LoweringError(f"the model does not run when it is lowered: {error}") from error
     if nodes := _of_nodes(packed):
         assert isinstance(model, fx.GraphModule)

@@ -18,6 +18,7 @@ from fx_sparsity.kernels.layers import (
     kind_of,
     read_module,
 )
+from fx_sparsity.kernels.lowered import Origin
 from fx_sparsity.kernels.tables import DenseTable, holds_table, read_table
 
 TABLE = "table"
@@ -126,6 +127,24 @@ class ModulePlace(Place):
             return read_table(self.module)
         return read_module(self.module, self.kind)
 
+    def origin(self, tied: nn.Parameter | None = None) -> Origin:
+        """What a packed layer keeps of the module, so that `unlower` can build it again.
+
+        Args:
+            tied: its weight, where another module holds it, too.
+        """
+        return Origin(self.kind, KINDS[self.kind].shell(self.module), tied)
+
+    def put(self, model: nn.Module, module: nn.Module) -> nn.Module:
+        """Put `module` here in the model, under every path.
+
+        Returns:
+            The model, which is `module` where that was its root.
+        """
+        for path in self.paths:
+            model = replaced(model, path, module)
+        return model
+
 
 def module_places(model: nn.Module) -> Iterator[ModulePlace]:
     """The modules of a model that are of a known kind, each once."""
@@ -164,13 +183,11 @@ def watch(model: nn.Module, places: list[ModulePlace], example_inputs: ExampleIn
     subject = model
     try:
         for place, watcher in watched:
-            for path in place.paths:
-                subject = replaced(subject, path, watcher)
+            subject = place.put(subject, watcher)
         run_undisturbed(subject, lambda: subject(*args, **kwargs))
     finally:
         for place, _ in watched:
-            for path in place.paths:
-                subject = replaced(subject, path, place.module)
+            subject = place.put(subject, place.module)
     for place, watcher in watched:
         place.tokens, place.dtypes = watcher.tokens, watcher.dtypes
         if watcher.read:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.ao.nn.quantized as nnq
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fx_sparsity.kernels.embedding import RowPrunedEmbedding, RowPrunedEmbeddingBag
 from fx_sparsity.patterns import Role
@@ -120,6 +121,8 @@ def read_table(module: Any) -> DenseTable | str:
         stored = read_quantized("weight", module)
     else:
         weight = module.weight.detach()
+        if is_traceable_wrapper_subclass(weight):  # such as torchao's
+            return f"no kernel for a {type(weight).__name__}"
         if weight.dtype not in (torch.float32, torch.bfloat16):
             return f"no kernel for {weight.dtype}"
         return DenseTable(module, weight == 0, weight.nbytes, str(weight.dtype)[6:])

@@ -43,6 +43,7 @@ class CompressedFile:
         forms: name -> format of every tensor: of `FORMATS`, or of compressed-tensors'.
         same_as: name -> the tensor that it is tied to.
         described: entries of the state that are no plain tensors, see `state`.
+        members: of each of these, the names of its tensors.
         versions: module -> version of its state, where that is not the first.
         keys: of the `state_dict`, in its order.
 
@@ -56,6 +57,7 @@ class CompressedFile:
         self.forms: dict[str, str] = {}
         self.same_as: dict[str, str] = {}
         self.described: dict[str, states.Description] = {}
+        self.members: dict[str, set[str]] = {}
         self.versions: dict[str, int] = {}
         self.keys: list[str] = []
         self._shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
@@ -80,6 +82,10 @@ class CompressedFile:
     def dtype_and_shape(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
         """Of a tensor, as decoded."""
         return self._shapes[self.same_as.get(name, name)]
+
+    def form(self, name: str) -> str:
+        """Format of a tensor, tied or not."""
+        return self.forms[self.same_as.get(name, name)]
 
     def stored_bytes(self, name: str) -> int:
         """Bytes of a tensor's parts in the file; 0 for a tied one."""
@@ -174,10 +180,10 @@ class CompressedFile:
             self.same_as[name] = other
         self.described = _object(header, "described", path)
         self.versions = _object(header, "versions", path)
-        meta, taken = self.on_meta(), set()
+        meta = self.on_meta()
         for name, what in self.described.items():
-            taken |= states.check(name, what, meta)
-        keys = {*self.names, *self.described} - taken
+            self.members[name] = states.check(name, what, meta)
+        keys = {*self.names, *self.described} - {part for p in self.members.values() for part in p}
         self.keys = header.get("order") or list(self.forms)
         listed = isinstance(self.keys, list) and all(isinstance(key, str) for key in self.keys)
         if not listed or sorted(self.keys) != sorted(keys):

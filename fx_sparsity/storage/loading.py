@@ -1,7 +1,7 @@
 """Loading what was saved, as dense tensors, and checking it."""
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ def load(
 
     Args:
         path: a file from `save`, or any safetensors file (its tensors are dense).
-        model: loaded strictly, if given; with torchao's tensors it has to be given.
+        model: loaded strictly, if given, and quantized as the one that was saved; with torchao's
+            tensors it has to be given.
         check: compare every tensor with its checksum, too.
 
     Returns:
@@ -42,7 +43,7 @@ def load(
     if model is None:
         return _state(file, {})
     targets = model.state_dict(keep_vars=True)
-    check_fits(file, targets)
+    check_fits(file, targets.items())
     state = _state(file, targets)
     state._metadata = getattr(targets, "_metadata", {})  # type: ignore[attr-defined]
     model.load_state_dict(state)
@@ -65,28 +66,36 @@ def verify(path: str | Path) -> list[str]:
 
 def _state(file: CompressedFile, targets: Mapping[str, Any]) -> "OrderedDict[str, Any]":
     """All entries; those that fit a tensor of `targets` are decoded into it, and are that."""
-    tensors: dict[str, Any] = {}
-    for name in file.forms:
-        target: Any = targets.get(name)
-        if takes(target, *file.dtype_and_shape(name)):
-            file.fill(name, target)
-            tensors[name] = target
-        else:
-            tensors[name] = file.tensor(name)
-    for name, other in file.same_as.items():
-        tied = name in targets and targets[name] is targets.get(other)
-        tensors[name] = targets[name] if tied else tensors[other]
-    for name, what in file.described.items():
-        if what["kind"] == "subclass" and name in targets:
-            with torch.no_grad():
-                states.fill(name, what, tensors, targets[name])
-            tensors[name] = targets[name]
-        else:
-            tensors[name] = states.rebuild(name, what, tensors)
-    state = OrderedDict((name, tensors[name]) for name in file.keys)
+    state: OrderedDict[str, Any] = OrderedDict()
+    ties: dict[tuple[str, int], Any] = {}
+    for name in file.keys:
+        target = targets.get(name)
+        tie = file.same_as.get(name, name), id(target)
+        if tie not in ties:
+            ties[tie] = read_entry(file, name, target)
+        state[name] = ties[tie]
     versions = {prefix: {"version": version} for prefix, version in file.versions.items()}
     state._metadata = versions  # type: ignore[attr-defined]
     return state
+
+
+def read_entry(file: CompressedFile, name: str, target: Any = None) -> Any:
+    """An entry of the state; where it fits `target`, it is decoded into that, and is that.
+
+    Raises:
+        TypeError: a torchao tensor without a target.
+    """
+    what = file.described.get(name)
+    if what is None:
+        if not takes(target, *file.dtype_and_shape(name)):
+            return file.tensor(name)
+        file.fill(name, target)
+        return target
+    if what["kind"] == "subclass" and target is not None:
+        with torch.no_grad():
+            states.fill(name, what, file.fill, target)
+        return target
+    return states.rebuild(name, what, file.tensor)
 
 
 def check_sums(file: CompressedFile) -> None:
@@ -95,18 +104,34 @@ def check_sums(file: CompressedFile) -> None:
         raise FileFormatError("\n".join(faults))
 
 
-def check_fits(file: CompressedFile, targets: Mapping[str, Any]) -> None:
-    """Raise `RuntimeError` unless a model whose state is `targets` can be loaded strictly."""
-    faults = [f"{name}: not in the file" for name in targets if name not in set(file.keys)]
-    faults += [f"{name}: not in the model" for name in file.keys if name not in targets]
-    meta = file.on_meta()
-    for name in file.keys:
-        target, what = targets.get(name), file.described.get(name)
-        if what is not None and what["kind"] == "subclass":
-            if target is not None and (why := states.misfit(name, what, meta, target)):
-                faults.append(why)
-        elif what is None and isinstance(target, Tensor) and target.shape != meta[name].shape:
-            found = tuple(meta[name].shape)
-            faults.append(f"{name}: expected shape {tuple(target.shape)}, found {found}")
-    if faults:
+def check_fits(file: CompressedFile, targets: Iterable[tuple[str, Any]]) -> None:
+    """Raise `RuntimeError` unless a model can be loaded strictly.
+
+    Args:
+        file: to be loaded.
+        targets: the entries of the model's state; each is let go before the next is asked for.
+    """
+    known, meta = set(file.keys), file.on_meta()
+    seen: set[str] = set()
+    missing: list[str] = []
+    misfits: list[str] = []
+    for name, target in targets:
+        seen.add(name)
+        if name not in known:
+            missing.append(f"{name}: not in the file")
+        elif (why := _misfit(file, name, meta, target)) is not None:
+            misfits.append(why)
+    more = [f"{name}: not in the model" for name in file.keys if name not in seen]
+    if faults := [*missing, *more, *misfits]:
         raise RuntimeError(f"{file.file.path} does not fit the model:\n" + "\n".join(faults))
+
+
+def _misfit(file: CompressedFile, name: str, meta: Mapping[str, Tensor], target: Any) -> str | None:
+    """Why an entry cannot take the place of `target`, or None; plain tensors may be cast."""
+    if (what := file.described.get(name)) is not None:
+        return states.misfit(name, what, meta, target)
+    if states.is_subclass(target):
+        return f"{name}: expected a plain tensor in the model, found {type(target).__name__}"
+    if isinstance(target, Tensor) and target.shape != meta[name].shape:
+        return f"{name}: expected shape {tuple(target.shape)}, found {tuple(meta[name].shape)}"
+    return None

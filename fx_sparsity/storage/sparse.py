@@ -1,19 +1,30 @@
 """Loading a compressed file straight into modules that compute with compressed weights."""
 
+import copy
 from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+import torch.ao.nn.quantized as nnq
+from torch import nn
 
-from fx_sparsity.kernels import PACKINGS, SparseLinear
-from fx_sparsity.kernels.embedding import RowPrunedEmbedding, RowPrunedEmbeddingBag
+from fx_sparsity.kernels import SparseLinear
+from fx_sparsity.kernels.layers import DenseLinear
+from fx_sparsity.kernels.lowered import LoweredLinear
+from fx_sparsity.kernels.places import ModulePlace, module_places
+from fx_sparsity.kernels.tables import ROWS, Lookup
+from fx_sparsity.quantization.codes import CodedWeight
 from fx_sparsity.storage.compressed_file import CompressedFile
+from fx_sparsity.storage.container import elements_of
 from fx_sparsity.storage.loading import check_fits, check_sums
+from fx_sparsity.storage.module_state import fill_modules, own_states
 
-_PACKINGS = {"bitmask": "bitmask", "two_four": "nm", "block": "block"}
-"""Format of a matrix in a file -> packing of the kernels, where there is such a one."""
+_PACKINGS = {"two_four": ("nm", "bitmask"), "block": ("block", "bitmask")}
+"""Format of a matrix in a file -> packings of the kernels to try; `bitmask` for all others."""
+_CODED = (nnq.Embedding, CodedWeight)
+"""Tables whose format tells little: their zero points are floats, and pruned codes may be any."""
 
 
 @torch.no_grad()
@@ -21,112 +32,143 @@ def load_sparse(path: str | Path, model: nn.Module, *, check: bool = False) -> d
     """Load what `save` wrote, keeping sparse weights compressed: their modules are replaced.
 
     A linear layer whose weight is stored sparse becomes a `SparseLinear`, an embedding or bag with
-    pruned rows a `RowPrunedEmbedding` or `RowPrunedEmbeddingBag`; these are for inference. Of
-    these weights one at a time is dense in memory, where the model's parameters are on the meta
-    device (`parameters_on_meta`). Whether compressed weights are faster is not asked here.
+    pruned rows a `RowPrunedEmbedding` or `RowPrunedEmbeddingBag`; these are for inference. Layers
+    that torchao or `torch.ao` have quantized to 8 bits are, too, as `lower` would replace them; and
+    `unlower` puts dense modules back. Of these modules one at a time is dense in memory, besides
+    what the model holds: nothing, where its parameters are on the meta device
+    (`parameters_on_meta`). Whether compressed weights are faster is not asked here.
 
     Args:
         path: of the file.
-        model: changed in place.
+        model: quantized as the one that was saved; changed in place.
         check: compare every tensor with its checksum, too.
 
     Returns:
-        For each matrix that is stored sparse: its name -> what holds it now, or `dense: ` and why.
+        For each matrix that is stored sparse, and each quantized table of `torch.ao`: the name of
+        the weight -> what holds it now, or `dense: ` and why.
 
     Raises:
         FileFormatError: the file contradicts itself; the model is as it was.
         RuntimeError: the file does not fit the model, which is as it was.
-        TypeError: the file is of a quantized model, whose codes are no plain tensors.
     """
     file = CompressedFile(path)
     if check:
         check_sums(file)
-    for name in file.described:
-        raise TypeError(f"{name}: no plain tensor; `load` the file, and lower the model")
-    targets = model.state_dict(keep_vars=True)
-    check_fits(file, targets)
+    check_fits(file, (entry for _, _, own in own_states(model) for entry in own.items()))
+    matrices = _matrices(file)
+    weights = _weights(file, matrices, module_places(model))
+    uses = Counter(id(p) for module in model.modules() for p in module._parameters.values())
     report: dict[str, str] = {}
-    made: dict[str, nn.Module] = {}
-    uses = Counter(id(target) for target in targets.values())
-    for name in file.forms.keys() & targets.keys() - file.described.keys():
-        if file.forms[name] == "dense" or targets[name].ndim != 2:
-            continue
-        prefix, _, attribute = name.rpartition(".")
-        owner = model.get_submodule(prefix)
-        why = _obstacle(owner, attribute, prefix)
-        if uses[id(targets[name])] > 1:
-            why = "tied to another weight"
-        elif targets[name].dtype != file.dtype_and_shape(name)[0]:
-            why = f"stored in {file.dtype_and_shape(name)[0]}, in the model {targets[name].dtype}"
-        if not why:
-            bias = file.read(f"{prefix}.bias") if f"{prefix}.bias" in file.forms else None
-            built = _build(owner, file.forms[name], file.tensor(name), bias)
-            if isinstance(built, nn.Module):
-                made[prefix] = built.train(owner.training)
-                report[name] = type(built).__name__
-                continue
-            why = built
-        report[name] = f"dense: {why}"
-    inside = tuple(f"{prefix}." for prefix in made)
-    _fill(model, file, [name for name in file.keys if not name.startswith(inside)], targets)
-    for prefix, module in made.items():
-        model.set_submodule(prefix, module)
-    return {name: report[name] for name in file.forms if name in report}
+    made: dict[ModulePlace, LoweredLinear | Lookup] = {}
+    for place, name in weights.items():
+        if uses[id(place.tensor)] > 1:
+            if name in file.forms and file.form(name) != "dense":  # told once, of all names
+                report[place.fqn] = "dense: tied to another weight"
+        elif file.form(name) != "dense" or isinstance(place.module, _CODED):
+            packed = _packed(file, place, file.form(name))
+            if isinstance(packed, str):
+                report[place.fqn] = f"dense: {packed}"
+            else:
+                made[place] = packed
+                report[place.fqn] = _class_of(packed)
+    report |= _others(file, model, matrices, set(weights.values()))
+    for place, packed in made.items():
+        place.put(model, packed.train(place.module.training))
+    fill_modules(file, model, but=set(made.values()))
+    return report
 
 
-def _obstacle(owner: nn.Module, attribute: str, prefix: str) -> str:
-    """Why a module cannot be replaced, or nothing."""
-    if type(owner) not in (nn.Linear, nn.Embedding, nn.EmbeddingBag) or attribute != "weight":
-        return f"held by a {type(owner).__name__}"
-    if not prefix:
+def _matrices(file: CompressedFile) -> dict[str, str]:
+    """Entry of the state -> its largest tensor of two dimensions, for entries that have one."""
+    found = {}
+    for entry in file.keys:
+        sizes = {
+            name: elements_of(shape)
+            for name in sorted(file.members.get(entry, [entry]))
+            if len(shape := file.dtype_and_shape(name)[1]) == 2
+        }
+        if sizes:
+            found[entry] = max(sizes, key=lambda name: sizes[name])
+    return found
+
+
+def _weights(
+    file: CompressedFile, matrices: Mapping[str, str], places: Iterable[ModulePlace]
+) -> dict[ModulePlace, str]:
+    """Place -> the tensor in the file that is its weight: the largest matrix in its module."""
+    by_path = {path: place for place in places for path in place.paths}
+    found: dict[ModulePlace, str] = {}
+
+    def size(name: str) -> int:
+        return elements_of(file.dtype_and_shape(name)[1])
+
+    for entry, name in matrices.items():
+        path = entry.rpartition(".")[0]
+        while path and path not in by_path:  # torch.ao's modules keep theirs in a child
+            path = path.rpartition(".")[0]
+        place = by_path.get(path)
+        if place is not None and (place not in found or size(name) > size(found[place])):
+            found[place] = name
+    return found
+
+
+def _packed(file: CompressedFile, place: ModulePlace, form: str) -> LoweredLinear | Lookup | str:
+    """What takes the place of a module; or, in words, why it stays.
+
+    Args:
+        file: that holds its state.
+        place: of the module, which is not changed.
+        form: format in which the file holds the weight.
+    """
+    if "" in place.paths:
         return "the model itself"
-    if owner._forward_hooks or owner._forward_pre_hooks:
-        return "its module has hooks"
-    return ""
+    if isinstance(seen := place.look(), str):  # before a module of any kind is copied
+        return place.obstacle or seen
+    filled = replace(place, module=copy.deepcopy(place.module))
+    fill_modules(file, filled.module, place.paths[0])
+    layer = filled.look()
+    if isinstance(layer, str):
+        return layer
+    if why := place.against(layer):
+        return why
+    packings = _PACKINGS.get(form, ("bitmask",)) if isinstance(layer, DenseLinear) else (ROWS,)
+    refusals = {packing: layer.refusal(packing) for packing in packings}
+    fitting = next((packing for packing, refusal in refusals.items() if refusal is None), None)
+    if fitting is None:
+        return "; ".join(f"{packing}: {refusal}" for packing, refusal in refusals.items())
+    try:
+        packed = layer.pack(fitting)
+    except ValueError as error:  # such as scales that are not finite
+        return str(error)
+    if isinstance(packed, LoweredLinear):
+        packed.origin, packed.transposed = filled.origin(), place.transposed
+    return packed
 
 
-def _build(owner: nn.Module, form: str, weight: Tensor, bias: Tensor | None) -> nn.Module | str:
-    """The module that takes the place of `owner`, or why there is none."""
-    if isinstance(owner, nn.Linear):
-        packing = _PACKINGS.get(form, "bitmask")
-        packing = packing if packing in PACKINGS else "bitmask"
-        why = PACKINGS[packing].refusal(weight)
-        return why or SparseLinear.from_dense(weight, bias, packing=packing)
-    if form != "rows":
-        return f"an embedding in the format {form}"
-    if owner.max_norm is not None:
-        return "an embedding with max_norm"
-    if isinstance(owner, nn.Embedding):
-        built = RowPrunedEmbedding.from_dense(weight)
-        built.padding_idx = owner.padding_idx
-        return built
-    assert isinstance(owner, nn.EmbeddingBag)
-    return RowPrunedEmbeddingBag.from_dense(
-        weight,
-        mode=owner.mode,
-        padding_idx=owner.padding_idx,
-        include_last_offset=owner.include_last_offset,
-    )
+def _others(
+    file: CompressedFile, model: nn.Module, matrices: Mapping[str, str], known: set[str]
+) -> dict[str, str]:
+    """Rows of the report for sparse matrices that no layer of a known kind holds.
 
-
-def _fill(
-    model: nn.Module, file: CompressedFile, names: list[str], targets: dict[str, Tensor]
-) -> None:
-    """Load the entries that stay as they are; parameters on the meta device get memory."""
-    filled: dict[int, nn.Parameter | Tensor] = {}
-    for name in names:
-        target = targets[name]
-        if not target.is_meta:
-            file.fill(name, target)
+    Args:
+        file: that holds them.
+        model: to be loaded.
+        matrices: entry of the state -> tensor.
+        known: tensors that are weights of layers.
+    """
+    rows = {}
+    for entry, name in matrices.items():
+        columns = file.dtype_and_shape(name)[1][1]  # scales and zero points stand in one
+        if name in known or name not in file.forms or columns < 2 or file.form(name) == "dense":
             continue
-        prefix, _, attribute = name.rpartition(".")
-        owner = model.get_submodule(prefix)
-        if id(target) not in filled:
-            tensor = file.read(name).to(target.dtype)
-            is_parameter = isinstance(target, nn.Parameter)
-            filled[id(target)] = (
-                nn.Parameter(tensor, target.requires_grad) if is_parameter else tensor
-            )
-        held: dict[str, Any] = owner._parameters
-        held = held if attribute in held else owner._buffers
-        held[attribute] = filled[id(target)]
+        path, _, attribute = entry.rpartition(".")
+        if path.endswith("._packed_params"):  # where torch.ao's modules keep their weight
+            path, attribute = path.removesuffix("._packed_params"), "weight"
+        owner = model.get_submodule(path)
+        rows[f"{path}.{attribute}".removeprefix(".")] = f"dense: held by a {owner._get_name()}"
+    return rows
+
+
+def _class_of(packed: LoweredLinear | Lookup) -> str:
+    """The public name of a packed module's class."""
+    return SparseLinear.__name__ if isinstance(packed, SparseLinear) else type(packed).__name__

@@ -6,7 +6,7 @@ tuples that `torch.ao` states them as; torchao's tensors their inner tensors. Pa
 entry's name and a path, `fc.weight/codes`. Nothing is ever built but what is listed here.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -45,13 +45,34 @@ def is_subclass(value: object) -> bool:
     return isinstance(value, Tensor) and type(value).__module__.partition(".")[0] == "torchao"
 
 
-def rebuild(name: str, what: Description, tensors: Mapping[str, Tensor]) -> Any:
-    """The entry that a description and its tensors stand for.
+def rebuild(name: str, what: Description, tensor: Callable[[str], Tensor]) -> Any:
+    """The entry that a description, which was checked, stands for.
+
+    Args:
+        name: of the entry.
+        what: its description.
+        tensor: gives its tensors by their names.
 
     Raises:
-        FileFormatError: they do not fit each other.
+        TypeError: a torchao tensor.
     """
-    return _Reader(tensors).build(name, what)
+    if what["kind"] == "none":
+        return None
+    if what["kind"] == "dtype":
+        return _DTYPES[what["name"]]
+    if what["kind"] == "tensor":
+        return tensor(name)
+    if what["kind"] == "tuple":
+        return tuple(rebuild(f"{name}/{i}", item, tensor) for i, item in enumerate(what["items"]))
+    if what["kind"] == "quantized":
+        codes, scale, zero_point = (
+            tensor(f"{name}/{part}") for part in ("codes", "scale", "zero_point")
+        )
+        codes = codes + _zero_codes(zero_point, codes, what["axis"])
+        return _make_quantized(codes, scale, zero_point, what["axis"])
+    raise TypeError(
+        f"{name} is a {what['class']}: pass a model that is quantized alike, to load into"
+    )
 
 
 def check(name: str, what: Any, tensors: Mapping[str, Tensor]) -> set[str]:
@@ -68,41 +89,62 @@ def check(name: str, what: Any, tensors: Mapping[str, Tensor]) -> set[str]:
     return reader.taken
 
 
-def fill(name: str, what: Description, tensors: Mapping[str, Tensor], target: Tensor) -> None:
-    """Write the inner tensors of a torchao tensor into those of `target`, in place."""
+def fill(name: str, what: Description, put: Callable[[str, Tensor], None], target: Tensor) -> None:
+    """Write the inner tensors of a torchao tensor into those of `target`, in place.
+
+    Args:
+        name: of the entry.
+        what: its description.
+        put: writes a tensor, by its name, into another one.
+        target: which it fits, see `misfit`.
+    """
     for part in what["parts"]:
         inner, path = getattr(target, part["name"]), f"{name}/{part['name']}"
         if part["what"] is None:
-            inner.copy_(tensors[path])
+            put(path, inner)
         else:
-            fill(path, part["what"], tensors, inner)
+            fill(path, part["what"], put, inner)
 
 
 def misfit(name: str, what: Description, tensors: Mapping[str, Tensor], target: Any) -> str | None:
-    """Why a torchao tensor cannot be filled into `target`, or None; tensors may be on meta."""
-    if not is_subclass(target):
-        return f"{name}: expected {what['class']} in the model, found {type(target).__name__}"
-    found = _describe(name, target, {})
-    if (found["class"], found["context"]) != (what["class"], what["context"]):
-        return (
-            f"{name}: expected {what['class']} {what['context']} in the model, "
-            f"found {found['class']} {found['context']}"
-        )
-    for part in what["parts"]:
-        inner, path = getattr(target, part["name"], None), f"{name}/{part['name']}"
-        if part["what"] is not None:
-            why = misfit(path, part["what"], tensors, inner)
-        elif not isinstance(inner, Tensor):
-            why = f"{path}: not in the model"
-        else:
-            ours, theirs = tensors[path], inner
-            same = (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
-            why = (
-                None if same else f"{path}: {tuple(ours.shape)}, the model's {tuple(theirs.shape)}"
+    """Why an entry cannot take the place of `target`, or None.
+
+    Args:
+        name: of the entry.
+        what: its description.
+        tensors: its tensors, which may be on the meta device.
+        target: what the model has in that place. It has to be described alike.
+    """
+    theirs: dict[str, Tensor] = {}
+    try:
+        found = None if _is_plain(target) else _describe(name, target, theirs)
+    except TypeError:  # of a kind that no file holds
+        found = None
+    if found != what:
+        named = type(target).__name__ if found is None else _in_words(found)
+        return f"{name}: expected {_in_words(what)} in the model, found {named}"
+    for path, inner in theirs.items():
+        ours = tensors[path]
+        if inner.is_meta:
+            return f"{path}: on the meta device, where only plain tensors may be; give it memory"
+        if (ours.shape, ours.dtype) != (inner.shape, inner.dtype):
+            expected, has = (
+                f"{str(tensor.dtype)[6:]} {tuple(tensor.shape)}" for tensor in (ours, inner)
             )
-        if why is not None:
-            return why
+            return f"{path}: expected {expected} in the model, found {has}"
     return None
+
+
+def _in_words(what: Description) -> str:
+    """A description for messages."""
+    if what["kind"] == "subclass":
+        return f"{what['class']} {what['context']}"
+    if what["kind"] == "tuple":
+        return f"({', '.join(_in_words(item) for item in what['items'])})"
+    if what["kind"] == "quantized":
+        axis = "per tensor" if what["axis"] is None else f"along axis {what['axis']}"
+        return f"{what['dtype']} {axis}"
+    return str(what["name"] if what["kind"] == "dtype" else what["kind"])
 
 
 def _is_plain(value: object) -> bool:
@@ -187,7 +229,7 @@ def _describe_subclass(name: str, value: Any, tensors: dict[str, Tensor]) -> Des
 
 
 class _Reader:
-    """Checks and builds what descriptions stand for."""
+    """Checks descriptions against the tensors that there are."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._tensors = tensors
@@ -220,25 +262,6 @@ class _Reader:
                     self._take(path)
                 else:
                     self.check(path, part["what"], depth + 1)
-
-    def build(self, name: str, what: Description) -> Any:
-        if what["kind"] == "none":
-            return None
-        if what["kind"] == "dtype":
-            return _DTYPES[what["name"]]
-        if what["kind"] == "tensor":
-            return self._tensors[name]
-        if what["kind"] == "tuple":
-            return tuple(self.build(f"{name}/{i}", item) for i, item in enumerate(what["items"]))
-        if what["kind"] == "quantized":
-            codes, scale, zero_point = (
-                self._tensors[f"{name}/{part}"] for part in ("codes", "scale", "zero_point")
-            )
-            codes = codes + _zero_codes(zero_point, codes, what["axis"])
-            return _make_quantized(codes, scale, zero_point, what["axis"])
-        raise TypeError(
-            f"{name} is a {what['class']}: pass a model that is quantized alike, to load into"
-        )
 
     def _take(self, name: str) -> Tensor:
         if name not in self._tensors or name in self.taken:

@@ -1,4 +1,4 @@
-"""What CUDA has a kernel for: the operator of the packing "semi_structured"."""
+"""What CUDA has a kernel for: `nm_linear` with parts of the packing "semi_structured"."""
 
 from collections.abc import Mapping
 

@@ -60,8 +60,9 @@ def lower(
             arguments. They tell the number of tokens that meet each layer, and which layers are
             used otherwise than by calling them. Without them modules are judged by their classes.
         policy: `"auto"` lowers where it measured faster than dense on this machine, beyond the
-            noise; `"always"` wherever a kernel takes fewer bytes; or a mapping of rules, see
-            `Policy`: `{"head": None, "re:.*mlp.*": "bitmask", nn.Linear: "auto"}`.
+            noise; `"always"` wherever a kernel takes fewer bytes; the name of a packing, of which
+            `"nm"` is the one for 2:4 on CUDA, too; or a mapping of rules, see `Policy`:
+            `{"head": None, "re:.*mlp.*": "bitmask", nn.Linear: "auto"}`.
         tokens: rows of activations in a call, to measure with. Read off the example inputs by
             default; one without them. `"auto"` wants all of them to be faster.
         keep_dense: keep a module's dense form beside the packed one where more tokens favour it,

@@ -41,13 +41,14 @@ def linear_operator(packing: Packing) -> Linear:
     quantized, and are rounded once, after the activation. The gradient of quantized activations
     is that of the same weight without their rounding.
     """
-    return getattr(getattr(torch.ops, NAMESPACE), packing.operator).default
+    name, overload = packing.operator.split(".")
+    return getattr(getattr(getattr(torch.ops, NAMESPACE), name), overload)
 
 
 def _define(packing: Packing) -> None:
     """Register the operator of `packing`."""
     parts = ", ".join(f"Tensor {name}" for name in packing.parts)
-    name = f"{NAMESPACE}::{packing.operator}"
+    name = f"{NAMESPACE}::{packing.operator}".removesuffix(".default")
     count = len(packing.parts)
     torch.library.define(
         name,
@@ -137,5 +138,5 @@ def expect_input(x: Tensor, in_features: int) -> None:
         raise ValueError(f"activations are {list(x.shape)}, expected [..., {in_features}]")
 
 
-for _packing in {packing.operator: packing for packing in PACKINGS.values()}.values():
+for _packing in PACKINGS.values():
     _define(_packing)

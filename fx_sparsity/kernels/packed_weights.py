@@ -21,7 +21,7 @@ from fx_sparsity.kernels.packing import PACKINGS, Packing, PackingError
 from fx_sparsity.kernels.rewrite import KERNELS
 from fx_sparsity.quantization.stored import READERS, StoredWeight
 
-_BY_OPERATOR = {f"{NAMESPACE}.{p.operator}.default": p for p in PACKINGS.values()}
+_BY_OPERATOR = {f"{NAMESPACE}.{p.operator}": p for p in PACKINGS.values()}
 _AGAIN = re.compile(r"__\d+$")
 """What `LowerNodes` adds to the name of a weight that has several nodes."""
 

@@ -38,7 +38,7 @@ class SemiStructured:
     """
 
     name = "semi_structured"
-    operator = "semi_structured_linear"
+    operator = "nm_linear.semi_structured"
     parts = ("values", "meta")
 
     def refusal(self, weight: Tensor) -> str | None:

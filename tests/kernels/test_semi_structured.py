@@ -10,9 +10,20 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fx_sparsity as fxs
-from fx_sparsity.kernels import PACKINGS, PackingError, SparseLinear, cuda, lower
+from fx_sparsity.kernels import (
+    PACKINGS,
+    LoweringError,
+    PackingError,
+    SparseLinear,
+    check_packed,
+    cuda,
+    lower,
+)
 from fx_sparsity.kernels.activations import QUANTIZERS
+from fx_sparsity.kernels.layers import DenseLinear
 from fx_sparsity.kernels.ops import linear_operator
+from fx_sparsity.kernels.packed_weights import read_packed
+from fx_sparsity.kernels.policy import Policy
 from tests.kernels.test_packings import by_groups
 
 PACKING = PACKINGS["semi_structured"]
@@ -97,6 +108,44 @@ def test_elsewhere_than_on_cuda_it_is_refused_and_the_plain_path_computes():
     assert torch.equal(other(x), module(x))
 
 
+def test_the_operator_has_the_name_that_2_4_has_on_the_cpu():
+    here, there = (linear_operator(PACKINGS[name]) for name in ("nm", PACKING.name))
+    assert here.overloadpacket is there.overloadpacket is torch.ops.fx_sparsity.nm_linear
+    assert [arg.name for arg in here._schema.arguments][:3] == ["x", "mask", "values"]
+    assert [arg.name for arg in there._schema.arguments][:3] == ["x", "values", "meta"]
+
+
+def test_both_layouts_of_the_name_compute_and_are_read_in_one_program():
+    """Of one weight: on the CPU the C++ kernel and plain torch, told apart by the overload."""
+    dense = weight(torch.bfloat16, 2, 3)
+    x = torch.randn(5, 192).bfloat16()
+    both = nn.Sequential(layer(dense), SparseLinear.from_dense(dense[:, :64], packing="nm"))
+    program = torch.export.export(both, (x,))
+    want = nn.functional.linear(nn.functional.linear(x, dense), dense[:, :64])
+    torch.testing.assert_close(program.module()(x), want, rtol=2**-6, atol=2**-4)
+    schemes = {stored.scheme for stored in read_packed(program.module())}
+    assert schemes == {"packed as semi_structured", "packed as nm"}
+    check_packed(program)
+    program.state_dict["0.meta"].zero_()
+    with pytest.raises(PackingError, match="two values into one place"):
+        check_packed(program)
+
+
+def test_the_wish_for_nm_means_it_on_cuda(monkeypatch):
+    class OnCuda(DenseLinear):
+        device = torch.device("cuda")
+
+    def choose(kind):
+        how = {"tokens": (1,), "input_dtype": torch.bfloat16, "model_bytes": 0, "keep_dense": False}
+        return Policy("nm").choose("w", kind(weight(torch.bfloat16)), "nm", **how).packing
+
+    assert choose(DenseLinear) == "nm"
+    with pytest.raises(LoweringError, match="'semi_structured' cannot hold it: torch has"):
+        choose(OnCuda)  # its weight is on the CPU after all
+    monkeypatch.setattr(type(PACKING), "refusal", lambda self, weight: None)
+    assert choose(OnCuda) == PACKING.name
+
+
 def test_the_operator_is_known_to_the_compiler():
     module = layer(weight(torch.bfloat16))
     x = torch.randn(3, 64).bfloat16()
@@ -154,11 +203,12 @@ def model(dtype):
 @needs_gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("tokens", [1, 8, 100])
+@pytest.mark.parametrize("policy", ["always", "nm"])
 @torch.no_grad()
-def test_lowered_on_cuda(dtype, tokens):
+def test_lowered_on_cuda(dtype, tokens, policy):
     dense = model(dtype)
     x = torch.randn(tokens, 256, dtype=dtype, device="cuda")
-    lowered, report = lower(copy.deepcopy(dense), (x,), "always")
+    lowered, report = lower(copy.deepcopy(dense), (x,), policy)
     assert {row.kernel for row in report.weights} == {"semi_structured"}
     eps = torch.finfo(dtype).eps
     torch.testing.assert_close(lowered(x), dense(x), rtol=8 * eps, atol=8 * eps)

@@ -50,8 +50,8 @@ def lower(
     Linear layers are replaced: `nn.Linear`, the `Conv1D` of transformers, those that torchao or
     `torch.ao` have quantized to 8 bits, and in graphs the nodes that compute them; and embeddings
     and bags with rows of zeros, quantized or not. On CUDA linear layers with 2:4 weights are, in
-    float16, bfloat16, and int8 with quantized activations. Call it before `torch.compile`,
-    `torch.export` and AOTInductor, which take what it returns.
+    float16, bfloat16, and int8 or float8 with quantized activations. Call it before
+    `torch.compile`, `torch.export` and AOTInductor, which take what it returns.
 
     Args:
         model: sparse already, and quantized or not; changed in place. An ExportedProgram is not

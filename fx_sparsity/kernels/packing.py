@@ -45,7 +45,7 @@ class Packing(Protocol):
         ...
 
     def pack(self, weight: Tensor) -> dict[str, Tensor]:
-        """Pack a weight that is not refused: fp32, bf16 or int8, on any device, of any strides."""
+        """Pack a weight that is not refused, of any strides."""
         ...
 
     def unpack(self, parts: Mapping[str, Tensor], shape: torch.Size, dtype: torch.dtype) -> Tensor:

@@ -151,7 +151,8 @@ class Policy:
         if wish == ALWAYS:
             return Choice(smaller[0], packed=fitting[smaller[0]])
         if layer.device.type == "cuda" and layer.how:
-            return Choice(None, reason="int8 is not timed on CUDA: name the packing, or 'always'")
+            reason = f"{layer.dtype} is not timed on CUDA: name the packing, or 'always'"
+            return Choice(None, reason=reason)
         timed = timing.measure(
             layer,
             {name: fitting[name] for name in smaller},

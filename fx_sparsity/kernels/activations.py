@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, relu, silu
 
-QUANTIZERS = ("none", "token_symmetric", "token_affine", "tensor_affine")
+QUANTIZERS = {
+    "token_symmetric": torch.int8,
+    "token_affine": torch.int8,
+    "tensor_affine": torch.int8,
+    "token_float8": torch.float8_e4m3fn,
+}
+"""How activations are quantized, besides "none" -> dtype of the codes, theirs and the weight's."""
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda y: y,
@@ -32,7 +38,7 @@ _GRADIENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 class Quantized(NamedTuple):
     """Codes that stand for `(codes - zero_point) * scale`."""
 
-    codes: Tensor  # int32, of the shape of the activations
+    codes: Tensor  # int32, or float8, of the shape of the activations
     scale: Tensor  # fp32, one a token, or one in all: [..., 1]
     zero_point: Tensor  # int32, of the shape of `scale`
 
@@ -45,6 +51,9 @@ def activation_gradient(activation: str, grad: Tensor, y: Tensor) -> Tensor:
 def quantize(x: Tensor, how: str) -> Quantized:
     """Quantize activations to 8 bits, as the libraries do whose models are lowered.
 
+    `token_float8` is that of torchao's Float8DynamicActivationFloat8Weight with PerRow: a scale a
+    token, in the dtype of `x`. A token of zeros has codes of zero, where torchao's are NaN.
+
     `token_symmetric` and `token_affine` are those of torchao's Int8DynamicActivationInt8Weight:
     a scale a token, in the dtype of `x`; codes in [-128, 127]. `tensor_affine` is that of the
     dynamic linear in torch.ao: one scale in all, codes in [0, 127], because its kernels add two
@@ -52,8 +61,10 @@ def quantize(x: Tensor, how: str) -> Quantized:
 
     Args:
         x: [..., in], fp32 or bf16, not empty.
-        how: one of `QUANTIZERS`, not "none".
+        how: one of `QUANTIZERS`.
     """
+    if how == "token_float8":
+        return _quantize_float8(x)
     if how == "tensor_affine":
         return _quantize_tensor(x.float())
     low, high = -128, 127
@@ -70,6 +81,14 @@ def quantize(x: Tensor, how: str) -> Quantized:
     scale = scale.float()
     codes = ((x.float() * (1.0 / scale)).round() + zero_point).clamp(low, high)
     return Quantized(codes.to(torch.int32), scale, zero_point.to(torch.int32))
+
+
+def _quantize_float8(x: Tensor) -> Quantized:
+    dtype = QUANTIZERS["token_float8"]
+    high = torch.finfo(dtype).max
+    scale = (x.abs().amax(-1, keepdim=True) / high).float()
+    codes = (x.float() / torch.where(scale == 0, 1.0, scale)).clamp(-high, high).to(dtype)
+    return Quantized(codes, scale, torch.zeros_like(scale, dtype=torch.int32))
 
 
 def _quantize_tensor(x: Tensor) -> Quantized:

@@ -26,7 +26,7 @@ class Bitmask:
     """
 
     name = "bitmask"
-    operator = "bitmask_linear"
+    operator = "bitmask_linear.default"
     parts = ("mask", "values", "offsets")
 
     def refusal(self, weight: Tensor) -> str | None:

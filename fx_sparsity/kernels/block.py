@@ -36,7 +36,7 @@ class Block:
     """
 
     name = "block"
-    operator = "block_linear"
+    operator = "block_linear.default"
     parts = ("values", "index", "offsets")
 
     def refusal(self, weight: Tensor) -> str | None:

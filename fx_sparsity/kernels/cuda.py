@@ -1,4 +1,4 @@
-"""What CUDA has a kernel for: the operator of the packing "semi_structured"."""
+"""What CUDA has a kernel for: `nm_linear` with parts of the packing "semi_structured"."""
 
 from collections.abc import Mapping
 
@@ -9,16 +9,16 @@ from torch.nn.functional import linear, pad
 from fx_sparsity.kernels.activations import ACTIVATIONS, quantize
 from fx_sparsity.kernels.ops import NAMESPACE, expect_input, plain_linear
 from fx_sparsity.kernels.packing import PACKINGS
-from fx_sparsity.kernels.semi_structured import SemiStructured, is_cusparselt, torch_tensor
+from fx_sparsity.kernels.semi_structured import SemiStructured, code_product, torch_tensor
 
 _TOKENS = 16
-"""The libraries take int8 activations of a multiple of 16 tokens."""
+"""The libraries take codes of a multiple of 16 tokens."""
 
 
 def semi_structured_linear(
     x: Tensor,
     values: Tensor,
-    meta: Tensor,
+    positions: Tensor,
     scale: Tensor | None,
     row_sums: Tensor | None,
     bias: Tensor | None,
@@ -29,18 +29,20 @@ def semi_structured_linear(
 ) -> Tensor:
     """See `ops.linear_operator`. Floating products are rounded before the activation, too."""
     expect_input(x, in_features)
-    parts, shape = {"values": values, "meta": meta}, torch.Size((out_features, in_features))
+    parts = {"values": values, "positions": positions}
+    shape = torch.Size((out_features, in_features))
     coded = scale is not None
     if not x.numel() or (coded and quantize_input == "none"):
         rest = (scale, row_sums, bias, in_features, out_features, quantize_input, activation)
-        return plain_linear(PACKINGS[SemiStructured.name], x, values, meta, *rest)
+        return plain_linear(PACKINGS[SemiStructured.name], x, values, positions, *rest)
     rows = x.reshape(-1, in_features)
     if scale is None:
         y = _product(rows, parts, shape, bias)
     else:
-        assert row_sums is not None
         codes, x_scale, zero_point = quantize(rows, quantize_input)
-        sums = _integer_product(codes.to(torch.int8), parts, shape) - zero_point * row_sums
+        sums = _code_product(codes.to(values.dtype), parts, shape)
+        if row_sums is not None:
+            sums = sums - zero_point * row_sums
         y = sums.float() * (x_scale * scale)
         y = y if bias is None else y + bias.float()
     return ACTIVATIONS[activation](y).to(x.dtype).view(*x.shape[:-1], out_features)
@@ -53,19 +55,11 @@ def _product(
     return linear(rows, torch_tensor(parts, shape), bias)
 
 
-def _integer_product(codes: Tensor, parts: Mapping[str, Tensor], shape: torch.Size) -> Tensor:
-    """int8 [tokens, in] -> int32 [tokens, out], exact.
-
-    Private operators of torch, since its tensors return int8 for int8.
-    """
+def _code_product(codes: Tensor, parts: Mapping[str, Tensor], shape: torch.Size) -> Tensor:
+    """int8 or float8 [tokens, in] -> int32 or fp32 [tokens, out]."""
     tokens = len(codes)
     columns = pad(codes, (0, 0, 0, -tokens % _TOKENS)).t()
-    values, meta = parts["values"], parts["meta"]
-    if is_cusparselt(parts):
-        sums = torch._cslt_sparse_mm(values, columns, out_dtype=torch.int32)
-    else:
-        sums = torch._sparse_semi_structured_mm(values, meta, columns, out_dtype=torch.int32)
-    return sums[: shape[0], :tokens].t()
+    return code_product(parts, columns)[: shape[0], :tokens].t()
 
 
 torch.library.impl(f"{NAMESPACE}::{SemiStructured.operator}", "CUDA", semi_structured_linear)

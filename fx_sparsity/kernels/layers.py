@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
+from fx_sparsity.kernels.activations import QUANTIZERS
 from fx_sparsity.kernels.lowered import LoweredLinear
 from fx_sparsity.kernels.packing import PACKINGS
 from fx_sparsity.kernels.semi_structured import SemiStructured
@@ -27,7 +28,7 @@ class DenseLinear:
     """A linear layer, however a model holds it.
 
     Attributes:
-        weight: [out, in]: floating, or int8 codes of which 0 means zero.
+        weight: [out, in]: floating, or int8 or float8 codes of which 0 means zero.
         bias: [out], or None.
         scale: of the codes, float32 [out]; None where the weight is floating.
         quantize_input: how codes meet their activations, as `SparseLinear.from_dense` takes it.
@@ -51,7 +52,7 @@ class DenseLinear:
     def density(self) -> float:
         """Share of values that are not zero."""
         count = self.weight.numel()
-        return int(self.weight.count_nonzero()) / count if count else 0.0
+        return int((~self.zeros).count_nonzero()) / count if count else 0.0
 
     @property
     def zeros(self) -> Tensor:
@@ -101,7 +102,7 @@ class DenseLinear:
             if packing != SemiStructured.name:
                 return f"no kernel for CUDA, where {SemiStructured.name!r} is the packing of 2:4"
             if self.scale is not None and self.quantize_input == "none":
-                return "no kernel for weight-only int8"
+                return f"no kernel for weight-only {self.dtype}"
         return PACKINGS[packing].refusal(self.weight)
 
     def pack(self, packing: str, tied: LoweredLinear | None = None) -> LoweredLinear:
@@ -222,7 +223,7 @@ class TransposedLinear(FloatLinear):
 
 
 class TorchAOLinear(FloatLinear):
-    """`nn.Linear` whose weight is one of torchao's tensors: int8, one scale an output."""
+    """`nn.Linear` whose weight is one of torchao's tensors: 8 bits, one scale an output."""
 
     def covers(self, module: nn.Module) -> bool:
         """See `Kind`."""
@@ -330,33 +331,56 @@ _HOOKS = (
 
 def read_torchao(weight: Any) -> DenseLinear | str:
     """The layer, without its bias, whose weight is one of torchao's; or why it has no kernel."""
-    from torchao.quantization import Int8Tensor, PerRow
-    from torchao.quantization.quant_primitives import MappingType
+    from torchao.quantization import Float8Tensor, Int8Tensor
 
-    if not isinstance(weight, Int8Tensor):
+    if not isinstance(weight, Int8Tensor | Float8Tensor):
         return f"a {type(weight).__name__} has no kernel"
     if weight.ndim != 2 or tuple(weight.scale.shape) != (len(weight), 1):
         return f"scales of shape {tuple(weight.scale.shape)} have no kernel, only one an output"
-    if weight.zero_point is not None and bool(weight.zero_point.any()):
-        return "zero points other than 0 have no kernel"
-    if weight.act_pre_scale is not None or weight.act_quant_scale is not None:
-        return "activations with static scales have no kernel"
+    in_float = isinstance(weight, Float8Tensor)
+    if not in_float:
+        if weight.zero_point is not None and bool(weight.zero_point.any()):
+            return "zero points other than 0 have no kernel"
+        if weight.act_pre_scale is not None or weight.act_quant_scale is not None:
+            return "activations with static scales have no kernel"
     quantize_input = "none"
     if (kwargs := weight.act_quant_kwargs) is not None:
-        if kwargs.reduce_range or not isinstance(kwargs.granularity, PerRow):
+        found = _float8_quantizer(kwargs) if in_float else _int8_quantizer(kwargs)
+        if found is None:
             return f"activations quantized by {kwargs} have no kernel"
-        symmetric = kwargs.mapping_type == MappingType.SYMMETRIC
-        quantize_input = "token_symmetric" if symmetric else "token_affine"
+        quantize_input = found
     scale = weight.scale.detach().float().flatten()
     codes = weight.qdata.detach()
     return DenseLinear(codes, None, scale, quantize_input, input_dtype=weight.dtype)
+
+
+def _int8_quantizer(kwargs: Any) -> str | None:
+    """Which of `QUANTIZERS` torchao's arguments mean; None for those that have no kernel."""
+    from torchao.quantization import PerRow
+    from torchao.quantization.quant_primitives import MappingType
+
+    if kwargs.reduce_range or not isinstance(kwargs.granularity, PerRow):
+        return None
+    symmetric = kwargs.mapping_type == MappingType.SYMMETRIC
+    return "token_symmetric" if symmetric else "token_affine"
+
+
+def _float8_quantizer(kwargs: Any) -> str | None:
+    """See `_int8_quantizer`."""
+    from torchao.quantization import PerRow
+
+    bounded = kwargs.hp_value_lb is not None or kwargs.hp_value_ub is not None
+    taken = kwargs.float8_dtype == QUANTIZERS["token_float8"]
+    by_token = isinstance(kwargs.granularity, PerRow)
+    return "token_float8" if taken and by_token and not bounded else None
 
 
 def describe_torchao(weight: Any) -> tuple[Any, dict[str, Any]]:
     """What `restore_torchao` needs besides codes and scales."""
     names = (*weight.tensor_attribute_names, *weight.optional_tensor_attribute_names)
     described = {name: getattr(weight, name) for name in names}
-    described["zero_point"] = weight.zero_point
+    if hasattr(weight, "zero_point"):
+        described["zero_point"] = weight.zero_point
     return type(weight), described
 
 

@@ -17,17 +17,19 @@ class SparseLinear(PackedModule):
 
     Made by `from_dense`. The packed weight lies in buffers named after the packing's parts; what
     `load_state_dict` brings is checked before it replaces them, and may have other zeros.
-    Activations must have the dtype of the weight, or, where that is int8, be fp32 or bf16.
+    Activations must have the dtype of the weight, or, where that is int8 or float8, be fp32 or
+    bf16.
 
     Attributes:
         in_features: size of the last dimension of the activations.
         out_features: size of the last dimension of the result.
         packing: a key of `PACKINGS`.
-        weight_dtype: of the packed values: fp32, bf16 or int8.
-        quantize_input: one of "none" (activations as they are), and for int8 weights
-            "token_symmetric", "token_affine" and "tensor_affine", see `activations.quantize`.
+        weight_dtype: of the packed values: fp32, bf16 or int8; on CUDA fp16 and float8, too.
+        quantize_input: one of "none" (activations as they are), for int8 weights
+            "token_symmetric", "token_affine" and "tensor_affine", and for float8 weights, which
+            have no other, "token_float8"; see `activations.quantize`.
         activation: one of "none", "relu", "gelu", "gelu_tanh", "silu".
-        scale: fp32 [out], one a row of int8 codes; else None.
+        scale: fp32 [out], one a row of int8 or float8 codes; else None.
         bias: [out], or None.
     """
 
@@ -74,11 +76,12 @@ class SparseLinear(PackedModule):
         """Pack a dense weight.
 
         Args:
-            weight: [out, in], fp32, bf16, or int8 codes whose zero is 0.
+            weight: [out, in], fp32, bf16, or int8 codes whose zero is 0; on CUDA fp16, or float8
+                codes, too.
             bias: [out], or None.
             packing: a key of `PACKINGS`.
-            scale: [out], what each row's codes are multiplied by; for int8 only.
-            quantize_input: how activations meet int8 codes.
+            scale: [out], what each row's codes are multiplied by; for codes only.
+            quantize_input: how activations meet codes.
             activation: applied to the result.
 
         Raises:
@@ -86,7 +89,7 @@ class SparseLinear(PackedModule):
             PackingError: the packing refuses the weight.
         """
         _expect_one_of("packing", packing, PACKINGS)
-        _expect_one_of("quantize_input", quantize_input, QUANTIZERS)
+        _expect_one_of("quantize_input", quantize_input, ("none", *QUANTIZERS))
         _expect_one_of("activation", activation, ACTIVATIONS)
         weight = weight.detach()
         if reason := PACKINGS[packing].refusal(weight):
@@ -98,11 +101,16 @@ class SparseLinear(PackedModule):
                 )
             if vector is not None and vector.device != weight.device:
                 raise ValueError(f"{name} is on {vector.device}, the weight on {weight.device}")
-        coded = weight.dtype == torch.int8
+        coded = weight.dtype in QUANTIZERS.values()
         if coded != (scale is not None):
             raise ValueError(f"a {weight.dtype} weight {'needs a' if coded else 'takes no'} scale")
-        if quantize_input != "none" and not coded:
-            raise ValueError(f"quantize_input={quantize_input!r} needs int8 codes as the weight")
+        codes = QUANTIZERS.get(quantize_input)
+        if codes not in (None, weight.dtype):
+            raise ValueError(
+                f"quantize_input={quantize_input!r} needs a {codes} weight, found {weight.dtype}"
+            )
+        if codes is None and weight.dtype == torch.float8_e4m3fn:
+            raise ValueError("a float8 weight needs quantize_input='token_float8', found 'none'")
         return cls(
             PACKINGS[packing].pack(weight),
             weight.shape,
@@ -110,7 +118,7 @@ class SparseLinear(PackedModule):
             bias,
             packing=packing,
             scale=None if scale is None else scale.detach().float().contiguous(),
-            row_sums=None if quantize_input == "none" else weight.sum(1, dtype=torch.int32),
+            row_sums=weight.sum(1, dtype=torch.int32) if codes == torch.int8 else None,
             quantize_input=quantize_input,
             activation=activation,
         )
@@ -123,9 +131,9 @@ class SparseLinear(PackedModule):
             ValueError: its last dimension is not `in_features`, or it lies on another device.
         """
         expect_input(x, self.in_features)
-        if x.dtype != self.weight_dtype and self.weight_dtype != torch.int8:
-            raise TypeError(f"activations are {x.dtype}, the weight is {self.weight_dtype}")
         packing, held, bias = self._packing, self._buffers, self.bias
+        if x.dtype != self.weight_dtype and held["scale"] is None:
+            raise TypeError(f"activations are {x.dtype}, the weight is {self.weight_dtype}")
         # Straight from the dictionary: at one token, looking attributes up takes longer than a
         # tenth of the product.
         parts = [held[name] for name in packing.parts]
@@ -160,9 +168,9 @@ class SparseLinear(PackedModule):
         return self._packing.unpack(self.parts(), self._shape, self.weight_dtype)
 
     def dense_weight(self) -> Tensor:
-        """What the layer multiplies by, [out, in]: fp32 or bf16, int8 codes times their scale."""
+        """What the layer multiplies by, [out, in]: codes times their scale, in fp32."""
         codes = self.dense_codes()
-        return codes if self.scale is None else codes * self.scale.unsqueeze(1)
+        return codes if self.scale is None else codes.float() * self.scale.unsqueeze(1)
 
     @property
     def nbytes(self) -> int:
@@ -219,15 +227,17 @@ class SparseLinear(PackedModule):
         """Move or convert; a weight of another dtype lies otherwise and is packed anew."""
         like = fn(torch.empty(0, dtype=self.weight_dtype, device=self._device))
         parts = None
-        if like.dtype != self.weight_dtype:
+        coded = self.scale is not None
+        if like.dtype != self.weight_dtype and not coded:
             weight = self.dense_codes().to(like)
             if reason := self._packing.refusal(weight):
                 raise PackingError(f"{self.packing}: {reason}")
             parts = self._packing.pack(weight)
-        scale = self.scale
+        held = dict(self._buffers) if coded else {}
         super()._apply(fn, recurse)
-        if scale is not None:  # stays fp32
-            self.scale = scale.to(like.device)
+        for name, buffer in held.items():  # codes and their scale keep their dtypes
+            if buffer is not None and buffer.dtype != getattr(self, name).dtype:
+                setattr(self, name, buffer.to(like.device))
         if parts is not None:
             self.weight_dtype = like.dtype
             for name, part in parts.items():

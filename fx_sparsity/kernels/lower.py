@@ -50,8 +50,8 @@ def lower(
     Linear layers are replaced: `nn.Linear`, the `Conv1D` of transformers, those that torchao or
     `torch.ao` have quantized to 8 bits, and in graphs the nodes that compute them; and embeddings
     and bags with rows of zeros, quantized or not. On CUDA linear layers with 2:4 weights are, in
-    float16, bfloat16, and int8 with quantized activations. Call it before `torch.compile`,
-    `torch.export` and AOTInductor, which take what it returns.
+    float16, bfloat16, and int8 or float8 with quantized activations. Call it before
+    `torch.compile`, `torch.export` and AOTInductor, which take what it returns.
 
     Args:
         model: sparse already, and quantized or not; changed in place. An ExportedProgram is not
@@ -60,8 +60,9 @@ def lower(
             arguments. They tell the number of tokens that meet each layer, and which layers are
             used otherwise than by calling them. Without them modules are judged by their classes.
         policy: `"auto"` lowers where it measured faster than dense on this machine, beyond the
-            noise; `"always"` wherever a kernel takes fewer bytes; or a mapping of rules, see
-            `Policy`: `{"head": None, "re:.*mlp.*": "bitmask", nn.Linear: "auto"}`.
+            noise; `"always"` wherever a kernel takes fewer bytes; the name of a packing, of which
+            `"nm"` is the one for 2:4 on CUDA, too; or a mapping of rules, see `Policy`:
+            `{"head": None, "re:.*mlp.*": "bitmask", nn.Linear: "auto"}`.
         tokens: rows of activations in a call, to measure with. Read off the example inputs by
             default; one without them. `"auto"` wants all of them to be faster.
         keep_dense: keep a module's dense form beside the packed one where more tokens favour it,

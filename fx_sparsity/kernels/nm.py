@@ -27,7 +27,7 @@ class NM:
     """
 
     name = "nm"
-    operator = "nm_linear"
+    operator = "nm_linear.default"
     parts = ("mask", "values")
 
     def refusal(self, weight: Tensor) -> str | None:

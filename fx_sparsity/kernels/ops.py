@@ -24,30 +24,33 @@ NAMESPACE = "fx_sparsity"
 
 Linear = Callable[..., Tensor]
 
+_OPERATORS: dict[str, Linear] = {}
+"""Name and overload -> operator, looked up once."""
+
 
 def linear_operator(packing: Packing) -> Linear:
     """The operator that multiplies by a packed weight.
 
     Schema, after x [..., in] and the packing's parts:
-        scale: fp32 [out], of int8 codes; None for fp32 and bf16 weights.
+        scale: fp32 [out], of int8 or float8 codes; None for other weights.
         row_sums: int32 [out], sums of the codes of each output; None unless activations are
-            quantized.
+            quantized to integers.
         bias: of the dtype of x, [out]; or None.
         in_features, out_features: the shape of the weight.
-        quantize_input: one of `QUANTIZERS`.
+        quantize_input: "none", or one of `QUANTIZERS`.
         activation: one of `ACTIVATIONS`.
 
     Returns [..., out] in the dtype of x. Sums run in fp32, or int32 where activations are
     quantized, and are rounded once, after the activation. The gradient of quantized activations
     is that of the same weight without their rounding.
     """
-    return getattr(getattr(torch.ops, NAMESPACE), packing.operator).default
+    return _OPERATORS[packing.operator]
 
 
 def _define(packing: Packing) -> None:
     """Register the operator of `packing`."""
     parts = ", ".join(f"Tensor {name}" for name in packing.parts)
-    name = f"{NAMESPACE}::{packing.operator}"
+    name = f"{NAMESPACE}::{packing.operator}".removesuffix(".default")
     count = len(packing.parts)
     torch.library.define(
         name,
@@ -82,13 +85,16 @@ def _define(packing: Packing) -> None:
         needs = ctx.needs_input_grad
         to_x = to_bias = None
         if needs[0]:
-            weight = _dense(packing, parts, scale, torch.Size((outputs, inputs)), x)
+            weight = _dense(packing, parts, scale, torch.Size((outputs, inputs)))
             to_x = (grad.float() @ weight).to(x.dtype)
         if needs[count + 3]:
             to_bias = grad.float().flatten(0, -2).sum(0).to(bias.dtype)
         return (to_x, *[None] * (count + 2), to_bias, *[None] * 4)
 
     torch.library.register_autograd(name, backward, setup_context=setup_context)
+    operator, overload = packing.operator.split(".")
+    packet = getattr(getattr(torch.ops, NAMESPACE), operator)
+    _OPERATORS[packing.operator] = getattr(packet, overload)
 
 
 def plain_linear(packing: Packing, x: Tensor, *rest: Any) -> Tensor:
@@ -98,28 +104,29 @@ def plain_linear(packing: Packing, x: Tensor, *rest: Any) -> Tensor:
     expect_input(x, inputs)
     shape = torch.Size((outputs, inputs))
     if how == "none" or not x.numel():
-        y = linear(x.float(), _dense(packing, parts, scale, shape, x))
+        y = linear(x.float(), _dense(packing, parts, scale, shape))
     else:
         codes, x_scale, zero_point = quantize(x, how)
-        weight = packing.unpack(_named(packing, parts), shape, torch.int8)
-        # Exact: sums of products of 8-bit integers fit into the 53 bits of a double.
-        product = linear((codes - zero_point).double(), weight.double())
+        weight = _unpacked(packing, parts, shape)
+        # Exact: sums of products of 8-bit numbers fit into the 53 bits of a double.
+        product = linear(codes.double() - zero_point, weight.double())
         y = product.float() * (x_scale * scale)
     if bias is not None:
         y = y + bias.float()
     return ACTIVATIONS[activation](y).to(x.dtype)
 
 
-def _named(packing: Packing, parts: Sequence[Tensor]) -> dict[str, Tensor]:
-    return dict(zip(packing.parts, parts, strict=True))
+def _unpacked(packing: Packing, parts: Sequence[Tensor], shape: torch.Size) -> Tensor:
+    """The weight in its own dtype, which is that of the part `values`."""
+    named = dict(zip(packing.parts, parts, strict=True))
+    return packing.unpack(named, shape, named["values"].dtype)
 
 
 def _dense(
-    packing: Packing, parts: Sequence[Tensor], scale: Tensor | None, shape: torch.Size, x: Tensor
+    packing: Packing, parts: Sequence[Tensor], scale: Tensor | None, shape: torch.Size
 ) -> Tensor:
     """The weight in fp32, scaled if it consists of codes."""
-    dtype = x.dtype if scale is None else torch.int8
-    weight = packing.unpack(_named(packing, parts), shape, dtype).float()
+    weight = _unpacked(packing, parts, shape).float()
     return weight if scale is None else weight * scale.unsqueeze(1)
 
 
@@ -137,5 +144,5 @@ def expect_input(x: Tensor, in_features: int) -> None:
         raise ValueError(f"activations are {list(x.shape)}, expected [..., {in_features}]")
 
 
-for _packing in {packing.operator: packing for packing in PACKINGS.values()}.values():
+for _packing in PACKINGS.values():
     _define(_packing)

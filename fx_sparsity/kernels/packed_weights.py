@@ -21,7 +21,7 @@ from fx_sparsity.kernels.packing import PACKINGS, Packing, PackingError
 from fx_sparsity.kernels.rewrite import KERNELS
 from fx_sparsity.quantization.stored import READERS, StoredWeight
 
-_BY_OPERATOR = {f"{NAMESPACE}.{p.operator}.default": p for p in PACKINGS.values()}
+_BY_OPERATOR = {f"{NAMESPACE}.{p.operator}": p for p in PACKINGS.values()}
 _AGAIN = re.compile(r"__\d+$")
 """What `LowerNodes` adds to the name of a weight that has several nodes."""
 
@@ -146,18 +146,19 @@ def _read_node(model: fx.GraphModule, node: fx.Node, packing: Packing) -> _Read 
 def _stored(
     fqn: str, path: str, packing: Packing, codes: Tensor, scale: Tensor | None, names: list[str]
 ) -> StoredWeight:
-    """An [out, in] weight that lies in `packing`."""
+    """An [out, in] weight that lies in `packing`; float8 codes are read as their values."""
+    integers = codes.dtype == torch.int8
     column = None if scale is None else scale.view(-1, 1)
     return StoredWeight(
         fqn,
         f"{path}.weight".removeprefix("."),
         str(codes.dtype).removeprefix("torch."),
         f"packed as {packing.name}" + ("" if scale is None else ", per-channel symmetric, axis 0"),
-        codes,
+        codes if integers or column is None else codes.float(),
         _refuses(fqn),
         column,
         None if column is None else torch.zeros_like(column),
-        None if column is None else (-128, 127),
+        (-128, 127) if integers else None,
         roles=("out", "in"),
         made_of=tuple(names),
     )

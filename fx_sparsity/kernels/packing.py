@@ -12,7 +12,7 @@ from fx_sparsity.kernels.nm import NM
 from fx_sparsity.kernels.panels import PackingError
 from fx_sparsity.kernels.semi_structured import SemiStructured
 
-__all__ = ["PACKINGS", "Packing", "PackingError"]
+__all__ = ["PACKINGS", "Packing", "PackingError", "packing_for"]
 
 
 class Packing(Protocol):
@@ -28,7 +28,11 @@ class Packing(Protocol):
 
     @property
     def operator(self) -> str:
-        """The operator in `torch.ops.fx_sparsity` that reads the parts; packings may share one."""
+        """The operator in `torch.ops.fx_sparsity` that reads the parts, and its overload.
+
+        Packings that stand for the same zeros share a name, each with an overload of its own: a
+        compiled or exported program tells by it which layout the parts have.
+        """
         ...
 
     @property
@@ -41,7 +45,7 @@ class Packing(Protocol):
         ...
 
     def pack(self, weight: Tensor) -> dict[str, Tensor]:
-        """Pack a weight that is not refused: fp32, bf16 or int8, on any device, of any strides."""
+        """Pack a weight that is not refused, of any strides."""
         ...
 
     def unpack(self, parts: Mapping[str, Tensor], shape: torch.Size, dtype: torch.dtype) -> Tensor:
@@ -59,3 +63,8 @@ class Packing(Protocol):
 PACKINGS: dict[str, Packing] = {
     packing.name: packing for packing in (Bitmask(), NM(), Block(), SemiStructured())
 }
+
+
+def packing_for(name: str, device: torch.device) -> str:
+    """The packing that `name` means where a weight lies: "nm" has a layout of its own on CUDA."""
+    return SemiStructured.name if name == NM.name and device.type == "cuda" else name

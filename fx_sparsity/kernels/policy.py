@@ -10,7 +10,7 @@ from torch import nn
 from fx_sparsity.kernels import timing
 from fx_sparsity.kernels.layers import DenseLinear
 from fx_sparsity.kernels.lowered import LoweredLinear
-from fx_sparsity.kernels.packing import PACKINGS
+from fx_sparsity.kernels.packing import PACKINGS, packing_for
 from fx_sparsity.kernels.tables import ROWS, DenseTable, Lookup
 
 AUTO, ALWAYS = "auto", "always"
@@ -135,9 +135,10 @@ class Policy:
         if wish not in (AUTO, ALWAYS):
             if linear != (wish in PACKINGS):
                 return Choice(None, reason=f"{wish!r} is no packing for it")
-            if (refusal := layer.refusal(wish)) is not None:
-                raise LoweringError(f"{fqn}: packing {wish!r} cannot hold it: {refusal}")
-            return Choice(wish)
+            packing = packing_for(wish, layer.device)
+            if (refusal := layer.refusal(packing)) is not None:
+                raise LoweringError(f"{fqn}: packing {packing!r} cannot hold it: {refusal}")
+            return Choice(packing)
         fitting, refusals = layer.candidates()
         if not fitting:
             return Choice(None, reason="; ".join(refusals))
@@ -150,7 +151,8 @@ class Policy:
         if wish == ALWAYS:
             return Choice(smaller[0], packed=fitting[smaller[0]])
         if layer.device.type == "cuda" and layer.how:
-            return Choice(None, reason="int8 is not timed on CUDA: name the packing, or 'always'")
+            reason = f"{layer.dtype} is not timed on CUDA: name the packing, or 'always'"
+            return Choice(None, reason=reason)
         timed = timing.measure(
             layer,
             {name: fitting[name] for name in smaller},

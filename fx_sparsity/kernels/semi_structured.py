@@ -1,6 +1,7 @@
 """2:4 on CUDA: torch's own semi-structured tensors, which run on cuSPARSELt or CUTLASS."""
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any, TypeGuard
 
 import torch
@@ -20,11 +21,19 @@ from torch.sparse._semi_structured_conversions import (
 
 from fx_sparsity.kernels.panels import PackingError, expect, expect_parts
 
-_INPUTS = {torch.float16: 64, torch.bfloat16: 64, torch.int8: 128}
+_FLOAT8 = torch.float8_e4m3fn
+_INPUTS = {torch.float16: 64, torch.bfloat16: 64, torch.int8: 128, _FLOAT8: 64}
 """Dtype -> what the inputs have to be a multiple of, for either library, as torch 2.13 has them."""
 _OUTPUTS = 32
-_META = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.int8: torch.int32}
+_POSITIONS = {
+    torch.float16: torch.int16,
+    torch.bfloat16: torch.int16,
+    torch.int8: torch.int32,
+    _FLOAT8: torch.int32,
+}
 """Dtype of a weight -> dtype of CUTLASS's positions, 4 bits for every four inputs."""
+_SUMS = {torch.int8: torch.int32, _FLOAT8: torch.float32}
+"""Dtype of codes -> dtype in which products of them are summed up."""
 
 
 class SemiStructured:
@@ -33,13 +42,15 @@ class SemiStructured:
     Parts:
         values: [out, in / 2] of the weight's dtype, the two that are kept of every four inputs; for
             cuSPARSELt, which is taken where torch has it, followed by positions in its own layout.
-        meta: CUTLASS's positions, int16 [out, in / 16], or int32 [out, in / 32] for int8; for
+        positions: CUTLASS's positions, int16 [out, in / 16], or int32 [out, in / 32] for codes; for
             cuSPARSELt int16 [0].
+
+    Only cuSPARSELt multiplies float8; CUTLASS's layout serves it elsewhere than on CUDA.
     """
 
     name = "semi_structured"
-    operator = "semi_structured_linear"
-    parts = ("values", "meta")
+    operator = "nm_linear.semi_structured"
+    parts = ("values", "positions")
 
     def refusal(self, weight: Tensor) -> str | None:
         """Why torch has no such kernel for the weight; None if it has."""
@@ -50,7 +61,9 @@ class SemiStructured:
                 f"torch has semi-structured kernels on CUDA alone, the weight is on {weight.device}"
             )
         if weight.dtype not in _INPUTS:
-            return f"the weight is {weight.dtype}; kernels take float16, bfloat16 and int8"
+            return f"the weight is {weight.dtype}; kernels take float16, bfloat16, int8 and float8"
+        if weight.dtype == _FLOAT8 and (reason := _float8_refusal(weight.device)):
+            return reason
         if not follows_2_4(weight):
             return "its zeros are not 2:4 along the inputs"
         outputs, inputs = weight.shape
@@ -63,26 +76,28 @@ class SemiStructured:
 
     def pack(self, weight: Tensor) -> dict[str, Tensor]:
         """Pack [out, in] that is not refused, on CUDA; elsewhere in CUTLASS's layout."""
-        weight = torch.where(weight != 0, weight, weight.new_zeros(())).contiguous()
+        bits = _bits(weight)
+        bits = torch.where(bits != 0, bits, bits.new_zeros(())).contiguous()
         if weight.is_cuda and torch.backends.cusparselt.is_available():
-            packed = SparseSemiStructuredTensorCUSPARSELT.from_dense(weight).packed
-            assert packed is not None
-            none = torch.empty(0, dtype=torch.int16, device=weight.device)
-            return {"values": packed, "meta": none}
-        values, meta = sparse_semi_structured_from_dense_cutlass(weight)
-        return {"values": values, "meta": meta}
+            return _compressed(bits.view(weight.dtype))
+        values, positions = sparse_semi_structured_from_dense_cutlass(bits)
+        return {"values": values.view(weight.dtype), "positions": positions}
 
     def unpack(self, parts: Mapping[str, Tensor], shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """The dense weight: exact where it was kept, +0.0 elsewhere."""
+        if is_cusparselt(parts) and dtype == _FLOAT8:
+            one = torch.eye(shape[1], device=parts["values"].device).to(dtype)
+            dense = code_product(parts, one.t())
+            return torch.where(dense == 0, 0.0, dense).to(dtype)
         if is_cusparselt(parts):
             return to_dense(torch_tensor(parts, shape))
-        dense = sparse_semi_structured_to_dense_cutlass(parts["values"], parts["meta"])
-        return torch.where(dense != 0, dense, dense.new_zeros(()))
+        dense = sparse_semi_structured_to_dense_cutlass(_bits(parts["values"]), parts["positions"])
+        return torch.where(dense != 0, dense, dense.new_zeros(())).view(dtype)
 
     def check(self, parts: Mapping[str, Tensor], shape: torch.Size, dtype: torch.dtype) -> None:
         """Raise PackingError unless a kernel can read `parts` safely, as an [out, in] weight."""
         expect_parts(parts, self.parts)
-        values, meta = (parts[name] for name in self.parts)
+        values, positions = (parts[name] for name in self.parts)
         outputs, inputs = shape
         if is_cusparselt(parts):
             if not values.is_cuda:
@@ -93,15 +108,67 @@ class SemiStructured:
                 )
             return
         expect("values", values, (outputs, inputs // 2), dtype)
-        expect("meta", meta, (outputs, inputs // (8 * _META[dtype].itemsize)), _META[dtype])
-        kept = self.unpack(parts, shape, dtype).count_nonzero()
-        if int(kept) != int(values.count_nonzero()):
-            raise PackingError("meta puts two values into one place")
+        kind = _POSITIONS[dtype]
+        expect("positions", positions, (outputs, inputs // (8 * kind.itemsize)), kind)
+        kept = _bits(self.unpack(parts, shape, dtype)).count_nonzero()
+        if int(kept) != int(_bits(values).count_nonzero()):
+            raise PackingError("positions put two values into one place")
+
+
+def _bits(values: Tensor) -> Tensor:
+    """Float8 as int8 that is zero at the same places, since torch lacks operators for float8."""
+    if values.dtype != _FLOAT8:
+        return values
+    bits = values.view(torch.int8)
+    return torch.where(bits == -128, 0, bits)  # which is -0.0
+
+
+def _compressed(weight: Tensor) -> dict[str, Tensor]:
+    """The parts of a 2:4 weight on CUDA, for cuSPARSELt."""
+    packed = SparseSemiStructuredTensorCUSPARSELT.from_dense(weight).packed
+    assert packed is not None
+    return {"values": packed, "positions": torch.empty(0, dtype=torch.int16, device=weight.device)}
+
+
+@cache
+def _float8_refusal(device: torch.device) -> str | None:
+    """Why there is no product of float8 on a device; None if there is.
+
+    It is tried: that depends on the device, on cuSPARSELt, and on how torch was built.
+    """
+    if not torch.backends.cusparselt.is_available():
+        return "float8 needs cuSPARSELt, which this torch does not have"
+    try:
+        zeros = torch.zeros(_OUTPUTS, _INPUTS[_FLOAT8], device=device).to(_FLOAT8)
+        code_product(_compressed(zeros), zeros.t())
+    except RuntimeError as error:
+        return f"torch refuses float8 on {device}: {str(error).splitlines()[0]}"
+    return None
+
+
+def code_product(parts: Mapping[str, Tensor], columns: Tensor) -> Tensor:
+    """Packed codes times others: [in, tokens] -> [out, tokens], not scaled.
+
+    Private operators of torch, since its tensors return int8 for int8, and have one scale in all
+    for float8.
+
+    Args:
+        parts: of int8 or float8 codes.
+        columns: of their dtype, the transpose of what is contiguous; tokens a multiple of 16.
+
+    Returns:
+        int32, exact; or fp32.
+    """
+    values, positions = parts["values"], parts["positions"]
+    sums = _SUMS[values.dtype]
+    if is_cusparselt(parts):
+        return torch._cslt_sparse_mm(values, columns, out_dtype=sums)
+    return torch._sparse_semi_structured_mm(values, positions, columns, out_dtype=sums)
 
 
 def is_cusparselt(parts: Mapping[str, Tensor]) -> bool:
     """Whether cuSPARSELt compressed the parts, rather than CUTLASS."""
-    return not parts["meta"].numel()
+    return not parts["positions"].numel()
 
 
 def torch_tensor(parts: Mapping[str, Tensor], shape: torch.Size) -> Any:
@@ -109,7 +176,7 @@ def torch_tensor(parts: Mapping[str, Tensor], shape: torch.Size) -> Any:
     rest: Any = (None, None, None)  # what is kept for products with the transposed weight
     if is_cusparselt(parts):
         return SparseSemiStructuredTensorCUSPARSELT(shape, parts["values"], None, *rest)
-    return SparseSemiStructuredTensorCUTLASS(shape, parts["values"], parts["meta"], *rest)
+    return SparseSemiStructuredTensorCUTLASS(shape, parts["values"], parts["positions"], *rest)
 
 
 def semi_structured_refusal(weight: Tensor) -> str | None:

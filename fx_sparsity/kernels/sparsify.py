@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from fx_sparsity.kernels.layers import DenseLinear
 from fx_sparsity.kernels.lower import lower
 from fx_sparsity.kernels.packing import PACKINGS
 from fx_sparsity.kernels.policy import LoweringError
@@ -105,7 +106,7 @@ def sparsify_(
             continue
         instead = "it stays dense"
         for name in config.packings:
-            if name in PACKINGS and PACKINGS[name].refusal(module.weight) is None:
+            if name in PACKINGS and DenseLinear(module.weight).refusal(name) is None:
                 packings[f"{path}.weight".removeprefix(".")] = name
                 instead = f"packed as {name!r} instead"
                 break

@@ -272,7 +272,7 @@ def test_refuses_before_packing():
         "activation is 'tanh'": {"weight": weight, "activation": "tanh"},
         "takes no scale": {"weight": weight, "scale": scale},
         "needs a scale": {"weight": codes},
-        "needs int8 codes": {"weight": weight, "quantize_input": "token_affine"},
+        "needs a torch.int8 weight": {"weight": weight, "quantize_input": "token_affine"},
         "bias is [3], expected [4]": {"weight": weight, "bias": torch.ones(3)},
         "scale is [1], expected [4]": {"weight": codes, "scale": scale[:1]},
         "bias is on meta": {"weight": weight, "bias": torch.ones(4, device="meta")},

@@ -62,6 +62,7 @@ class CompressedFile:
         self.keys: list[str] = []
         self._shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
         self._checksums: dict[str, int] = {}
+        self._counted: dict[str, Tensor | None] = {}
         text = self.file.metadata.get(KEY)
         self.ours = text is not None
         self._parts: dict[str, dict[str, str]] = {}
@@ -72,7 +73,7 @@ class CompressedFile:
         for name, form in self.forms.items():
             if self.ours or form != "dense":
                 dtype, shape = self._shapes[name]
-                _ALL[form].check(name, self.parts(name), shape, dtype)
+                self._counted[name] = _ALL[form].check(name, self.parts(name), shape, dtype)
 
     @property
     def names(self) -> list[str]:
@@ -107,12 +108,11 @@ class CompressedFile:
     def tensor(self, name: str) -> Tensor:
         """A tensor, dense: decoded, or a view of the mapped file where it is stored so."""
         name = self.same_as.get(name, name)
-        parts = self.parts(name)
         if self.forms[name] == "dense":
-            return parts[""]
+            return self.parts(name)[""]
         dtype, shape = self._shapes[name]
         out = empty(shape, dtype)
-        _ALL[self.forms[name]].decode(parts, out)
+        self._decode(name, out)
         return out
 
     def read(self, name: str, room: Tensor | None = None) -> Tensor:
@@ -129,7 +129,7 @@ class CompressedFile:
             return self.tensor(name)
         dtype, shape = self._shapes[name]
         out = room[: elements_of(shape) * dtype.itemsize].view(dtype).view(shape)
-        _ALL[self.forms[name]].decode(self.parts(name), out)
+        self._decode(name, out)
         return out
 
     def ask_for(self, name: str) -> None:
@@ -141,9 +141,12 @@ class CompressedFile:
         """Write a tensor into `target`, of its shape; decoded there where that is possible."""
         name = self.same_as.get(name, name)
         if takes(target, *self.dtype_and_shape(name)):
-            _ALL[self.forms[name]].decode(self.parts(name), target.detach())
+            self._decode(name, target.detach())
         else:
             target.detach().copy_(self.tensor(name))
+
+    def _decode(self, name: str, out: Tensor) -> None:
+        _ALL[self.forms[name]].decode(self.parts(name), self._counted.get(name), out)
 
     def faults(self) -> list[str]:
         """Tensors whose bytes do not match their checksum; empty for a file without checksums."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from fx_sparsity.masks.bits import pack_bits, unpack_bits
 from fx_sparsity.storage.container import FileFormatError
 from fx_sparsity.storage.formats import Contents, Format, TwoFour, expect_part
-from fx_sparsity.storage.packing import as_integers, pack, unpack
+from fx_sparsity.storage.packing import as_integers, count_bits, pack, unpack
 
 
 class SparseBitmask:
@@ -53,7 +53,7 @@ class SparseBitmask:
         if not torch.equal(parts["row_offsets"], counts.cumsum(0) - counts):
             raise FileFormatError(f"{name}: row_offsets do not fit the bitmask")
 
-    def decode(self, parts: Mapping[str, Tensor], out: Tensor) -> None:
+    def decode(self, parts: Mapping[str, Tensor], counted: Tensor | None, out: Tensor) -> None:
         """See `Format.decode`."""
         _decode(parts, out)
 
@@ -89,7 +89,7 @@ class Sparse24Bitmask:
             raise FileFormatError(f"{name}: expected two bits of every four")
         expect_part(name, "compressed", parts["compressed"], dtype, (rows, columns // 2))
 
-    def decode(self, parts: Mapping[str, Tensor], out: Tensor) -> None:
+    def decode(self, parts: Mapping[str, Tensor], counted: Tensor | None, out: Tensor) -> None:
         """See `Format.decode`."""
         _decode(parts, out)
 
@@ -132,4 +132,5 @@ def _decode(parts: Mapping[str, Tensor], out: Tensor) -> None:
     if columns % 8:
         found = unpack_bits(bits.flatten(), (len(bits), 8 * bits.shape[1]))[:, :columns]
         bits = pack_bits(found)
-    unpack(bits.flatten(), as_integers(parts["compressed"]).flatten(), as_integers(out).flatten())
+    bits, values = bits.flatten(), as_integers(parts["compressed"]).flatten()
+    unpack(bits, count_bits(bits), values, as_integers(out).flatten())

@@ -11,6 +11,7 @@ from fx_sparsity.masks.bits import pack_bits, unpack_bits
 from fx_sparsity.storage.container import FileFormatError
 from fx_sparsity.storage.memory import empty
 from fx_sparsity.storage.packing import (
+    CHUNK,
     as_integers,
     copy,
     count_bits,
@@ -101,7 +102,7 @@ class Format(Protocol):
 
     def check(
         self, name: str, parts: Mapping[str, Tensor], shape: Sequence[int], dtype: torch.dtype
-    ) -> None:
+    ) -> Tensor | None:
         """Make sure that `decode` gives a tensor of `shape` and `dtype`, before it is made.
 
         Args:
@@ -110,12 +111,21 @@ class Format(Protocol):
             shape: of the tensor.
             dtype: of the tensor.
 
+        Returns:
+            What had to be counted, if anything, for `decode`.
+
         Raises:
             FileFormatError: the parts do not fit the shape or each other.
         """
 
-    def decode(self, parts: Mapping[str, Tensor], out: Tensor) -> None:
-        """Undo `encode` for checked parts: writes every element of `out`, contiguous."""
+    def decode(self, parts: Mapping[str, Tensor], counted: Tensor | None, out: Tensor) -> None:
+        """Undo `encode` for checked parts: writes every element of `out`, contiguous.
+
+        Args:
+            parts: as `check` had them.
+            counted: what it returned.
+            out: of the shape and dtype that it was told.
+        """
 
 
 class Dense:
@@ -137,7 +147,7 @@ class Dense:
         """See `Format.check`."""
         expect_part(name, "data", parts[""], dtype, shape)
 
-    def decode(self, parts: Mapping[str, Tensor], out: Tensor) -> None:
+    def decode(self, parts: Mapping[str, Tensor], counted: Tensor | None, out: Tensor) -> None:
         """See `Format.decode`."""
         copy(parts[""], out)
 
@@ -165,18 +175,22 @@ class Bitmask:
 
     def check(
         self, name: str, parts: Mapping[str, Tensor], shape: Sequence[int], dtype: torch.dtype
-    ) -> None:
+    ) -> Tensor:
         """See `Format.check`."""
         bits, values = parts["bitmask"], parts["values"]
         _check_bits(name, "bitmask", bits, torch.Size(shape).numel())
-        count = count_bits(bits)
+        counts = count_bits(bits)
+        count = int(counts[-1])
         expect_part(name, "values", values, dtype, (_filled(count, dtype.itemsize),))
         if bool(as_integers(values)[count:].any()):
             _contradiction(name, "zeros after the last value", "something else")
+        return counts
 
-    def decode(self, parts: Mapping[str, Tensor], out: Tensor) -> None:
+    def decode(self, parts: Mapping[str, Tensor], counted: Tensor | None, out: Tensor) -> None:
         """See `Format.decode`."""
-        unpack(parts["bitmask"], as_integers(parts["values"]), as_integers(out).view(-1))
+        assert counted is not None
+        values = as_integers(parts["values"])
+        unpack(parts["bitmask"], counted, values, as_integers(out).view(-1))
 
 
 class TwoFour:
@@ -222,10 +236,11 @@ class TwoFour:
         if not two_of_four(bits, elements):
             _contradiction(name, "two bits of every four", "others")
 
-    def decode(self, parts: Mapping[str, Tensor], out: Tensor) -> None:
+    def decode(self, parts: Mapping[str, Tensor], counted: Tensor | None, out: Tensor) -> None:
         """See `Format.decode`."""
         values = as_integers(parts["values"]).view(-1)
-        unpack(parts["bitmask"], values, as_integers(out).view(-1))
+        counts = torch.arange(0, out.numel() + CHUNK, CHUNK).clamp(max=out.numel()) // 2
+        unpack(parts["bitmask"], counts, values, as_integers(out).view(-1))
 
 
 class Block:
@@ -263,10 +278,10 @@ class Block:
             found = f"values of shape {tuple(values.shape)}"
             _contradiction(name, f"blocks that divide {rows}x{columns}", found)
         _check_bits(name, "blocks", bits, (rows // block[0]) * (columns // block[1]))
-        expect_part(name, "values", values, dtype, (count_bits(bits), *block))
+        expect_part(name, "values", values, dtype, (int(count_bits(bits)[-1]), *block))
         _check_expansion(name, parts, shape, dtype)
 
-    def decode(self, parts: Mapping[str, Tensor], out: Tensor) -> None:
+    def decode(self, parts: Mapping[str, Tensor], counted: Tensor | None, out: Tensor) -> None:
         """See `Format.decode`."""
         matrix = as_integers(out).view(*_matrix_shape(out.shape))
         scatter_blocks(parts["blocks"], as_integers(parts["values"]), matrix)
@@ -300,11 +315,11 @@ class Rows:
         if len(shape) < 2 or not all(shape):
             _contradiction(name, "two axes or more, not empty", f"shape {tuple(shape)}")
         _check_bits(name, "kept", parts["kept"], shape[0])
-        kept = count_bits(parts["kept"])
+        kept = int(count_bits(parts["kept"])[-1])
         expect_part(name, "values", parts["values"], dtype, (kept, *shape[1:]))
         _check_expansion(name, parts, shape, dtype)
 
-    def decode(self, parts: Mapping[str, Tensor], out: Tensor) -> None:
+    def decode(self, parts: Mapping[str, Tensor], counted: Tensor | None, out: Tensor) -> None:
         """See `Format.decode`."""
         rows = as_integers(parts["values"]).flatten(1).unsqueeze(1)
         scatter_blocks(parts["kept"], rows, as_integers(out).flatten(1))
@@ -411,7 +426,7 @@ def _count_whole(dtype: torch.dtype) -> Callable[[Tensor], int]:
 
 
 _COUNT_OF_WIDTH: dict[int, Callable[[Tensor], int]] = {
-    1: lambda bits: count_bits(bits.reshape(-1)),
+    1: lambda bits: int(count_bits(bits.reshape(-1))[-1]),
     4: _count_halves,
     8: _count_whole(torch.uint8),
     16: _count_whole(torch.int16),

@@ -14,6 +14,9 @@ from fx_sparsity.masks.bits import pack_bits, unpack_bits
 
 LIBRARY = Library("storage", [Path(__file__).parent / "kernels" / "ops.cpp"])
 
+CHUNK = 1 << 16
+"""Elements that a thread takes at a time; `kWord * kWords` in `bits.h`."""
+
 _PART = 1 << 20  # elements, where something is cast on the way
 _INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -23,11 +26,16 @@ def as_integers(x: Tensor) -> Tensor:
     return x.contiguous().view(_INTEGER[x.element_size()])
 
 
-def count_bits(bits: Tensor) -> int:
-    """How many bits of a uint8 tensor are set."""
+def count_bits(bits: Tensor) -> Tensor:
+    """How many bits of a uint8 tensor are set before each `CHUNK` elements, and, last, in all."""
+    chunks = -(-8 * len(bits) // CHUNK)
+    counts = torch.zeros(chunks + 1, dtype=torch.int64)
     if LIBRARY.ready():
-        return torch.ops.fx_sparsity_storage.count_bits(bits)
-    return int(unpack_bits(bits, (8 * len(bits),)).count_nonzero())
+        torch.ops.fx_sparsity_storage.count_bits(bits, counts)
+    else:
+        found = [int(unpack_bits(part, (8 * len(part),)).sum()) for part in bits.split(CHUNK // 8)]
+        counts[1:] = torch.tensor(found, dtype=torch.int64).cumsum(0)
+    return counts
 
 
 def find_bits(x: Tensor) -> tuple[Tensor, int]:
@@ -47,13 +55,19 @@ def pack(x: Tensor, bits: Tensor, values: Tensor) -> None:
         values.copy_(x[unpack_bits(bits, x.shape)])
 
 
-def unpack(bits: Tensor, values: Tensor, out: Tensor) -> None:
-    """Undo `pack`, in place; what has no bit becomes zero. Values beyond the bits are ignored."""
+def unpack(bits: Tensor, counts: Tensor, values: Tensor, out: Tensor) -> None:
+    """Undo `pack`, in place; what has no bit becomes zero. Values beyond the bits are ignored.
+
+    Args:
+        bits: as `pack` takes them.
+        counts: what `count_bits` says of them.
+        values: as `pack` wrote them.
+        out: overwritten.
+    """
     if LIBRARY.ready():
-        torch.ops.fx_sparsity_storage.unpack(bits, values, out)
+        torch.ops.fx_sparsity_storage.unpack(bits, counts, values, out)
     else:
-        found = unpack_bits(bits, out.shape)
-        out.zero_()[found] = values[: int(found.count_nonzero())]
+        out.zero_()[unpack_bits(bits, out.shape)] = values[: int(counts[-1])]
 
 
 def count_of_fours(bits: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from fx_sparsity.masks.native import LIBRARY as MASKS
 from fx_sparsity.patterns import SparsityConfig
 from fx_sparsity.storage.packing import LIBRARY
 from tests.benchmarks.bench_files import COLUMNS, sync
+from tests.benchmarks.bench_masks import machine
 
 TABLE = Path(__file__).with_name("checkpoint.txt")
 CELLS = (("unstructured 50%", "dense"), ("2:4", "dense"), ("2:4", "compressed"))
@@ -38,7 +39,7 @@ def measure(nbytes: int, runs: int, folder: Path) -> list[str]:
         save_file({name: weight + i for i, name in enumerate(names)}, src / f"{shard}.safetensors")
     os.sync()
     lines = [
-        f"sparsify_checkpoint, {nbytes >> 20} MiB of bf16 in 4 shards; seconds, medians of {runs}",
+        f"sparsify_checkpoint, {nbytes >> 20} MiB of bf16 in 4 shards; medians of {runs}",
         f"{'pattern':<19}{'layout':<12}{'copy':>6}{'engine':>8}{'ours':>7}{'/(copy + engine)':>18}",
     ]
     sparsifier = fxs.DataNormSparsifier()
@@ -85,9 +86,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--runs", type=int, default=3)
     options = parser.parse_args(arguments)
     MASKS.ready()
-    kernels = "C++ kernels" if LIBRARY.ready() else "plain torch"
-    threads = torch.get_num_threads()
-    print(first := f"{threads} threads; torch {torch.__version__}; {kernels}", flush=True)
+    print(first := machine(LIBRARY, "seconds"), flush=True)
     folder = Path(tempfile.mkdtemp())
     try:
         lines = [first, *measure(options.megabytes << 20, options.runs, folder)]

@@ -23,11 +23,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import fx_sparsity as fxs
-from fx_sparsity._native.cache import instruction_set
 from fx_sparsity.masks.native import LIBRARY as MASKS
 from fx_sparsity.patterns import SparsityConfig
 from fx_sparsity.storage import CompressedFile
 from fx_sparsity.storage.packing import LIBRARY
+from tests.benchmarks.bench_masks import machine
 
 TABLE = Path(__file__).with_name("files.txt")
 COLUMNS = 4096
@@ -184,11 +184,8 @@ def main(arguments: list[str] | None = None) -> list[Result]:
     parser.add_argument("--runs", type=int, default=5)
     options = parser.parse_args(arguments)
     MASKS.ready()
-    kernels = "C++ kernels" if LIBRARY.ready() else "plain torch"
-    avx512 = "AVX512" if "avx512_vbmi2" in instruction_set() else "no AVX512"
     lines = [
-        f"{options.megabytes} MiB in four matrices; {avx512}, {torch.get_num_threads()} threads; "
-        f"torch {torch.__version__}; {kernels}; times in milliseconds",
+        f"{options.megabytes} MiB in four matrices; {machine(LIBRARY)}",
         "read: dense file loaded and every byte summed; model: dense file into a model; "
         "ours: compressed file into the same model",
         "cold: the same as read and ours; save: synced",

@@ -63,10 +63,10 @@ def same_bits(a, b):
 def decoded(form, tensor):
     parts = form.encode(Contents(tensor))
     assert set(parts) == set(form.parts)
-    form.check("t", parts, tuple(tensor.shape), tensor.dtype)
+    counted = form.check("t", parts, tuple(tensor.shape), tensor.dtype)
     out = torch.full((tensor.numel() * tensor.element_size(),), 0xA5, dtype=torch.uint8)
     out = out.view(tensor.dtype).view(tensor.shape)
-    form.decode(parts, out)
+    form.decode(parts, counted, out)
     return out, sum(part.nbytes for part in parts.values())
 
 

@@ -12,10 +12,7 @@
 
 #include <torch/csrc/stable/ops.h>
 
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VBMI2__)
-#include <immintrin.h>
-#define FX_AVX512 1
-#endif
+#include "expand.h"
 
 namespace fx {
 
@@ -56,7 +53,17 @@ inline std::vector<int64_t> starts_of(const uint8_t* bits, int64_t elements) {
   return starts;
 }
 
-#if FX_AVX512
+#if FX_EXPAND
+
+#if FX_VBMI2
+using Expander = Vbmi2;
+#else
+using Expander = Shuffles;
+#endif
+
+inline uint64_t lowest(int64_t count) {
+  return count >= 64 ? ~uint64_t(0) : (uint64_t(1) << count) - 1;
+}
 
 // What one vector register holds of elements T: its mask, and the instructions on it.
 template <class T>
@@ -81,23 +88,43 @@ struct Lanes {
     if constexpr (sizeof(T) == 4) return _mm512_test_epi32_mask(v, v);
     if constexpr (sizeof(T) == 8) return _mm512_test_epi64_mask(v, v);
   }
-  static __m512i expand(uint64_t mask, __m512i v) {
-    if constexpr (sizeof(T) == 1) return _mm512_maskz_expand_epi8(mask, v);
-    if constexpr (sizeof(T) == 2) return _mm512_maskz_expand_epi16(__mmask32(mask), v);
-    if constexpr (sizeof(T) == 4) return _mm512_maskz_expand_epi32(__mmask16(mask), v);
+  // The first elements at `from`, of which 64 bytes may be read, in the places of the mask's bits.
+  static __m512i expand(uint64_t mask, const T* from) {
+    if constexpr (sizeof(T) == 1) return Expander::expand(mask, from);
+    if constexpr (sizeof(T) == 2) return Expander::expand(uint32_t(mask), from);
+    const __m512i v = _mm512_loadu_si512(from);
+    if constexpr (sizeof(T) == 4) return fx::expand(uint16_t(mask), v);
     if constexpr (sizeof(T) == 8) return _mm512_maskz_expand_epi64(__mmask8(mask), v);
   }
-  static __m512i compress(uint64_t mask, __m512i v) {
+
+  // How many elements `compress` takes: without VBMI2 those of 8 and 16 bits are widened.
+  static constexpr int64_t compressed = FX_VBMI2 ? count : std::min<int64_t>(16, count);
+
+  // Writes the elements of `x` whose bit is set to `values`.
+  static void compress(uint64_t mask, const T* x, T* values) {
+    const uint64_t found = lowest(std::popcount(mask));
+    if constexpr (compressed == count) {
+      store(values, found, packed(mask, load(mask, x)));
+    } else if constexpr (sizeof(T) == 2) {
+      const __m256i v = _mm256_maskz_loadu_epi16(__mmask16(mask), x);
+      const __m512i wide = Lanes<uint32_t>::packed(mask, _mm512_cvtepu16_epi32(v));
+      _mm512_mask_cvtepi32_storeu_epi16(values, __mmask16(found), wide);
+    } else {
+      const __m128i v = _mm_maskz_loadu_epi8(__mmask16(mask), x);
+      const __m512i wide = Lanes<uint32_t>::packed(mask, _mm512_cvtepu8_epi32(v));
+      _mm512_mask_cvtepi32_storeu_epi8(values, __mmask16(found), wide);
+    }
+  }
+
+  static __m512i packed(uint64_t mask, __m512i v) {
+#if FX_VBMI2
     if constexpr (sizeof(T) == 1) return _mm512_maskz_compress_epi8(mask, v);
     if constexpr (sizeof(T) == 2) return _mm512_maskz_compress_epi16(__mmask32(mask), v);
+#endif
     if constexpr (sizeof(T) == 4) return _mm512_maskz_compress_epi32(__mmask16(mask), v);
     if constexpr (sizeof(T) == 8) return _mm512_maskz_compress_epi64(__mmask8(mask), v);
   }
 };
-
-inline uint64_t lowest(int64_t count) {
-  return count >= 64 ? ~uint64_t(0) : (uint64_t(1) << count) - 1;
-}
 
 // Which of `count` <= 64 elements have a bit set.
 template <class T>
@@ -113,13 +140,12 @@ uint64_t nonzero(const T* x, int64_t count) {
 // Writes the elements whose bit is set to `values`.
 template <class T>
 void compress(const T* x, uint64_t word, T* values) {
-  using L = Lanes<T>;
-  for (int64_t i = 0; i < kWord && word; i += L::count) {
-    const uint64_t mask = word & lowest(L::count);
-    const int found = std::popcount(mask);
-    L::store(values, lowest(found), L::compress(mask, L::load(mask, x + i)));
-    values += found;
-    word = L::count < 64 ? word >> (L::count % 64) : 0;
+  constexpr int64_t step = Lanes<T>::compressed;
+  for (int64_t i = 0; i < kWord && word; i += step) {
+    const uint64_t mask = word & lowest(step);
+    Lanes<T>::compress(mask, x + i, values);
+    values += std::popcount(mask);
+    word = step < 64 ? word >> (step % 64) : 0;
   }
 }
 
@@ -134,7 +160,7 @@ void expand(
     _mm_prefetch(reinterpret_cast<const char*>(values) + kAhead, _MM_HINT_T0);
     for (int64_t i = 0; i < kWord; i += L::count) {
       const uint64_t mask = (word >> i) & lowest(L::count);
-      const __m512i v = L::expand(mask, _mm512_loadu_si512(values));
+      const __m512i v = L::expand(mask, values);
       if (past_cache) {
         _mm512_stream_si512(reinterpret_cast<__m512i*>(out + i), v);
       } else {
@@ -147,8 +173,9 @@ void expand(
   for (int64_t i = 0; i < count; i += L::count) {
     const uint64_t mask = (word >> i) & lowest(L::count);
     const int found = std::popcount(mask);
-    const __m512i v = L::expand(mask, L::load(lowest(found), values));
-    L::store(out + i, lowest(count - i), v);
+    T padded[L::count] = {};
+    std::memcpy(padded, values, size_t(found) * sizeof(T));
+    L::store(out + i, lowest(count - i), L::expand(mask, padded));
     values += found;
   }
 }

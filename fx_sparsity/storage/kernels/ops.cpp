@@ -42,9 +42,14 @@ bool past_cache_for(const void* to, int64_t bytes) {
   return bytes > kCache && reinterpret_cast<uintptr_t>(to) % 64 == 0;
 }
 
-// How many bits are set.
-int64_t count_bits(Tensor bits) {
-  return starts_of(bits_of(bits, 8 * bits.numel()), 8 * bits.numel()).back();
+// Writes how many bits are set before each chunk of elements, and in all.
+void count_bits(Tensor bits, Tensor counts) {
+  check_plain(counts);
+  const std::vector<int64_t> starts = starts_of(bits_of(bits, 8 * bits.numel()), 8 * bits.numel());
+  STD_TORCH_CHECK(
+      counts.scalar_type() == ScalarType::Long && counts.numel() == int64_t(starts.size()),
+      "expected room for a count before each chunk, and one in all");
+  std::copy(starts.begin(), starts.end(), static_cast<int64_t*>(counts.mutable_data_ptr()));
 }
 
 // Sets the bit of every element that is not all zero bits; returns how many.
@@ -95,15 +100,22 @@ void pack(Tensor x, Tensor bits, Tensor values) {
   });
 }
 
-// Undoes `pack`; what has no bit becomes zero. Values beyond the bits are ignored.
-void unpack(Tensor bits, Tensor values, Tensor out) {
+// Undoes `pack`, given what `count_bits` writes; what has no bit becomes zero. Values beyond the bits
+// are ignored.
+void unpack(Tensor bits, Tensor counts, Tensor values, Tensor out) {
+  check_plain(counts);
   check_plain(values);
   check_plain(out);
   const int64_t n = out.numel(), bytes = (n + 7) / 8;
   const uint8_t* from = bits_of(bits, n);
-  const std::vector<int64_t> starts = starts_of(from, n);
   STD_TORCH_CHECK(
-      out.scalar_type() == values.scalar_type() && starts.back() <= values.numel(),
+      counts.scalar_type() == ScalarType::Long && counts.numel() == chunks_of(n) + 1,
+      "expected a count before each chunk, and one in all");
+  const int64_t* starts = static_cast<const int64_t*>(counts.const_data_ptr());
+  STD_TORCH_CHECK(
+      out.scalar_type() == values.scalar_type() && starts[0] == 0 &&
+          std::is_sorted(starts, starts + counts.numel()) &&
+          starts[chunks_of(n)] <= values.numel(),
       "expected a value for every bit that is set");
   with_width(out, [&]<class T>(T) {
     const T* data = static_cast<const T*>(values.const_data_ptr());
@@ -111,7 +123,7 @@ void unpack(Tensor bits, Tensor values, Tensor out) {
     const bool past_cache = past_cache_for(to, n * int64_t(sizeof(T)));
     const T* all = data + values.numel();
     for_chunks(n, [&](int64_t chunk) {
-      const T *next = data + starts[size_t(chunk)], *end = data + starts[size_t(chunk + 1)];
+      const T *next = data + starts[chunk], *end = data + starts[chunk + 1];
       const int64_t last = std::min((n + 63) / 64, (chunk + 1) * kWords);
       for (int64_t w = chunk * kWords; w < last; w++) {
         const uint64_t word = word_of(from, bytes, w);
@@ -324,10 +336,10 @@ void copy_tensor(Tensor x, Tensor out) {
 }  // namespace fx::ops
 
 STABLE_TORCH_LIBRARY(fx_sparsity_storage, m) {
-  m.def("count_bits(Tensor bits) -> int");
+  m.def("count_bits(Tensor bits, Tensor(a!) counts) -> ()");
   m.def("find_bits(Tensor x, Tensor(a!) bits) -> int");
   m.def("pack(Tensor x, Tensor bits, Tensor(a!) values) -> ()");
-  m.def("unpack(Tensor bits, Tensor values, Tensor(a!) out) -> ()");
+  m.def("unpack(Tensor bits, Tensor counts, Tensor values, Tensor(a!) out) -> ()");
   m.def("two_of_four(Tensor bits, int elements) -> bool");
   m.def("gather_blocks(Tensor x, Tensor bits, Tensor(a!) blocks) -> ()");
   m.def("scatter_blocks(Tensor bits, Tensor blocks, Tensor(a!) out) -> ()");

@@ -10,6 +10,7 @@ import json
 import mmap
 import os
 import secrets
+import weakref
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -86,14 +87,16 @@ class SafetensorsFile:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._file = open(self.path, "rb", buffering=0)  # noqa: SIM115 - closed with this object
-        layout = read_layout(self._file, str(path))
+        with open(self.path, "rb", buffering=0) as file:
+            layout = read_layout(file, str(path))
+            self._descriptor = os.dup(file.fileno())
+        weakref.finalize(self, os.close, self._descriptor)
         self.entries, self.metadata = layout.entries, layout.metadata
         self.header_bytes, self.nbytes = layout.header_bytes, layout.nbytes
 
     @cached_property
     def _map(self) -> mmap.mmap:
-        return mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_COPY)
+        return mmap.mmap(self._descriptor, 0, access=mmap.ACCESS_COPY)
 
     def read(self, name: str, room: Tensor | None = None) -> Tensor:
         """One tensor, read into memory of its own, or into `room`; nothing is mapped.
@@ -112,7 +115,7 @@ class SafetensorsFile:
             tensor = room[: entry.nbytes].view(entry.dtype).view(entry.shape)
         into, place = bytes_of(tensor), entry.start
         while into:
-            count = os.preadv(self._file.fileno(), [into[:_MOST_READ]], place)
+            count = os.preadv(self._descriptor, [into[:_MOST_READ]], place)
             if not count:
                 raise FileFormatError(f"{name}: the file ends at byte {place}")
             into, place = into[count:], place + count
@@ -123,7 +126,7 @@ class SafetensorsFile:
         entry = self.entries[name]
         if hasattr(os, "posix_fadvise"):
             advice = os.POSIX_FADV_WILLNEED
-            os.posix_fadvise(self._file.fileno(), entry.start, entry.nbytes, advice)
+            os.posix_fadvise(self._descriptor, entry.start, entry.nbytes, advice)
 
     def tensor(self, name: str) -> Tensor:
         """One tensor, contiguous: a view of the map, or a copy where the file does not align it."""

@@ -1,5 +1,7 @@
 #include "bitmask.h"
 
+#include "linear.h"
+
 namespace fx {
 namespace {
 

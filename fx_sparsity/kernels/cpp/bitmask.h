@@ -2,7 +2,7 @@
 // bitmask.py and nm.py.
 #pragma once
 
-#include "linear.h"
+#include "call.h"
 
 namespace fx {
 

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "linear.h"
+
 namespace fx {
 namespace {
 

@@ -1,7 +1,7 @@
 // The packing "block": dense blocks of one or two panels, and where they stand. See block.py.
 #pragma once
 
-#include "linear.h"
+#include "call.h"
 
 namespace fx {
 

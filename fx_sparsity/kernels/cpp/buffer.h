@@ -3,7 +3,6 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <memory>
 #include <new>
 
 namespace fx {
@@ -15,17 +14,17 @@ class Buffer {
  public:
   Buffer() = default;
   explicit Buffer(int64_t size)
-      : data_(static_cast<T*>(
-            ::operator new(size_t(size) * sizeof(T), std::align_val_t(kCacheLine)))) {}
+      : data_(static_cast<T*>(::operator new(size_t(size) * sizeof(T), kAligned))) {}
+  Buffer(Buffer&& other) noexcept : data_(other.data_) { other.data_ = nullptr; }
+  Buffer& operator=(Buffer&&) = delete;
+  ~Buffer() { ::operator delete(data_, kAligned); }
 
-  T* get() const { return data_.get(); }
-  T& operator[](int64_t i) const { return data_.get()[i]; }
+  T* get() const { return data_; }
+  T& operator[](int64_t i) const { return data_[i]; }
 
  private:
-  struct Delete {
-    void operator()(T* p) const { ::operator delete(p, std::align_val_t(kCacheLine)); }
-  };
-  std::unique_ptr<T, Delete> data_;
+  static constexpr std::align_val_t kAligned{kCacheLine};
+  T* data_ = nullptr;
 };
 
 }  // namespace fx

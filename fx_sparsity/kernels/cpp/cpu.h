@@ -6,10 +6,10 @@
 #pragma once
 
 #include <cstdlib>
-#include <stdexcept>
-#include <string>
+#include <cstring>
 
 #include "expand.h"
+#include "fail.h"
 #include "lanes_portable.h"
 #if FX_EXPAND && defined(__AVX512VNNI__)
 #include "lanes_avx512.h"
@@ -39,10 +39,11 @@ namespace fx {
 // Calls `work(Cpu{})` with one of the levels.
 template <class Work>
 auto with_cpu(const Work& work) {
-  const char* named = std::getenv("FX_SPARSITY_CPU");
-  const std::string name = named ? named : "";
+  const char* const named = std::getenv("FX_SPARSITY_CPU");
+  const char* const name = named ? named : "";
+  const auto is = [name](const char* level) { return !*name || !std::strcmp(name, level); };
 #if FX_AVX512 && FX_VBMI2
-  if (name.empty() || name == "avx512") {
+  if (is("avx512")) {
 #if FX_BF16
     if (!fma_is_faster()) return work(Avx512Bf16{});
 #endif
@@ -50,17 +51,18 @@ auto with_cpu(const Work& work) {
   }
 #endif
 #if FX_AVX512_VNNI
-  if (name.empty() || name == "avx512_vnni") return work(Avx512Vnni{});
+  if (is("avx512_vnni")) return work(Avx512Vnni{});
 #endif
 #if FX_AVX2
-  if (name.empty() || name == "avx2") return work(Avx2{});
+  if (is("avx2")) return work(Avx2{});
 #endif
 #if FX_PORTABLE
-  if (name.empty() || name == "portable") return work(Portable{});
+  if (is("portable")) return work(Portable{});
 #endif
-  throw std::runtime_error(
-      "FX_SPARSITY_CPU is '" + name + "', which is none of the levels of this machine that were " +
-      "compiled in: avx512, avx512_vnni, avx2, portable; weaker ones are if it is set before kernels are loaded");
+  fail(
+      "FX_SPARSITY_CPU is '", name,
+      "', which is none of the levels of this machine that were compiled in: avx512, avx512_vnni, "
+      "avx2, portable; weaker ones are if it is set before kernels are loaded");
 }
 
 }  // namespace fx

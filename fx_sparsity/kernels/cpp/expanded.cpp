@@ -47,25 +47,24 @@ void multiply_tile(
 template <class Math>
 void multiply_expanded(
     int64_t panels, int64_t steps, const Tiles<typename Math::Input>& tiles, const Result& result,
-    const MakeReader<Math>& make_reader) {
+    const void* packed, WithReader<Math> with_reader) {
   using Weights = typename Math::Weights;
   using Sum = typename Math::Sum;
   constexpr int side = Math::kTilePanels;
   static_assert(side <= kMostPanels);
   constexpr int64_t slice = (1 << 14) / sizeof(Weights);  // 16 KB a panel
   const int64_t height = tiles.height, sides = (panels + side - 1) / side;
-  parallel_for(0, sides, 1, [&](int64_t begin, int64_t end) {
-    const std::unique_ptr<Reader<Math>> reader = make_reader();
+  const auto multiply_sides = [&](int64_t begin, int64_t end, Reader<Math>& reader) {
     const Buffer<Weights> weights(slice * side);
     const Buffer<Sum> sums(tiles.count * height * side);
     for (int64_t s = begin; s < end; s++) {
       std::fill_n(sums.get(), tiles.count * height * side, Sum{});
       const int64_t first = s * side, present = std::min<int64_t>(side, panels - first);
       if (present < side) std::fill_n(weights.get(), slice * side, Weights{});
-      reader->start(first, present);
+      reader.start(first, present);
       for (int64_t at = 0; at < steps; at += slice) {
         const int64_t count = std::min(slice, steps - at);
-        reader->read(count, side, weights.get());
+        reader.read(count, side, weights.get());
         with_number<kLeastTileRows<Math>, Math::kTileRows>(height, [&]<int Rows>() {
           for (int64_t t = 0; t < tiles.count; t++) {
             const auto* x = tiles.tile(t) + at * Rows * Math::kGroup;
@@ -80,12 +79,19 @@ void multiply_expanded(
         }
       }
     }
+  };
+  parallel_for(0, sides, 1, [&](int64_t begin, int64_t end) {
+    auto work = [&](Reader<Math>& reader) { multiply_sides(begin, end, reader); };
+    const auto call = [](void* context, Reader<Math>& reader) {
+      (*static_cast<decltype(work)*>(context))(reader);
+    };
+    with_reader(packed, call, &work);
   });
 }
 
 #define FX_EXPANDED(Math) \
   template void multiply_expanded<Math>( \
-      int64_t, int64_t, const Tiles<Math::Input>&, const Result&, const MakeReader<Math>&)
+      int64_t, int64_t, const Tiles<Math::Input>&, const Result&, const void*, WithReader<Math>)
 
 #if FX_PORTABLE
 FX_EXPANDED(Portable::F32);

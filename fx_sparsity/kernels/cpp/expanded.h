@@ -2,9 +2,6 @@
 // multiplied by them. Compiled once, in expanded.cpp, for all packings.
 #pragma once
 
-#include <functional>
-#include <memory>
-
 #include "activations.h"
 #include "cpu.h"
 #include "epilogue.h"
@@ -15,12 +12,14 @@ namespace fx {
 template <class Math>
 class Reader {
  public:
-  virtual ~Reader() = default;
   // Begins with panel `first` and the `count` - 1 after it; at most kMostPanels.
   virtual void start(int64_t first, int64_t count) = 0;
   // Writes the next `steps` of each, a step of every panel after the other; `stride` weights from
   // step to step.
   virtual void read(int64_t steps, int64_t stride, typename Math::Weights* weights) = 0;
+
+ protected:
+  ~Reader() = default;
 };
 
 constexpr int kMostPanels = 2;
@@ -28,13 +27,15 @@ constexpr int kMostPanels = 2;
 template <class Math>
 constexpr int kLeastTileRows = Math::kTileRows * 3 / 4;
 
+// Calls `work(context, reader)` with a new reader of a packed weight, one a thread.
 template <class Math>
-using MakeReader = std::function<std::unique_ptr<Reader<Math>>()>;  // one a thread
+using WithReader =
+    void (*)(const void* packed, void (*work)(void*, Reader<Math>&), void* context);
 
 template <class Math>
 void multiply_expanded(
     int64_t panels, int64_t steps, const Tiles<typename Math::Input>& tiles, const Result& result,
-    const MakeReader<Math>& make_reader);
+    const void* packed, WithReader<Math> with_reader);
 
 // A reader of a packing's cursors.
 template <class Math, class Packed>

@@ -1,20 +1,10 @@
 // What every packing has to do: multiply with the arithmetic that the dtypes ask for.
 #pragma once
 
+#include "call.h"
 #include "panels.h"
 
 namespace fx {
-
-enum class Dtype { f32, bf16, i8 };
-
-// Activations of fp32 or bf16, [rows, columns], and what becomes of them.
-struct Call {
-  const void* x;
-  int64_t columns;
-  Dtype weight;
-  Quantizer quantizer;
-  Result result;  // says also whether x is bf16
-};
 
 // `packed.template operator()<Math>()` gives the weight's panels as Math reads them.
 template <class Cpu, class X, class Packed>

@@ -92,9 +92,11 @@ void multiply(const Packed& packed, const X* x, int64_t columns, const Result& r
   if (result.rows <= Math::kDirectRows) {
     multiply_few<Math>(packed, tiles, result);
   } else {
-    multiply_expanded<Math>(packed.panels, packed.steps, tiles, result, [&] {
-      return std::unique_ptr<Reader<Math>>(new ReaderOf<Math, Packed>(packed));
-    });
+    const auto with_reader = [](const void* of, void (*work)(void*, Reader<Math>&), void* context) {
+      ReaderOf<Math, Packed> reader(*static_cast<const Packed*>(of));
+      work(context, reader);
+    };
+    multiply_expanded<Math>(packed.panels, packed.steps, tiles, result, &packed, with_reader);
   }
 }
 

@@ -3,7 +3,8 @@
 #pragma once
 
 #include <cstdint>
-#include <stdexcept>
+
+#include "fail.h"
 
 // As torch/csrc/stable/c/shim.h declares it, whose other headers take longer to compile than most
 // kernels; files that include both would not compile if the two differed.
@@ -22,7 +23,7 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain, const Work& work) {
   };
   void* const context = const_cast<Work*>(&work);
   if (torch_parallel_for(begin, end, grain, call, context)) {
-    throw std::runtime_error("a kernel failed in one of its threads");
+    fail("a kernel failed in one of its threads");
   }
 }
 

@@ -60,7 +60,7 @@ def quantize(x: Tensor, how: str) -> Quantized:
     products in 16 bits.
 
     Args:
-        x: [..., in], fp32 or bf16, not empty.
+        x: [..., in], fp32 or bf16, on CUDA also fp16, not empty.
         how: one of `QUANTIZERS`.
     """
     if how == "token_float8":

@@ -168,7 +168,7 @@ class SparseLinear(PackedModule):
         return self._packing.unpack(self.parts(), self._shape, self.weight_dtype)
 
     def dense_weight(self) -> Tensor:
-        """What the layer multiplies by, [out, in]: codes times their scale, in fp32."""
+        """What the layer multiplies by, [out, in]: floats, or codes times their scale in fp32."""
         codes = self.dense_codes()
         return codes if self.scale is None else codes.float() * self.scale.unsqueeze(1)
 

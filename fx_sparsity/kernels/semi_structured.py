@@ -64,6 +64,8 @@ class SemiStructured:
             return f"the weight is {weight.dtype}; kernels take float16, bfloat16, int8 and float8"
         if weight.dtype == _FLOAT8 and (reason := _float8_refusal(weight.device)):
             return reason
+        if weight.dtype == _FLOAT8 and bool(weight.float().isnan().any()):
+            return "it has NaN, which products would spread"
         if not follows_2_4(weight):
             return "its zeros are not 2:4 along the inputs"
         outputs, inputs = weight.shape
@@ -141,6 +143,8 @@ def _float8_refusal(device: torch.device) -> str | None:
     try:
         zeros = torch.zeros(_OUTPUTS, _INPUTS[_FLOAT8], device=device).to(_FLOAT8)
         code_product(_compressed(zeros), zeros.t())
+    except torch.OutOfMemoryError:  # which says nothing of the device
+        raise
     except RuntimeError as error:
         return f"torch refuses float8 on {device}: {str(error).splitlines()[0]}"
     return None

@@ -146,7 +146,17 @@ class CompressedFile:
             target.detach().copy_(self.tensor(name))
 
     def _decode(self, name: str, out: Tensor) -> None:
-        _ALL[self.forms[name]].decode(self.parts(name), self._counted.get(name), out)
+        """Decode into `out`, which is of the right shape and dtype.
+
+        Raises:
+            FileFormatError: the file was changed after it was opened, so far as that is seen.
+        """
+        try:
+            _ALL[self.forms[name]].decode(self.parts(name), self._counted.get(name), out)
+        except RuntimeError as error:
+            raise FileFormatError(
+                f"{name}: not as it was when {self.file.path} was opened: {error}"
+            ) from error
 
     def faults(self) -> list[str]:
         """Tensors whose bytes do not match their checksum; empty for a file without checksums."""

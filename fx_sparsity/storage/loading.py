@@ -130,8 +130,8 @@ def _misfit(file: CompressedFile, name: str, meta: Mapping[str, Tensor], target:
     """Why an entry cannot take the place of `target`, or None; plain tensors may be cast."""
     if (what := file.described.get(name)) is not None:
         return states.misfit(name, what, meta, target)
-    if states.is_subclass(target):
-        return f"{name}: expected a plain tensor in the model, found {type(target).__name__}"
-    if isinstance(target, Tensor) and target.shape != meta[name].shape:
+    if not states.is_plain(target):
+        return f"{name}: expected a plain tensor in the model, found {states.kind_of(target)}"
+    if target.shape != meta[name].shape:
         return f"{name}: expected shape {tuple(target.shape)}, found {tuple(meta[name].shape)}"
     return None

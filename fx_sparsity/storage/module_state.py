@@ -16,6 +16,8 @@ def own_states(
 ) -> Iterator[tuple[str, nn.Module, "OrderedDict[str, Any]"]]:
     """The path of every module, itself, and what it adds to the state, its children aside.
 
+    Hooks that change a `state_dict` afterwards are not asked.
+
     Args:
         model: whose modules are listed, a shared one under each of its paths.
         path: of `model` itself.

@@ -13,6 +13,7 @@ from torch import nn
 from fx_sparsity.kernels import SparseLinear
 from fx_sparsity.kernels.layers import DenseLinear
 from fx_sparsity.kernels.lowered import LoweredLinear
+from fx_sparsity.kernels.packing import packing_for
 from fx_sparsity.kernels.places import ModulePlace, module_places
 from fx_sparsity.kernels.tables import ROWS, Lookup
 from fx_sparsity.quantization.codes import CodedWeight
@@ -44,12 +45,13 @@ def load_sparse(path: str | Path, model: nn.Module, *, check: bool = False) -> d
         check: compare every tensor with its checksum, too.
 
     Returns:
-        For each matrix that is stored sparse, and each quantized table of `torch.ao`: the name of
-        the weight -> what holds it now, or `dense: ` and why.
+        For each matrix that is stored sparse, and each quantized table: the name of the weight ->
+        what holds it now, or `dense: ` and why.
 
     Raises:
         FileFormatError: the file contradicts itself; the model is as it was.
-        RuntimeError: the file does not fit the model, which is as it was.
+        RuntimeError: the file does not fit the model, which is as it was; or a module refuses its
+            state by a rule of its own, when others may have loaded theirs.
     """
     file = CompressedFile(path)
     if check:
@@ -60,7 +62,8 @@ def load_sparse(path: str | Path, model: nn.Module, *, check: bool = False) -> d
     uses = Counter(id(p) for module in model.modules() for p in module._parameters.values())
     report: dict[str, str] = {}
     made: dict[ModulePlace, LoweredLinear | Lookup] = {}
-    for place, name in weights.items():
+    for place, names in weights.items():
+        name = names[-1]  # as the last one is loaded into a module that several share
         if uses[id(place.tensor)] > 1:
             if name in file.forms and file.form(name) != "dense":  # told once, of all names
                 report[place.fqn] = "dense: tied to another weight"
@@ -71,10 +74,11 @@ def load_sparse(path: str | Path, model: nn.Module, *, check: bool = False) -> d
             else:
                 made[place] = packed
                 report[place.fqn] = _class_of(packed)
-    report |= _others(file, model, matrices, set(weights.values()))
+    known = {name for names in weights.values() for name in names}
+    report |= _others(file, model, matrices, known)
+    fill_modules(file, model, but={inner for place in made for inner in place.module.modules()})
     for place, packed in made.items():
         place.put(model, packed.train(place.module.training))
-    fill_modules(file, model, but=set(made.values()))
     return report
 
 
@@ -94,10 +98,13 @@ def _matrices(file: CompressedFile) -> dict[str, str]:
 
 def _weights(
     file: CompressedFile, matrices: Mapping[str, str], places: Iterable[ModulePlace]
-) -> dict[ModulePlace, str]:
-    """Place -> the tensor in the file that is its weight: the largest matrix in its module."""
+) -> dict[ModulePlace, list[str]]:
+    """Place -> the tensors in the file that are its weight: the largest matrices in its module.
+
+    There are several where modules that the model shares were saved as two.
+    """
     by_path = {path: place for place in places for path in place.paths}
-    found: dict[ModulePlace, str] = {}
+    found: dict[ModulePlace, list[str]] = {}
 
     def size(name: str) -> int:
         return elements_of(file.dtype_and_shape(name)[1])
@@ -107,8 +114,13 @@ def _weights(
         while path and path not in by_path:  # torch.ao's modules keep theirs in a child
             path = path.rpartition(".")[0]
         place = by_path.get(path)
-        if place is not None and (place not in found or size(name) > size(found[place])):
-            found[place] = name
+        if place is None:
+            continue
+        names = found.setdefault(place, [name])
+        if size(name) > size(names[0]):
+            found[place] = [name]
+        elif size(name) == size(names[0]) and name not in names:
+            names.append(name)
     return found
 
 
@@ -125,13 +137,15 @@ def _packed(file: CompressedFile, place: ModulePlace, form: str) -> LoweredLinea
     if isinstance(seen := place.look(), str):  # before a module of any kind is copied
         return place.obstacle or seen
     filled = replace(place, module=copy.deepcopy(place.module))
-    fill_modules(file, filled.module, place.paths[0])
+    fill_modules(file, filled.module, place.paths[-1])
     layer = filled.look()
     if isinstance(layer, str):
         return layer
     if why := place.against(layer):
         return why
-    packings = _PACKINGS.get(form, ("bitmask",)) if isinstance(layer, DenseLinear) else (ROWS,)
+    packings = [ROWS]
+    if isinstance(layer, DenseLinear):
+        packings = [packing_for(name, layer.device) for name in _PACKINGS.get(form, ("bitmask",))]
     refusals = {packing: layer.refusal(packing) for packing in packings}
     fitting = next((packing for packing, refusal in refusals.items() if refusal is None), None)
     if fitting is None:

@@ -33,7 +33,7 @@ def flatten(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Desc
     tensors: dict[str, Tensor] = {}
     described: dict[str, Description] = {}
     for name, value in state.items():
-        if _is_plain(value):
+        if is_plain(value):
             tensors[name] = value
         else:
             described[name] = _describe(name, value, tensors)
@@ -117,7 +117,7 @@ def misfit(name: str, what: Description, tensors: Mapping[str, Tensor], target: 
     """
     theirs: dict[str, Tensor] = {}
     try:
-        found = None if _is_plain(target) else _describe(name, target, theirs)
+        found = None if is_plain(target) else _describe(name, target, theirs)
     except TypeError:  # of a kind that no file holds
         found = None
     if found != what:
@@ -135,6 +135,12 @@ def misfit(name: str, what: Description, tensors: Mapping[str, Tensor], target: 
     return None
 
 
+def kind_of(value: object) -> str:
+    """What an entry of a state is, for messages."""
+    quantized = isinstance(value, Tensor) and value.is_quantized
+    return f"a quantized {value.dtype}" if quantized else f"a {type(value).__name__}"
+
+
 def _in_words(what: Description) -> str:
     """A description for messages."""
     if what["kind"] == "subclass":
@@ -147,7 +153,8 @@ def _in_words(what: Description) -> str:
     return str(what["name"] if what["kind"] == "dtype" else what["kind"])
 
 
-def _is_plain(value: object) -> bool:
+def is_plain(value: object) -> bool:
+    """Whether `value` is a strided tensor of plain numbers, no subclass and not quantized."""
     kind = type(value) in (Tensor, nn.Parameter, nn.Buffer)
     return (
         kind
@@ -166,7 +173,7 @@ def _describe(name: str, value: Any, tensors: dict[str, Tensor]) -> Description:
         items: list[Description] = []
         for i, item in enumerate(value):
             path = f"{name}/{i}"
-            if _is_plain(item):
+            if is_plain(item):
                 tensors[path] = item
                 items.append({"kind": "tensor"})
             else:
@@ -219,7 +226,7 @@ def _describe_subclass(name: str, value: Any, tensors: dict[str, Tensor]) -> Des
     for attribute in attributes:
         inner, path = getattr(value, attribute), f"{name}/{attribute}"
         what = None
-        if _is_plain(inner):
+        if is_plain(inner):
             tensors[path] = inner
         else:
             what = _describe(path, inner, tensors)

@@ -1,6 +1,7 @@
 """Linear layers with packed weights next to torch's best dense ones, of the same dtype.
 
     python -m tests.benchmarks.bench_linear --write
+    python -m tests.benchmarks.bench_linear --write --table linear_vnni.txt  # without VBMI2 and BF16
 
 All candidates of a weight take turns, each time with another copy of their weight, so that none
 finds it in the cache; medians, in milliseconds. All are operators, without the modules around them.
@@ -27,7 +28,7 @@ from fx_sparsity.kernels.native import LIBRARY
 from fx_sparsity.kernels.ops import linear_operator
 from tests.benchmarks.bench_masks import machine
 
-TABLE = Path(__file__).with_name("linear.txt")
+TABLE = "linear.txt"
 SHAPES = [(4096, 4096), (4096, 11008)]  # [out, in]
 TOKENS = (1, 4, 16, 64)
 HEADER = (
@@ -286,8 +287,9 @@ def main(arguments: list[str] | None = None) -> list[str]:
     """Measure, print, and write the table if asked to."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.bench_linear")
     parser.add_argument(
-        "--write", action="store_true", help=f"write {TABLE.name}, where other weights stay"
+        "--write", action="store_true", help="write the table, where other weights stay"
     )
+    parser.add_argument("--table", default=TABLE, help="its name, one for each kind of processor")
     parser.add_argument("--runs", type=int, default=15)
     parser.add_argument("--copies", type=int, default=2, help="of each weight")
     parser.add_argument("--packing", default="", help="only those whose name contains this")
@@ -311,9 +313,10 @@ def main(arguments: list[str] | None = None) -> list[str]:
                 print(line, flush=True)
     if options.write:
         measured = {tuple(line.split()[:2]) for line in table}
-        before = TABLE.read_text().splitlines()[len(head) :] if TABLE.exists() else []
+        path = Path(__file__).with_name(options.table)
+        before = path.read_text().splitlines()[len(head) :] if path.exists() else []
         kept = [line for line in before if tuple(line.split()[:2]) not in measured]
-        TABLE.write_text("\n".join([*head, *kept, *table]) + "\n")
+        path.write_text("\n".join([*head, *kept, *table]) + "\n")
     return table
 
 

@@ -269,6 +269,27 @@ def test_a_flipped_payload_is_found_on_request(tmp_path):
     assert [fault.split(":")[0] for fault in verify(path)] == ["v"]
 
 
+@pytest.mark.parametrize("kernels", ["1", "0"])
+@pytest.mark.parametrize("bits", [0x00, 0xFF])
+@pytest.mark.parametrize("form", ["bitmask", "two_four"])
+def test_a_file_that_changes_after_it_was_opened_is_not_decoded(
+    tmp_path, monkeypatch, form, bits, kernels
+):
+    monkeypatch.setenv("FX_SPARSITY_KERNELS", kernels)
+    weight = torch.zeros(300, 256)
+    weight[:, 1::4] = 1
+    weight[:, 2::4] = 2
+    path = tmp_path / "f.safetensors"
+    fxs.save({"w": weight}, path, form=form)
+    file = CompressedFile(path)
+    assert torch.equal(file.tensor("w"), weight)
+    with open(path, "r+b") as raw:
+        raw.seek(file.file.entries["w::bitmask"].start + 5)
+        raw.write(bytes([bits]))
+    with pytest.raises(FileFormatError, match="w: not as it was when .*f.safetensors was opened"):
+        file.tensor("w")
+
+
 def test_a_header_that_was_tampered_with_is_refused(tmp_path):
     path = tmp_path / "f"
     fxs.save({"w": torch.ones(8, 4)}, path)

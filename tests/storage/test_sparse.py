@@ -7,6 +7,7 @@ import torch
 import torch.ao.nn.intrinsic.quantized.dynamic as nniqd
 import torch.ao.nn.quantized as nnq
 import torch.ao.nn.quantized.dynamic as nnqd
+from safetensors.torch import save_file
 from torch import nn
 
 import fx_sparsity as fxs
@@ -125,6 +126,15 @@ def test_a_module_in_two_places_is_packed_once(tmp_path):
     model = nn.Sequential(layer, layer)
     assert fxs.load_sparse(tmp_path / "f", model) == {"0.weight": "SparseLinear"}
     assert model[0] is model[1]
+
+
+def test_a_module_that_was_saved_as_two_holds_the_last(tmp_path):
+    first, last = (torch.randn(32, 32) * (torch.rand(32, 32) < 0.4) for _ in range(2))
+    fxs.save({"0.weight": first, "1.weight": last}, tmp_path / "f")
+    layer = nn.Linear(32, 32, bias=False)
+    model = nn.Sequential(layer, layer)
+    assert fxs.load_sparse(tmp_path / "f", model) == {"0.weight": "SparseLinear"}
+    assert torch.equal(model[1].dense_weight(), last)
 
 
 def test_unlower_gives_back_a_plain_model(tmp_path):
@@ -384,6 +394,21 @@ def test_a_model_that_is_quantized_otherwise_stays_as_it_was(tmp_path, loader, t
     assert list(other.modules()) == modules
     after, also_described = state_of(other)
     assert also_described == described
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("loader", [fxs.load, fxs.load_sparse])
+@torch.no_grad()
+def test_plain_tensors_do_not_stand_for_packed_parameters(tmp_path, loader):
+    other = nn.Sequential(nn.Linear(32, 32), dynamic_linear())
+    modules, (before, _) = list(other.modules()), state_of(other)
+    state = dict.fromkeys(other.state_dict(), torch.zeros(32, 32))
+    save_file({name: tensor.clone() for name, tensor in state.items()}, tmp_path / "f")
+    with pytest.raises(RuntimeError, match="_packed_params: expected a plain .* found a tuple"):
+        loader(tmp_path / "f", other)
+    assert list(other.modules()) == modules
+    after, _ = state_of(other)
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 

@@ -75,6 +75,7 @@ inline __m256i expand_half(uint32_t mask, const int8_t*& p) {
 
 struct Registers {
   static constexpr int kChains = 4;
+  static constexpr int kStreams = 4;
   static constexpr int kDirectRows = 4;
   static constexpr int kTileRows = 6;
   static constexpr int kTilePanels = 1;

@@ -21,6 +21,7 @@ namespace avx512 {
 
 struct Registers {
   static constexpr int kChains = 8;
+  static constexpr int kStreams = 8;
   static constexpr int kDirectRows = 16;
   static constexpr int kTileRows = 12;
   static constexpr int kTilePanels = 2;
@@ -29,7 +30,7 @@ struct Registers {
 template <class ValueT, class Expander>
 struct Steps : Registers {
   // What takes more instructions leaves no time to read in more places.
-  static constexpr int kChains = std::is_same_v<Expander, Shuffles> ? 2 : 8;
+  static constexpr int kStreams = std::is_same_v<Expander, Shuffles> ? 2 : 8;
   using Value = ValueT;
   using Step = __m512i;
   static Step load(const Value* p) { return _mm512_loadu_si512(p); }
@@ -70,6 +71,7 @@ struct BF16AsPairs : Registers {
   using Value = BFloat;
   using Input = float;
   static constexpr int kChains = 4;
+  static constexpr int kStreams = 4;
   static constexpr int kDirectRows = 8;
   static constexpr int kTileRows = 6;
   static constexpr int kGroup = 2;

@@ -11,7 +11,8 @@
 //   dot(sum, weights, input) -> sum, add(sum, sum) -> sum
 //   lanes(sum) -> the 16 sums, for a Sum that holds more
 // and how much its registers hold:
-//   kChains      sums that hide the latency of `dot`; panels read side by side for one row
+//   kChains      sums that hide the latency of `dot`
+//   kStreams     panels that are expanded side by side for one row
 //   kDirectRows  rows that one pass over packed steps can serve
 //   kTileRows, kTilePanels  rows and panels whose sums expanded steps are added to
 // A level ("Cpu") names its arithmetics by what is multiplied, weight by activation:
@@ -39,6 +40,7 @@ inline int8_t widened(int8_t x) { return x; }
 
 struct Registers {
   static constexpr int kChains = 2;
+  static constexpr int kStreams = 2;
   static constexpr int kDirectRows = 1;
   static constexpr int kTileRows = 4;
   static constexpr int kTilePanels = 1;

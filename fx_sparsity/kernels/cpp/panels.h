@@ -61,7 +61,7 @@ void multiply_few(
     const Packed& packed, const Tiles<typename Math::Input>& tiles, const Result& result) {
   const int64_t grain = std::max<int64_t>(1, (1 << 12) / packed.steps);
   with_height<Math::kDirectRows>(tiles.height, [&]<int Rows>() {
-    constexpr int side = std::max(1, Math::kChains / Rows);
+    constexpr int side = std::max(1, Math::kStreams / Rows);
     parallel_for(0, packed.panels, grain, [&](int64_t begin, int64_t end) {
       int64_t p = begin;
       for (; p + side <= end; p += side) {

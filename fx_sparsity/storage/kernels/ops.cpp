@@ -122,6 +122,7 @@ void unpack(Tensor bits, Tensor counts, Tensor values, Tensor out) {
     T* to = static_cast<T*>(out.mutable_data_ptr());
     const bool past_cache = past_cache_for(to, n * int64_t(sizeof(T)));
     const T* all = data + values.numel();
+    std::atomic<bool> as_counted{true};
     for_chunks(n, [&](int64_t chunk) {
       const T *next = data + starts[chunk], *end = data + starts[chunk + 1];
       const int64_t last = std::min((n + 63) / 64, (chunk + 1) * kWords);
@@ -131,8 +132,10 @@ void unpack(Tensor bits, Tensor counts, Tensor values, Tensor out) {
         expand(next, all - next, word, std::min(kWord, n - kWord * w), past_cache, to + kWord * w);
         next += std::popcount(word);
       }
+      if (next != end) as_counted.store(false, std::memory_order_relaxed);
       written();
     });
+    STD_TORCH_CHECK(as_counted, "expected as many bits as were counted: the file was changed");
   });
 }
 

@@ -137,8 +137,9 @@ def misfit(name: str, what: Description, tensors: Mapping[str, Tensor], target: 
 
 def kind_of(value: object) -> str:
     """What an entry of a state is, for messages."""
-    quantized = isinstance(value, Tensor) and value.is_quantized
-    return f"a quantized {value.dtype}" if quantized else f"a {type(value).__name__}"
+    if isinstance(value, Tensor) and value.is_quantized:
+        return f"a quantized {value.dtype}"
+    return f"a {type(value).__name__}"
 
 
 def _in_words(what: Description) -> str:

@@ -17,7 +17,7 @@ def _levels() -> list[str]:
     return ["-DFX_EVERY_LEVEL"] if "FX_SPARSITY_CPU" in os.environ else []
 
 
-_SOURCES = ["ops", "block", "bitmask", "embedding", "expanded", "activations"]
+_SOURCES = ["ops", "block", "bitmask", "embedding", "expanded", "activations", "pack"]
 """Those that take longest to compile first, so that no processor is left with one of them."""
 
 LIBRARY = Library("kernels", [_FOLDER / f"{name}.cpp" for name in _SOURCES], _levels)

@@ -112,6 +112,32 @@ def test_against_float64(monkeypatch, level, case):
         assert_close(module, x, plain_linear(PACKINGS[module.packing], *operands(module, x)))
 
 
+@given(
+    shape=st.tuples(st.integers(1, 70), st.integers(1, 150)),
+    density=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
+    dtype=st.sampled_from([*FLOATS, torch.int8]),
+    seed=st.integers(0, 9),
+    turned=st.booleans(),
+)
+@settings(max_examples=100, deadline=None)
+def test_packs_as_plain_torch_does(shape, density, dtype, seed, turned):
+    """Bit for bit, odd floats and other strides included."""
+    assert LIBRARY.ready(), LIBRARY.state()
+    weight = sparse(shape, density, dtype, seed)
+    if dtype.is_floating_point:
+        tiny = torch.finfo(dtype).smallest_normal / 4
+        odd = torch.tensor([float("nan"), float("inf"), -0.0, tiny, -tiny], dtype=dtype)
+        weight.view(-1)[: len(odd)] = odd[: weight.numel()]
+    if turned:
+        weight = weight.t().contiguous().t()
+    packing = PACKINGS["bitmask"]
+    parts, plain = packing.pack(weight), packing._pack_plainly(weight)
+    assert parts.keys() == plain.keys()
+    for name, part in parts.items():
+        assert part.dtype == plain[name].dtype
+        assert torch.equal(part.view(torch.uint8), plain[name].view(torch.uint8)), name
+
+
 def test_unknown_level(monkeypatch):
     monkeypatch.setenv("FX_SPARSITY_CPU", "sse")
     with pytest.raises(RuntimeError, match="FX_SPARSITY_CPU is 'sse'"):

@@ -7,12 +7,20 @@
 #include "embedding_ops.h"
 #include "fail.h"
 #include "linear_ops.h"
+#include "pack_ops.h"
 
 void fx::fail(const char* first, const char* second, const char* third) {
   throw std::runtime_error(std::string(first) + second + third);
 }
 
+STABLE_TORCH_LIBRARY_FRAGMENT(fx_sparsity, m) {
+  m.def("count_panels(Tensor weight, Tensor(a!) counts) -> ()");
+  m.def("pack_panels(Tensor weight, Tensor offsets, Tensor(a!) mask, Tensor(b!) values) -> ()");
+}
+
 STABLE_TORCH_LIBRARY_IMPL(fx_sparsity, CPU, m) {
+  m.impl("count_panels", TORCH_BOX(&fx::ops::count_panels));
+  m.impl("pack_panels", TORCH_BOX(&fx::ops::pack_panels));
   m.impl("bitmask_linear", TORCH_BOX(&fx::ops::bitmask_linear));
   m.impl("nm_linear", TORCH_BOX(&fx::ops::nm_linear));
   m.impl("block_linear", TORCH_BOX(&fx::ops::block_linear));

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fx_sparsity.kernels import panels
-from fx_sparsity.kernels.native import LIBRARY
+from fx_sparsity.kernels.native import LIBRARY, pack_natively
 from fx_sparsity.kernels.panels import PackingError
 
 
@@ -37,27 +37,15 @@ class Bitmask:
     def pack(self, weight: Tensor) -> dict[str, Tensor]:
         """Pack [out, in]; zero is what compares equal to it, so -0.0 as well."""
         if weight.device.type == "cpu" and LIBRARY.ready():
-            return self._pack(weight.contiguous())
+            weight = weight.contiguous()
+            counts = torch.empty(panels.panel_count(weight.shape), dtype=torch.int64)
+            torch.ops.fx_sparsity.count_panels(weight, counts)
+            offsets = pad(counts.cumsum(0), (1, 0))
+            return {**pack_natively(weight, offsets), "offsets": offsets}
         return self._pack_plainly(weight)
 
-    def _pack(self, weight: Tensor) -> dict[str, Tensor]:
-        """By the C++ library, on the CPU."""
-        count, groups = (
-            panels.panel_count(weight.shape),
-            panels.group_count(weight.shape, weight.dtype),
-        )
-        counts = torch.empty(count, dtype=torch.int64)
-        torch.ops.fx_sparsity.count_panels(weight, counts)
-        offsets = pad(counts.cumsum(0), (1, 0))
-        mask = torch.empty(count, groups, 2 * panels.GROUP[weight.dtype], dtype=torch.uint8)
-        total = int(offsets[-1])
-        values = weight.new_empty(total + panels.padding(weight.dtype))
-        values[total:] = 0
-        torch.ops.fx_sparsity.pack_panels(weight, offsets, mask, values[:total])
-        return {"mask": mask, "values": values, "offsets": offsets}
-
     def _pack_plainly(self, weight: Tensor) -> dict[str, Tensor]:
-        """The same in plain torch, on any device."""
+        """What `pack` does, in plain torch and on any device."""
         steps = panels.to_panels(weight)
         kept = steps != 0
         counts = kept.flatten(1).sum(1)

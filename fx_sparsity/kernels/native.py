@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fx_sparsity._native import Library
+from fx_sparsity.kernels import panels
 
 _FOLDER = Path(__file__).parent / "cpp"
 
@@ -31,3 +32,25 @@ def cpu_kernel(name: str, x: Tensor) -> Callable[..., Tensor] | None:
         namespace, _, operator = name.partition("::")
         return getattr(getattr(torch.ops, namespace), operator).default
     return None
+
+
+def pack_natively(
+    weight: Tensor, offsets: Tensor, pattern: tuple[int, int] = (0, 0)
+) -> dict[str, Tensor]:
+    """The mask and the values of a weight in panels, by the C++ library, which is ready.
+
+    Args:
+        weight: [out, in], contiguous, on the CPU.
+        offsets: int64 [panels + 1], where each panel's values begin, and where the last ends.
+        pattern: N and M, if of every M neighbours N are kept, zeros among them.
+
+    Returns:
+        The parts `mask` and `values` of "bitmask" and "nm".
+    """
+    shape, dtype, total = weight.shape, weight.dtype, int(offsets[-1])
+    count, groups = panels.panel_count(shape), panels.group_count(shape, dtype)
+    mask = torch.empty(count, groups, 2 * panels.GROUP[dtype], dtype=torch.uint8)
+    values = weight.new_empty(total + panels.padding(dtype))
+    values[total:] = 0
+    torch.ops.fx_sparsity.pack_panels(weight, *pattern, offsets, mask, values[:total])
+    return {"mask": mask, "values": values}

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fx_sparsity.kernels import panels
+from fx_sparsity.kernels.native import LIBRARY, pack_natively
 from fx_sparsity.kernels.panels import LANES, PackingError
 
 PATTERNS = ((1, 4), (2, 8), (2, 4), (4, 8))
@@ -44,7 +45,15 @@ class NM:
         pattern = _pattern(weight)
         if pattern is None:
             raise PackingError(f"{self.name}: {self.refusal(weight)}")
-        n, m = pattern
+        if _is_native(weight):
+            n, m = pattern
+            count = panels.panel_count(weight.shape)
+            size = LANES * panels.ceil_div(weight.shape[1], m) * n
+            return pack_natively(weight.contiguous(), torch.arange(count + 1) * size, pattern)
+        return self._pack_plainly(weight, *pattern)
+
+    def _pack_plainly(self, weight: Tensor, n: int, m: int) -> dict[str, Tensor]:
+        """What `pack` does, in plain torch and on any device."""
         groups = panels.group_count(weight.shape, weight.dtype)
         full = pad(weight, (0, -weight.shape[1] % m, 0, -weight.shape[0] % LANES))
         full = torch.where(full != 0, full, full.new_zeros(()))
@@ -94,8 +103,16 @@ class NM:
 
 def _pattern(weight: Tensor) -> tuple[int, int] | None:
     """The first of `PATTERNS` that the zeros follow."""
+    if _is_native(weight):
+        dense = weight.contiguous()
+        most = {m: torch.ops.fx_sparsity.most_of(dense, m) for m in {m for _, m in PATTERNS}}
+        return next(((n, m) for n, m in PATTERNS if most[m] <= n), None)
     for n, m in PATTERNS:
         groups = pad(weight, (0, -weight.shape[1] % m)).unflatten(1, (-1, m))
         if int((groups != 0).sum(-1).amax()) <= n:
             return n, m
     return None
+
+
+def _is_native(weight: Tensor) -> bool:
+    return weight.device.type == "cpu" and LIBRARY.ready()

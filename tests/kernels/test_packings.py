@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from fx_sparsity.kernels import PACKINGS, PackingError, SparseLinear
 from fx_sparsity.kernels.activations import QUANTIZERS, quantize
 from fx_sparsity.kernels.native import LIBRARY
+from fx_sparsity.kernels.nm import _pattern
 from fx_sparsity.kernels.ops import linear_operator
 from tests.kernels.levels import LEVELS
 
@@ -85,6 +86,32 @@ def test_groups(call, pattern):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FX_SPARSITY_CPU", cpu)
         check_layer(weight, "nm", tokens, how, x_dtype)
+
+
+@given(
+    shape=st.tuples(st.integers(1, 70), st.integers(1, 150)),
+    dtype=st.sampled_from(DTYPES),
+    pattern=st.sampled_from(PATTERNS),
+    seed=st.integers(0, 9),
+    turned=st.booleans(),
+)
+@settings(max_examples=100, deadline=None)
+def test_groups_are_packed_as_in_plain_torch(shape, dtype, pattern, seed, turned):
+    """Bit for bit, zeros that are kept and other strides included; and so are patterns found."""
+    assert LIBRARY.ready(), LIBRARY.state()
+    weight = by_groups(shape, *pattern, dtype, seed)
+    if turned:
+        weight = weight.t().contiguous().t()
+    packing = PACKINGS["nm"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fx_sparsity.kernels.nm._is_native", lambda weight: False)
+        found, plain = _pattern(weight), packing.pack(weight)
+    assert _pattern(weight) == found
+    parts = packing.pack(weight)
+    assert parts.keys() == plain.keys()
+    for name, part in parts.items():
+        assert part.dtype == plain[name].dtype
+        assert torch.equal(part.view(torch.uint8), plain[name].view(torch.uint8)), name
 
 
 @given(

@@ -15,11 +15,15 @@ void fx::fail(const char* first, const char* second, const char* third) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fx_sparsity, m) {
   m.def("count_panels(Tensor weight, Tensor(a!) counts) -> ()");
-  m.def("pack_panels(Tensor weight, Tensor offsets, Tensor(a!) mask, Tensor(b!) values) -> ()");
+  m.def("most_of(Tensor weight, int m) -> int");
+  m.def(
+      "pack_panels(Tensor weight, int n, int m, Tensor offsets, Tensor(a!) mask, Tensor(b!) values)"
+      " -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fx_sparsity, CPU, m) {
   m.impl("count_panels", TORCH_BOX(&fx::ops::count_panels));
+  m.impl("most_of", TORCH_BOX(&fx::ops::most_of));
   m.impl("pack_panels", TORCH_BOX(&fx::ops::pack_panels));
   m.impl("bitmask_linear", TORCH_BOX(&fx::ops::bitmask_linear));
   m.impl("nm_linear", TORCH_BOX(&fx::ops::nm_linear));

@@ -1,4 +1,4 @@
-// Packing a dense weight as "bitmask": see bitmask.py.
+// Packing a dense weight as "bitmask" or "nm": see bitmask.py and nm.py.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +15,17 @@ struct Dense {
 // Writes how many elements of each panel are not zero.
 void count_panels(const Dense& weight, int64_t* counts);
 
-// Writes the mask, and the values of each panel from its offset on, as many as were counted.
-void pack_panels(const Dense& weight, const int64_t* offsets, uint8_t* mask, void* values);
+// The most elements that are not zero among `m` neighbours, from a multiple of `m` on.
+int64_t most_of(const Dense& weight, int64_t m);
+
+// What is kept besides the elements that are not zero: of every `m` neighbours as many of the first
+// zeros as make it `n`; none if `m` is 0.
+struct Groups {
+  int64_t n, m;
+};
+
+// Writes the mask, and the values of each panel from its offset on, which end at the next one's.
+void pack_panels(
+    const Dense& weight, Groups groups, const int64_t* offsets, uint8_t* mask, void* values);
 
 }  // namespace fx

@@ -1,5 +1,7 @@
-// Packing of CPU tensors: checks, then the kernels. See bitmask.py.
+// Packing of CPU tensors: checks, then the kernels. See panels.py.
 #pragma once
+
+#include <algorithm>
 
 #include "linear_ops.h"
 #include "pack.h"
@@ -22,17 +24,27 @@ void count_panels(Tensor weight, Tensor counts) {
   fx::count_panels(dense, static_cast<int64_t*>(counts.mutable_data_ptr()));
 }
 
+// See pack.h.
+int64_t most_of(Tensor weight, int64_t m) {
+  STD_TORCH_CHECK(m > 0, "expected groups of one neighbour or more");
+  return fx::most_of(dense_of(weight), m);
+}
+
 // The mask and the values of a weight, given where each panel's values begin and the last ones end.
-void pack_panels(Tensor weight, Tensor offsets, Tensor mask, Tensor values) {
+void pack_panels(
+    Tensor weight, int64_t n, int64_t m, Tensor offsets, Tensor mask, Tensor values) {
   const Dense dense = dense_of(weight);
   const int64_t group = group_of(dtype_of(weight)), panels = panels_of(dense.rows);
+  STD_TORCH_CHECK(0 <= n && n <= m && m % group == 0, "expected n of m, in whole steps");
   const auto* from =
       static_cast<const int64_t*>(data_of("offsets", offsets, ScalarType::Long, panels + 1));
-  data_of(
-      "mask", mask, ScalarType::Byte, panels * ceil_div(dense.columns, group) * 2 * group);
+  STD_TORCH_CHECK(
+      from[0] == 0 && std::is_sorted(from, from + panels + 1), "expected offsets that never decrease");
+  data_of("mask", mask, ScalarType::Byte, panels * ceil_div(dense.columns, group) * 2 * group);
   data_of("values", values, weight.scalar_type(), from[panels]);
   fx::pack_panels(
-      dense, from, static_cast<uint8_t*>(mask.mutable_data_ptr()), values.mutable_data_ptr());
+      dense, {n, m}, from, static_cast<uint8_t*>(mask.mutable_data_ptr()),
+      values.mutable_data_ptr());
 }
 
 }  // namespace

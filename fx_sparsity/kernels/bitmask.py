@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fx_sparsity.kernels import panels
-from fx_sparsity.kernels.native import LIBRARY, pack_natively
+from fx_sparsity.kernels.native import pack_natively, packs_natively
 from fx_sparsity.kernels.panels import PackingError
 
 
@@ -36,7 +36,7 @@ class Bitmask:
 
     def pack(self, weight: Tensor) -> dict[str, Tensor]:
         """Pack [out, in]; zero is what compares equal to it, so -0.0 as well."""
-        if weight.device.type == "cpu" and LIBRARY.ready():
+        if packs_natively(weight):
             weight = weight.contiguous()
             counts = torch.empty(panels.panel_count(weight.shape), dtype=torch.int64)
             torch.ops.fx_sparsity.count_panels(weight, counts)

@@ -34,13 +34,18 @@ def cpu_kernel(name: str, x: Tensor) -> Callable[..., Tensor] | None:
     return None
 
 
+def packs_natively(weight: Tensor) -> bool:
+    """Whether `pack_natively` takes a weight: it lies on the CPU, and the library is ready."""
+    return weight.device.type == "cpu" and LIBRARY.ready()
+
+
 def pack_natively(
     weight: Tensor, offsets: Tensor, pattern: tuple[int, int] = (0, 0)
 ) -> dict[str, Tensor]:
-    """The mask and the values of a weight in panels, by the C++ library, which is ready.
+    """The mask and the values of a weight in panels, by the C++ library.
 
     Args:
-        weight: [out, in], contiguous, on the CPU.
+        weight: [out, in], contiguous; see `packs_natively`.
         offsets: int64 [panels + 1], where each panel's values begin, and where the last ends.
         pattern: N and M, if of every M neighbours N are kept, zeros among them.
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fx_sparsity.kernels import panels
-from fx_sparsity.kernels.native import LIBRARY, pack_natively
+from fx_sparsity.kernels.native import pack_natively, packs_natively
 from fx_sparsity.kernels.panels import LANES, PackingError
 
 PATTERNS = ((1, 4), (2, 8), (2, 4), (4, 8))
@@ -45,7 +45,7 @@ class NM:
         pattern = _pattern(weight)
         if pattern is None:
             raise PackingError(f"{self.name}: {self.refusal(weight)}")
-        if _is_native(weight):
+        if packs_natively(weight):
             n, m = pattern
             count = panels.panel_count(weight.shape)
             size = LANES * panels.ceil_div(weight.shape[1], m) * n
@@ -103,7 +103,7 @@ class NM:
 
 def _pattern(weight: Tensor) -> tuple[int, int] | None:
     """The first of `PATTERNS` that the zeros follow."""
-    if _is_native(weight):
+    if packs_natively(weight):
         dense = weight.contiguous()
         most = {m: torch.ops.fx_sparsity.most_of(dense, m) for m in {m for _, m in PATTERNS}}
         return next(((n, m) for n, m in PATTERNS if most[m] <= n), None)
@@ -112,7 +112,3 @@ def _pattern(weight: Tensor) -> tuple[int, int] | None:
         if int((groups != 0).sum(-1).amax()) <= n:
             return n, m
     return None
-
-
-def _is_native(weight: Tensor) -> bool:
-    return weight.device.type == "cpu" and LIBRARY.ready()

@@ -104,7 +104,7 @@ def test_groups_are_packed_as_in_plain_torch(shape, dtype, pattern, seed, turned
         weight = weight.t().contiguous().t()
     packing = PACKINGS["nm"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fx_sparsity.kernels.nm._is_native", lambda weight: False)
+        patch.setattr("fx_sparsity.kernels.nm.packs_natively", lambda weight: False)
         found, plain = _pattern(weight), packing.pack(weight)
     assert _pattern(weight) == found
     parts = packing.pack(weight)

@@ -24,6 +24,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fx_sparsity as fxs
+from fx_sparsity.pruning.methods import (
+    ADMMSparsifier,
+    CalibratedSparsifier,
+    ExactUpdate,
+    ReorderedSparseGPTSparsifier,
+    Swaps,
+)
 
 CONTEXT = 64
 
@@ -126,15 +133,15 @@ def perplexity(found: Tensor) -> float:
     return math.exp(found.mean().item())
 
 
-METHODS: dict[str, Callable[[], fxs.CalibratedSparsifier]] = {
+METHODS: dict[str, Callable[[], CalibratedSparsifier]] = {
     "magnitude": fxs.MagnitudeSparsifier,
     "Wanda": fxs.WandaSparsifier,
     "SparseGPT": fxs.SparseGPTSparsifier,
-    "SparseGPT + exact": lambda: fxs.Pipeline(fxs.SparseGPTSparsifier(), fxs.ExactUpdate()),
-    "ALPS": lambda: fxs.Pipeline(fxs.ADMMSparsifier(), fxs.ExactUpdate()),
-    "reordered + swaps": lambda: fxs.Pipeline(fxs.ReorderedSparseGPTSparsifier(), fxs.Swaps()),
+    "SparseGPT + exact": lambda: fxs.Pipeline(fxs.SparseGPTSparsifier(), ExactUpdate()),
+    "ALPS": lambda: fxs.Pipeline(ADMMSparsifier(), ExactUpdate()),
+    "reordered + swaps": lambda: fxs.Pipeline(ReorderedSparseGPTSparsifier(), Swaps()),
     "reordered + swaps + exact": lambda: fxs.Pipeline(
-        fxs.ReorderedSparseGPTSparsifier(), fxs.Swaps(), fxs.ExactUpdate()
+        ReorderedSparseGPTSparsifier(), Swaps(), ExactUpdate()
     ),
 }
 BEST = "reordered + swaps + exact"
@@ -146,7 +153,7 @@ PATTERNS = ("unstructured 50%", "unstructured 60%", "unstructured 70%", "2:4", "
 class Measured(fxs.Pipeline):
     """A method that also asks for the Gram matrix, so that the report has its layers' errors."""
 
-    def __init__(self, method: fxs.CalibratedSparsifier) -> None:
+    def __init__(self, method: CalibratedSparsifier) -> None:
         super().__init__(method)
         self.needs = method.needs | {"gram"}
 

@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 import fx_sparsity as fxs
-from fx_sparsity.quantization import Order, get_backend, read_weights, sparsify_and_quantize
+from fx_sparsity.quantization import Order, get_backend, sparsify_and_quantize
 from fx_sparsity.storage import Contents, sizes
+from fx_sparsity.verification import Verification, read_weights
 
 PATTERNS = {"50%": "unstructured 50%", "2:4": "2:4", "1x4 blocks": "block:1x4 50%"}
 BACKENDS = {"pt2e": "torchao pt2e", "eager": "torch.ao eager"}
@@ -204,7 +205,7 @@ def main() -> int:
         console.print(reached, moved)
 
         # 3. Both orders of sparsifying and quantizing -------------------------------------------
-        verdicts: dict[tuple[str, ...], fxs.Verification] = {}
+        verdicts: dict[tuple[str, ...], Verification] = {}
         results = table(
             "\n3. Sparse and int8",
             "backend",

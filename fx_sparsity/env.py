@@ -7,14 +7,8 @@ import sys
 
 import torch
 
-from fx_sparsity._native import cache, compiler
+from fx_sparsity._native import LIBRARIES, cache, compiler
 from fx_sparsity._native.compiler import BuildError
-from fx_sparsity.kernels.native import LIBRARY as KERNELS
-from fx_sparsity.masks.native import LIBRARY as MASKS
-from fx_sparsity.sparsifier.calibrated.native import LIBRARY as CALIBRATED
-from fx_sparsity.storage.packing import LIBRARY as STORAGE
-
-LIBRARIES = (MASKS, CALIBRATED, KERNELS, STORAGE)
 
 
 def describe() -> str:

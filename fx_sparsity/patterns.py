@@ -15,6 +15,8 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
+from fx_sparsity.errors import FxSparsityError
+
 Role = Literal["out", "in", "row", "dim", "kernel", "batch"]
 Remainder = Literal["error", "dense", "pad"]
 
@@ -25,7 +27,7 @@ INPUT_ROLES: frozenset[Role] = frozenset({"in", "dim"})
 """Roles whose axis is reduced by the operator, or runs along the looked-up vector."""
 
 
-class PatternError(ValueError):
+class PatternError(FxSparsityError, ValueError):
     """A pattern cannot be parsed, or cannot fit the weight that it was asked to fit."""
 
 

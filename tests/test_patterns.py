@@ -3,8 +3,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fx_sparsity import NM, Block, Channels, Pattern, PatternError, Rows, SparsityConfig
-from fx_sparsity.patterns import StorageBlock, Tiling, Unstructured
+from fx_sparsity import SparsityConfig
+from fx_sparsity.patterns import (
+    NM,
+    Block,
+    Channels,
+    Pattern,
+    PatternError,
+    Rows,
+    StorageBlock,
+    Tiling,
+    Unstructured,
+)
 
 LINEAR = ("out", "in")
 TRANSPOSED = ("in", "out")

@@ -13,13 +13,15 @@ from pathlib import Path
 
 import torch
 
+from fx_sparsity.errors import FxSparsityError
+
 _TIMEOUT = 600  # seconds
 
-INCLUDE = Path(__file__).with_name("include")
+INCLUDE = Path(__file__).parent / "csrc" / "shared"
 """Headers that several libraries share."""
 
 
-class BuildError(RuntimeError):
+class BuildError(FxSparsityError, RuntimeError):
     """A library cannot be built; one line says why."""
 
 

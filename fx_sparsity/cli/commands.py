@@ -8,21 +8,19 @@ from typing import Any
 import click
 from torch import Tensor
 
+from fx_sparsity.checkpoints import (
+    LAYOUTS,
+    Checkpoint,
+    convert,
+    find_stored_weights,
+    sparsify_checkpoint,
+    stated_patterns,
+)
 from fx_sparsity.cli.display import progress, say, show
 from fx_sparsity.cli.recipe import RecipeError, mapping_of, read_recipe, roles_of
 from fx_sparsity.masks import tightest_pattern, tiling_holds
 from fx_sparsity.sparsifier import DataNormSparsifier
-from fx_sparsity.storage import (
-    FORMATS,
-    LAYOUTS,
-    Checkpoint,
-    Contents,
-    convert,
-    find_stored_weights,
-    sizes,
-    sparsify_checkpoint,
-    stated_patterns,
-)
+from fx_sparsity.storage import FORMATS, Contents, sizes
 
 FOUND, BAD_INPUT = 1, 3
 """Exit codes, beside 0 for success and 2 for arguments that click refuses."""

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from fx_sparsity.tables import format_table
+from fx_sparsity.reports import format_table
 
 
 def show(

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from fx_sparsity.errors import FxSparsityError
 from fx_sparsity.graph import SparsityMapping
 from fx_sparsity.patterns import ROLES, Role
 
@@ -17,7 +18,7 @@ KEYS = ("pattern", "name", "regex", "kind", "roles", "norm", "ranked", "layout")
 _PAIRS = ("name", "regex", "kind", "roles")
 
 
-class RecipeError(ValueError):
+class RecipeError(FxSparsityError, ValueError):
     """A recipe or a flag cannot be understood."""
 
 

@@ -3,6 +3,7 @@
 The one place that touches `torch._dynamo`, and the notes that Dynamo and AOTAutograd leave on
 inputs and outputs: there is no public way to tell which parameter a placeholder stands for or which
 results are gradients, to add a buffer to a graph, nor to keep on capturing after a graph break.
+Dynamo takes as long to import as torch itself, so functions import it that need it.
 """
 
 import re
@@ -10,11 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
-from torch._dynamo import lookup_backend
-from torch._dynamo.source import ConstantSource
-from torch._functorch._aot_autograd.descriptors import PlainAOTInput
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.fx.graph import _PyTreeCodeGen
 
@@ -40,6 +37,8 @@ def capture_graphs(
         graphs.append((gm, example_inputs))
         return gm.forward
 
+    import torch._dynamo
+
     with torch._dynamo.config.patch(
         allow_rnn=True, recompile_limit=_UNLIMITED, accumulated_recompile_limit=_UNLIMITED
     ):
@@ -52,6 +51,8 @@ def capture_graphs(
 
 def inductor() -> Callable[..., Any]:
     """Inductor, as a backend to hand a graph on to: (graph, example inputs, config_patches=)."""
+    from torch._dynamo import lookup_backend
+
     found: Callable[..., Any] = lookup_backend("inductor")
     return found
 
@@ -100,7 +101,7 @@ def input_position(node: fx.Node, position: int) -> int | None:
     if hasattr(node, "_dynamo_source"):
         return position
     desc = node.meta.get("desc")
-    return desc.idx if isinstance(desc, PlainAOTInput) else None
+    return desc.idx if type(desc).__name__ == "PlainAOTInput" else None
 
 
 def fake_names(gm: fx.GraphModule, tensors: Mapping[str, Tensor]) -> dict[Any, str]:
@@ -151,6 +152,8 @@ def has_backward(gm: fx.GraphModule) -> bool:
 
 def announce_buffers(gm: fx.GraphModule, names: Iterable[str]) -> None:
     """Let AOTAutograd take buffers of a Dynamo graph that Dynamo itself did not put there."""
+    from torch._dynamo.source import ConstantSource
+
     sources = getattr(gm, "_param_name_to_source", None)
     if sources is not None:
         sources.update((name, ConstantSource(name)) for name in names)

@@ -8,23 +8,19 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.nn.utils import parametrize
 
-from fx_sparsity.graph.capture import (
-    CaptureError,
-    ExampleInputs,
+from fx_sparsity.graph.compiled import capture_graphs, is_compiled
+from fx_sparsity.graph.example_inputs import ExampleInputs, call_arguments, run_undisturbed
+from fx_sparsity.graph.export import CaptureError, export_model
+from fx_sparsity.graph.named_tensors import exported_tensors, named_tensors
+from fx_sparsity.graph.operators import OPERATORS
+from fx_sparsity.graph.sources import (
     Source,
-    call_arguments,
     compiled_source,
-    export_model,
     exported_source,
-    exported_tensors,
     graph_source,
     module_source,
-    named_tensors,
-    run_undisturbed,
-    trace_model,
 )
-from fx_sparsity.graph.compiled import capture_graphs, is_compiled
-from fx_sparsity.graph.operators import OPERATORS
+from fx_sparsity.graph.trace import trace_model
 from fx_sparsity.graph.uses import canonical_fqn, module_uses, uses_of_module, weight_uses
 from fx_sparsity.graph.weight_map import Reason, Unclaimed, Use, WeightMap, WeightSite
 

@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import nn
 
+from fx_sparsity.errors import FxSparsityError
 from fx_sparsity.graph.weight_map import WeightMap, WeightSite
 from fx_sparsity.patterns import PatternError, SparsityConfig
-from fx_sparsity.tables import format_table
+from fx_sparsity.reports import format_table
 
 Wish = SparsityConfig | str | None
 """A configuration, a string that `SparsityConfig.parse` reads, or None to leave a weight dense."""
@@ -18,7 +19,7 @@ Rule = Callable[[WeightSite], Wish]
 """Says of a weight what its configuration is."""
 
 
-class MappingError(ValueError):
+class MappingError(FxSparsityError, ValueError):
     """A mapping does not fit a model: an unknown name, or a pattern that a weight cannot take."""
 
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from fx_sparsity.graph.capture import Source, module_source
 from fx_sparsity.graph.compiled import announce_buffers, is_compiled
 from fx_sparsity.graph.operators import OPERATORS, bind, operator_name
 from fx_sparsity.graph.provenance import Origin
+from fx_sparsity.graph.sources import Source, module_source
 from fx_sparsity.graph.uses import canonical_fqn, weight_uses
 from fx_sparsity.graph.weight_map import WeightMap
 from fx_sparsity.sparsifier import Mask

@@ -9,19 +9,14 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 from torch.nn.utils import parametrize
 
-from fx_sparsity.graph.capture import (
-    ExampleInputs,
-    Source,
-    graph_source,
-    inputs_without_data,
-    module_source,
-)
 from fx_sparsity.graph.compiled import has_backward, is_compiled, real_tensors
 from fx_sparsity.graph.discovery import find_weights
-from fx_sparsity.graph.exported import insert_masks, remove_masks
+from fx_sparsity.graph.example_inputs import ExampleInputs
 from fx_sparsity.graph.mapping import SparsityMapping
 from fx_sparsity.graph.passes import InsertMasks, RemoveMasks, is_masked, mask_path
+from fx_sparsity.graph.program_editor import insert_masks, remove_masks
 from fx_sparsity.graph.received import Received
+from fx_sparsity.graph.sources import Source, graph_source, inputs_without_data, module_source
 from fx_sparsity.graph.uses import canonical_fqn
 from fx_sparsity.graph.weight_map import WeightMap
 from fx_sparsity.patterns import SparsityConfig

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from fx_sparsity.graph.capture import Source
 from fx_sparsity.graph.compiled import returned
 from fx_sparsity.graph.operators import (
     ADDITIONS,
@@ -31,6 +30,7 @@ from fx_sparsity.graph.provenance import (
     shape_of,
     slice_of_parameter,
 )
+from fx_sparsity.graph.sources import Source
 from fx_sparsity.graph.weight_map import Reason, Use
 
 

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 
 from fx_sparsity.patterns import Role
-from fx_sparsity.tables import format_table
+from fx_sparsity.reports import format_table
 
 
 @dataclass(frozen=True)

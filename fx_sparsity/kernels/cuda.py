@@ -8,7 +8,7 @@ from torch.nn.functional import linear, pad
 
 from fx_sparsity.kernels.activations import ACTIVATIONS, quantize
 from fx_sparsity.kernels.ops import NAMESPACE, expect_input, plain_linear
-from fx_sparsity.kernels.packing import PACKINGS
+from fx_sparsity.kernels.packings import PACKINGS
 from fx_sparsity.kernels.semi_structured import SemiStructured, code_product, torch_tensor
 
 _TOKENS = 16

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fx_sparsity.kernels.activations import ACTIVATIONS, QUANTIZERS
 from fx_sparsity.kernels.ops import expect_input, linear_operator
 from fx_sparsity.kernels.packed_module import PackedModule
-from fx_sparsity.kernels.packing import PACKINGS, Packing, PackingError
+from fx_sparsity.kernels.packings import PACKINGS, Packing, PackingError
 
 
 class SparseLinear(PackedModule):

@@ -1,34 +1,19 @@
-"""The C++ operators of this room, compiled on first use."""
+"""Which C++ operators there are for a call, and packing by them."""
 
-import os
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from fx_sparsity._native import Library
+from fx_sparsity._native import KERNELS
 from fx_sparsity.kernels import panels
-
-_FOLDER = Path(__file__).parent / "cpp"
-
-
-def _levels() -> list[str]:
-    """Weaker instruction sets are compiled in where one of them may be asked for; see `cpu.h`."""
-    return ["-DFX_EVERY_LEVEL"] if "FX_SPARSITY_CPU" in os.environ else []
-
-
-_SOURCES = ["ops", "block", "bitmask", "embedding", "expanded", "activations", "pack"]
-"""Those that take longest to compile first, so that no processor is left with one of them."""
-
-LIBRARY = Library("kernels", [_FOLDER / f"{name}.cpp" for name in _SOURCES], _levels)
 
 
 def cpu_kernel(name: str, x: Tensor) -> Callable[..., Tensor] | None:
     """The operator `name`, with its namespace, once the library gave it a kernel for `x`."""
     # Private, since torch.library tells of no kernels; without it plain torch would call itself.
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    if x.device.type == "cpu" and LIBRARY.ready() and has_kernel(name, "CPU"):
+    if x.device.type == "cpu" and KERNELS.ready() and has_kernel(name, "CPU"):
         namespace, _, operator = name.partition("::")
         return getattr(getattr(torch.ops, namespace), operator).default
     return None
@@ -36,7 +21,7 @@ def cpu_kernel(name: str, x: Tensor) -> Callable[..., Tensor] | None:
 
 def packs_natively(weight: Tensor) -> bool:
     """Whether `pack_natively` takes a weight: it lies on the CPU, and the library is ready."""
-    return weight.device.type == "cpu" and LIBRARY.ready()
+    return weight.device.type == "cpu" and KERNELS.ready()
 
 
 def pack_natively(

@@ -12,13 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from fx_sparsity.kernels.activations import (
-    ACTIVATIONS,
-    activation_gradient,
-    quantize,
-)
+from fx_sparsity.kernels.activations import ACTIVATIONS, activation_gradient, quantize
 from fx_sparsity.kernels.native import cpu_kernel
-from fx_sparsity.kernels.packing import PACKINGS, Packing
+from fx_sparsity.kernels.packings import PACKINGS, Packing
 
 NAMESPACE = "fx_sparsity"
 

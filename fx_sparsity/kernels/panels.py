@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from fx_sparsity.errors import FxSparsityError
+
 LANES = 16
 _BYTES_READ = 64  # by a kernel at once, from any value on
 GROUP = {torch.float32: 1, torch.bfloat16: 2, torch.int8: 4}
 
 
-class PackingError(ValueError):
+class PackingError(FxSparsityError, ValueError):
     """Packed parts that no weight packs to; a kernel must not read them."""
 
 

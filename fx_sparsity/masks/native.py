@@ -1,18 +1,15 @@
 """The C++ mask operators: which weights they cover, and how they are called."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fx_sparsity._native import Library
+from fx_sparsity._native import MASKS
 from fx_sparsity.masks.blocks import zeros_of_whole
 from fx_sparsity.masks.rank import Rank, ScoreError
 from fx_sparsity.patterns import Tiling
-
-LIBRARY = Library("masks", [Path(__file__).parent / "kernels" / "ops.cpp"])
 
 _WEIGHTS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -50,7 +47,7 @@ def geometry(shape: Sequence[int], tiling: Tiling) -> Geometry | None:
 def covers(x: Tensor) -> bool:
     """Whether the operators can read `x`, made contiguous; subclasses may not even have data."""
     plain = type(x) in (Tensor, nn.Parameter) and x.layout == torch.strided
-    return plain and x.device.type == "cpu" and x.dtype in _WEIGHTS and LIBRARY.ready()
+    return plain and x.device.type == "cpu" and x.dtype in _WEIGHTS and MASKS.ready()
 
 
 def has_nan(x: Tensor) -> bool:

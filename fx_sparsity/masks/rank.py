@@ -5,8 +5,10 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
+from fx_sparsity.errors import FxSparsityError
 
-class ScoreError(ValueError):
+
+class ScoreError(FxSparsityError, ValueError):
     """Scores that cannot be ranked: NaN, or not a floating dtype."""
 
 

@@ -10,21 +10,13 @@ from fx_sparsity.quantization.backend import (
 )
 from fx_sparsity.quantization.compare import OrderComparison, OrderResult, compare_orders
 from fx_sparsity.quantization.flow import Order, sparsify_and_quantize, sparsify_codes
-from fx_sparsity.quantization.gate import (
-    SparsityLostError,
-    Verification,
-    VerifiedWeight,
-    read_weights,
-    verify,
-)
 from fx_sparsity.quantization.observers import (
     FarRowsAlone,
     IgnoreZeros,
     IntegerZeroPoint,
     zero_cost,
 )
-from fx_sparsity.quantization.post_training import post_training_sparse_quantize
-from fx_sparsity.quantization.stored import StoredWeight, ZeroNotRepresentableError
+from fx_sparsity.quantization.torch_ao.post_training import post_training_sparse_quantize
 
 __all__ = [
     "BACKENDS",
@@ -38,17 +30,10 @@ __all__ = [
     "OrderResult",
     "Prepared",
     "Quantized",
-    "SparsityLostError",
-    "StoredWeight",
-    "Verification",
-    "VerifiedWeight",
-    "ZeroNotRepresentableError",
     "compare_orders",
     "get_backend",
     "post_training_sparse_quantize",
-    "read_weights",
     "sparsify_and_quantize",
     "sparsify_codes",
-    "verify",
     "zero_cost",
 ]

@@ -12,15 +12,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fx_sparsity.errors import FxSparsityError
 from fx_sparsity.graph import WeightMap
-from fx_sparsity.graph.capture import CaptureError, ExampleInputs, InputError, call_arguments
-from fx_sparsity.quantization.stored import StoredWeight
-from fx_sparsity.sparsifier.mask import GRAPH_MASKS, Mask
+from fx_sparsity.graph.example_inputs import ExampleInputs, InputError, call_arguments
+from fx_sparsity.graph.export import CaptureError
+from fx_sparsity.sparsifier.mask import masked_weights
+from fx_sparsity.verification.read import READERS
+from fx_sparsity.verification.stored import StoredWeight
 
 Calibrate = Callable[[nn.Module], Any]
 
 
-class BackendError(ValueError):
+class BackendError(FxSparsityError, ValueError):
     """A backend is unknown, not installed, or cannot do what was asked."""
 
 
@@ -137,8 +140,8 @@ class Backend(ABC):
 
 
 BACKENDS: dict[str, tuple[str, str, str]] = {
-    "eager": ("fx_sparsity.quantization.eager", "EagerBackend", ""),
-    "fx": ("fx_sparsity.quantization.fx", "FXBackend", ""),
+    "eager": ("fx_sparsity.quantization.torch_ao.eager", "EagerBackend", ""),
+    "fx": ("fx_sparsity.quantization.torch_ao.fx", "FXBackend", ""),
     "pt2e": ("fx_sparsity.quantization.pt2e", "PT2EBackend", "torchao"),
     "torchao": ("fx_sparsity.quantization.torchao", "TorchAOBackend", "torchao"),
 }
@@ -163,11 +166,17 @@ def get_backend(name: str) -> Backend:
         ) from error
 
 
-def loaded_backends() -> Iterable[Backend]:
-    """The backends that can have made a model: those whose package has been imported."""
+def read_quantized(model: nn.Module) -> Iterator[StoredWeight]:
+    """The quantized weights of a model, by the backends that can have made it.
+
+    Those are the ones whose package has been imported.
+    """
     for name, (_, _, package) in BACKENDS.items():
         if not package or package in sys.modules:
-            yield get_backend(name)
+            yield from get_backend(name).read(model)
+
+
+READERS.append(read_quantized)
 
 
 def run_calibration(
@@ -257,15 +266,6 @@ def check_runs(model: nn.Module, example_inputs: ExampleInputs) -> None:
             f"{type(error).__name__}: {error}; exclude the modules concerned in `config`, "
             "or use another backend"
         ) from error
-
-
-def masked_weights(model: nn.Module) -> list[str]:
-    """FQNs of the weights that have a live mask."""
-    return [
-        name.removeprefix(f"{GRAPH_MASKS}.").replace("parametrizations.", "").removesuffix(".0")
-        for name, module in model.named_modules()
-        if isinstance(module, Mask)
-    ]
 
 
 def check_unmasked(model: nn.Module) -> None:

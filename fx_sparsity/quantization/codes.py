@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from fx_sparsity.quantization.stored import StoredWeight
+from fx_sparsity.verification.stored import OwnFormat, StoredWeight
 
 
-class Codes(nn.Module):
+class Codes(OwnFormat, nn.Module):
     """A matrix as 8-bit codes, with a scale and a zero point for each row.
 
     Casts such as `.half()` change the dtype of what is computed; codes, scales and zero points

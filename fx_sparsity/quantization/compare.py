@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fx_sparsity.graph import SparsityMapping, find_weights
-from fx_sparsity.graph.capture import ExampleInputs, call_arguments
+from fx_sparsity.graph.example_inputs import ExampleInputs, call_arguments
 from fx_sparsity.quantization.backend import Backend, Calibrate, get_backend
 from fx_sparsity.quantization.flow import Order, sparsify_and_quantize
-from fx_sparsity.quantization.gate import Verification
+from fx_sparsity.reports import format_table
 from fx_sparsity.sparsifier import BaseSparsifier
-from fx_sparsity.tables import format_table
+from fx_sparsity.verification.gate import Verification
 
 
 @dataclass(frozen=True)

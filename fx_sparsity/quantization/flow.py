@@ -17,7 +17,7 @@ from fx_sparsity.graph import (
     find_weights,
     squash,
 )
-from fx_sparsity.graph.capture import ExampleInputs
+from fx_sparsity.graph.example_inputs import ExampleInputs
 from fx_sparsity.graph.prepare import group_entry, mask_weights
 from fx_sparsity.patterns import SparsityConfig
 from fx_sparsity.quantization.backend import (
@@ -29,9 +29,9 @@ from fx_sparsity.quantization.backend import (
     get_backend,
     run_calibration,
 )
-from fx_sparsity.quantization.gate import Verification, read_weights, verify
-from fx_sparsity.quantization.stored import StoredWeight, by_name
 from fx_sparsity.sparsifier import BaseSparsifier, MaskError, SparsityRecord
+from fx_sparsity.verification.gate import Verification, read_weights, verify
+from fx_sparsity.verification.stored import StoredWeight, by_name
 
 Order = Literal["sparsify_first", "quantize_first", "interleaved", "qat"]
 """When masks come, next to the quantizer's prepare and convert; see `sparsify_and_quantize`."""

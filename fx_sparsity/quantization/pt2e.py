@@ -30,9 +30,11 @@ from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
 )
 
 from fx_sparsity.graph import AnnotateWeights, WeightMap
-from fx_sparsity.graph.capture import ExampleInputs, export_model, module_source
+from fx_sparsity.graph.example_inputs import ExampleInputs
+from fx_sparsity.graph.export import export_model
 from fx_sparsity.graph.operators import OPERATORS, bind, operator_name
 from fx_sparsity.graph.passes import WEIGHT_META, SeenWeight, seen_weights, weight_arguments
+from fx_sparsity.graph.sources import module_source
 from fx_sparsity.quantization.backend import (
     Backend,
     BackendError,
@@ -44,13 +46,9 @@ from fx_sparsity.quantization.backend import (
     copied,
     refusing,
 )
-from fx_sparsity.quantization.graph_reader import read_value
-from fx_sparsity.quantization.observers import (
-    EMBEDDING_SPEC,
-    FarRowsAlone,
-    IntegerZeroPoint,
-)
-from fx_sparsity.quantization.stored import StoredWeight
+from fx_sparsity.quantization.observers import EMBEDDING_SPEC, FarRowsAlone, IntegerZeroPoint
+from fx_sparsity.verification.graph_reader import read_value
+from fx_sparsity.verification.stored import StoredWeight
 
 
 class EmbeddingObserver(IntegerZeroPoint, PerChannelMinMaxObserver):

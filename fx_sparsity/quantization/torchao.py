@@ -19,7 +19,7 @@ from torchao.quantization import (
 from torchao.quantization.qat import QATConfig
 
 from fx_sparsity.graph import WeightMap
-from fx_sparsity.graph.capture import ExampleInputs
+from fx_sparsity.graph.example_inputs import ExampleInputs
 from fx_sparsity.patterns import Role
 from fx_sparsity.quantization.backend import (
     Backend,
@@ -30,7 +30,7 @@ from fx_sparsity.quantization.backend import (
     check_unmasked,
     copied,
 )
-from fx_sparsity.quantization.stored import StoredWeight
+from fx_sparsity.verification.stored import StoredWeight
 
 Names = tuple[str, ...]
 """Every FQN of one parameter of one module; several where the module is shared."""

@@ -14,7 +14,7 @@ from fx_sparsity.patterns import Rows
 from fx_sparsity.sparsifier.core import SparsifierCore
 from fx_sparsity.sparsifier.hub import guard, unguard
 from fx_sparsity.sparsifier.mask import Mask
-from fx_sparsity.sparsifier.state import load_entry, save_entry
+from fx_sparsity.sparsifier.mask_state import load_entry, save_entry
 from fx_sparsity.sparsifier.target import (
     MaskError,
     Target,

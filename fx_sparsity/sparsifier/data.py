@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fx_sparsity.sparsifier.core import SparsifierCore
 from fx_sparsity.sparsifier.mask import Mask
-from fx_sparsity.sparsifier.state import load_entry, save_entry
+from fx_sparsity.sparsifier.mask_state import load_entry, save_entry
 from fx_sparsity.sparsifier.target import MaskError, Target, check_maskable
 
 Data = Tensor | nn.Parameter | nn.Embedding | nn.EmbeddingBag

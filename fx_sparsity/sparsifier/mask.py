@@ -66,3 +66,12 @@ class Mask(nn.Module):
 
 FakeSparsity = Mask
 """The name that `torch.ao.pruning` gives it."""
+
+
+def masked_weights(model: nn.Module) -> list[str]:
+    """FQNs of the weights that have a live mask."""
+    return [
+        name.removeprefix(f"{GRAPH_MASKS}.").replace("parametrizations.", "").removesuffix(".0")
+        for name, module in model.named_modules()
+        if isinstance(module, Mask)
+    ]

@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fx_sparsity.masks.bits import pack_bits, unpack_bits
@@ -98,6 +96,8 @@ class SparsityRecord(Mapping[str, MaskRecord]):
 
     def save(self, path: str | Path) -> None:
         """Write the record as one safetensors file: the masks, and the rest as JSON metadata."""
+        from safetensors.torch import save_file  # here, since it takes a while to import
+
         meta: dict[str, dict[str, Any]] = {
             name: {
                 "shape": w.shape,
@@ -119,6 +119,8 @@ class SparsityRecord(Mapping[str, MaskRecord]):
         Raises:
             ValueError: the file holds no record.
         """
+        from safetensors import safe_open
+
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get("sparsity_record")
             if text is None:

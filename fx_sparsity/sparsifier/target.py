@@ -9,14 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from fx_sparsity.errors import FxSparsityError
 from fx_sparsity.sparsifier.mask import GRAPH_MASKS, Mask
 
 
-class MaskError(ValueError):
+class MaskError(FxSparsityError, ValueError):
     """A tensor cannot be masked as asked; nothing was changed."""
 
 
-class DetachedError(RuntimeError):
+class DetachedError(FxSparsityError, RuntimeError):
     """A sparsifier was copied or loaded without its model, and was asked to work on it."""
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fx_sparsity.storage import state as states
+from fx_sparsity.storage import described_state as states
 from fx_sparsity.storage.compressed_tensors import OUTSIDE
 from fx_sparsity.storage.container import (
     DTYPE_NAMES,

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from fx_sparsity.masks.bits import pack_bits, unpack_bits
+from fx_sparsity.storage.bit_packing import as_integers, count_bits, pack, unpack
 from fx_sparsity.storage.container import FileFormatError
 from fx_sparsity.storage.formats import Contents, Format, TwoFour, expect_part
-from fx_sparsity.storage.packing import as_integers, count_bits, pack, unpack
 
 
 class SparseBitmask:

@@ -21,6 +21,8 @@ from typing import IO, Any, BinaryIO
 import torch
 from torch import Tensor
 
+from fx_sparsity.errors import FxSparsityError
+
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -51,7 +53,7 @@ _WRITTEN = 1 << 20  # bytes at a time
 _MOST_READ = 1 << 30  # bytes at a time; Linux reads no more than 2 GiB
 
 
-class FileFormatError(ValueError):
+class FileFormatError(FxSparsityError, ValueError):
     """A file's content does not fit what it declares; names the tensor."""
 
 

@@ -8,9 +8,7 @@ import torch
 from torch import Tensor
 
 from fx_sparsity.masks.bits import pack_bits, unpack_bits
-from fx_sparsity.storage.container import FileFormatError
-from fx_sparsity.storage.memory import empty
-from fx_sparsity.storage.packing import (
+from fx_sparsity.storage.bit_packing import (
     CHUNK,
     as_integers,
     copy,
@@ -23,6 +21,8 @@ from fx_sparsity.storage.packing import (
     two_of_four,
     unpack,
 )
+from fx_sparsity.storage.container import FileFormatError
+from fx_sparsity.storage.memory import empty
 
 MOST_EXPANSION = 1024
 """No stored byte stands for more bytes than these, so that a small file cannot ask for a huge

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fx_sparsity.storage import state as states
+from fx_sparsity.storage import described_state as states
 from fx_sparsity.storage.compressed_file import CompressedFile, takes
 from fx_sparsity.storage.container import FileFormatError
 

@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fx_sparsity.storage import state as states
+from fx_sparsity.storage import described_state as states
 from fx_sparsity.storage.compressed_tensors import OUTSIDE
 from fx_sparsity.storage.container import replacing
 from fx_sparsity.storage.formats import FORMATS
-from fx_sparsity.storage.one_ahead import one_ahead
+from fx_sparsity.storage.prefetch import one_ahead
 from fx_sparsity.storage.sparsity_config import Counts
 from fx_sparsity.storage.writing import (
     CompressedWriter,

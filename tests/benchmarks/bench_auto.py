@@ -32,8 +32,8 @@ from torchao.quantization import (
 )
 
 import fx_sparsity as fxs
-from fx_sparsity.kernels import timing
-from fx_sparsity.kernels.native import LIBRARY
+from fx_sparsity._native import KERNELS
+from fx_sparsity.lowering import timing
 from tests.benchmarks.bench_linear import (
     BF16,
     F32,
@@ -246,7 +246,7 @@ def main(arguments: list[str] | None = None) -> str:
         outputs, inputs = options.shape.split("x")
         shapes = [(int(outputs), int(inputs))]
     head = [
-        machine(LIBRARY),
+        machine(KERNELS),
         "times faster than the fastest dense form: median (bounds, 97.5% each)",
     ]
     print("\n".join([*head, "", HEADER]), flush=True)

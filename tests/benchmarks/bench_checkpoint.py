@@ -18,9 +18,8 @@ import torch
 from safetensors.torch import save_file
 
 import fx_sparsity as fxs
-from fx_sparsity.masks.native import LIBRARY as MASKS
+from fx_sparsity._native import MASKS, STORAGE
 from fx_sparsity.patterns import SparsityConfig
-from fx_sparsity.storage.packing import LIBRARY
 from tests.benchmarks.bench_files import COLUMNS, sync
 from tests.benchmarks.bench_masks import machine
 
@@ -86,7 +85,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--runs", type=int, default=3)
     options = parser.parse_args(arguments)
     MASKS.ready()
-    print(first := machine(LIBRARY, "seconds"), flush=True)
+    print(first := machine(STORAGE, "seconds"), flush=True)
     folder = Path(tempfile.mkdtemp())
     try:
         lines = [first, *measure(options.megabytes << 20, options.runs, folder)]

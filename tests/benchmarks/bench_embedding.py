@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from fx_sparsity._native import KERNELS
 from fx_sparsity.kernels.embedding import RowPrunedEmbedding, RowPrunedEmbeddingBag
-from fx_sparsity.kernels.native import LIBRARY
-from fx_sparsity.tables import format_table
+from fx_sparsity.reports import format_table
 from tests.benchmarks.bench_masks import machine
 
 TABLE = Path(__file__).with_name("embedding.txt")
@@ -132,7 +132,7 @@ def main(arguments: list[str] | None = None) -> list[tuple[object, ...]]:
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")
     torch.set_num_threads(2)
     torch.manual_seed(0)
-    head = machine(LIBRARY)
+    head = machine(KERNELS)
     weight = pruned_table(options.rows)
     kinds = {"bags": (bags(weight), BAGS), "rows": (lookups(weight), [(512, 20)])}
     found: list[tuple[object, ...]] = []

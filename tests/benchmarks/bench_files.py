@@ -23,10 +23,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import fx_sparsity as fxs
-from fx_sparsity.masks.native import LIBRARY as MASKS
+from fx_sparsity._native import MASKS, STORAGE
 from fx_sparsity.patterns import SparsityConfig
 from fx_sparsity.storage import CompressedFile
-from fx_sparsity.storage.packing import LIBRARY
 from tests.benchmarks.bench_masks import machine
 
 TABLE = Path(__file__).with_name("files.txt")
@@ -185,7 +184,7 @@ def main(arguments: list[str] | None = None) -> list[Result]:
     options = parser.parse_args(arguments)
     MASKS.ready()
     lines = [
-        f"{options.megabytes} MiB in four matrices; {machine(LIBRARY)}",
+        f"{options.megabytes} MiB in four matrices; {machine(STORAGE)}",
         "read: dense file loaded and every byte summed; model: dense file into a model; "
         "ours: compressed file into the same model",
         "cold: the same as read and ours; save: synced",

@@ -27,7 +27,7 @@ from torchao.quantization import (
 )
 
 import fx_sparsity as fxs
-from fx_sparsity.kernels.timing import machine
+from fx_sparsity.lowering.timing import machine
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 from prune_language_model import LanguageModel

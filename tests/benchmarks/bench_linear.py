@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from fx_sparsity._native import KERNELS
 from fx_sparsity.kernels import PACKINGS, SparseLinear
-from fx_sparsity.kernels.native import LIBRARY
 from fx_sparsity.kernels.ops import linear_operator
 from tests.benchmarks.bench_masks import machine
 
@@ -303,7 +303,7 @@ def main(arguments: list[str] | None = None) -> list[str]:
         rows, columns = options.shape.split("x")
         shapes = [(int(rows), int(columns))]
     table = []
-    head = [machine(LIBRARY), f"median of {options.runs} runs", "", HEADER]
+    head = [machine(KERNELS), f"median of {options.runs} runs", "", HEADER]
     print("\n".join(head), flush=True)
     for shape in shapes:
         for dtype in [options.dtype] if options.dtype else DENSE:

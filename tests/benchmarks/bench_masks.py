@@ -24,8 +24,7 @@ from torch.ao.pruning import WeightNormSparsifier as ReferenceWeightNorm
 from torch.ao.pruning._experimental.data_sparsifier import DataNormSparsifier as ReferenceDataNorm
 
 import fx_sparsity
-from fx_sparsity._native import Library
-from fx_sparsity.masks.native import LIBRARY
+from fx_sparsity._native import MASKS, Library
 
 TABLE = Path(__file__).with_name("masks.txt")
 SHAPES = [(4096, 4096), (4096, 11008), (1_000_000, 64)]
@@ -218,7 +217,7 @@ def verdicts(results: list[Result]) -> Iterator[str]:
     yield bar("at most 0.7 of the weight in extra memory", f"{most:.2f}", heavy)
 
 
-def machine(library: Library = LIBRARY, unit: str = "milliseconds") -> str:
+def machine(library: Library = MASKS, unit: str = "milliseconds") -> str:
     """The processor by name, its cores, torch, and which path is measured."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     facts = {key.strip(): value.strip() for key, _, value in (x.partition(":") for x in lines)}

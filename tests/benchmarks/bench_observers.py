@@ -24,9 +24,9 @@ from torchao.quantization.pt2e import observer as torchao_observers
 
 from fx_sparsity.masks import Rank, global_masks
 from fx_sparsity.quantization import IgnoreZeros, zero_cost
-from fx_sparsity.quantization.embeddings import EmbeddingObserver, FarRowsAloneObserver
 from fx_sparsity.quantization.observers import EMBEDDING_SPEC
-from fx_sparsity.tables import format_table
+from fx_sparsity.quantization.torch_ao.embeddings import EmbeddingObserver, FarRowsAloneObserver
+from fx_sparsity.reports import format_table
 
 TABLE = Path(__file__).with_name("observers.txt")
 LEVELS = (0.5, 0.9)

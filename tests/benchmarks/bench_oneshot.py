@@ -19,8 +19,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fx_sparsity._native import PRUNING
 from fx_sparsity.patterns import Pattern
-from fx_sparsity.sparsifier.calibrated import (
+from fx_sparsity.pruning.methods import (
     ADMMSparsifier,
     CalibratedSparsifier,
     ExactUpdate,
@@ -32,7 +33,6 @@ from fx_sparsity.sparsifier.calibrated import (
     Swaps,
     WandaSparsifier,
 )
-from fx_sparsity.sparsifier.calibrated.native import LIBRARY
 from tests.benchmarks.bench_masks import machine
 
 TABLE = Path(__file__).with_name("oneshot.txt")
@@ -257,7 +257,7 @@ def main(arguments: list[str] | None = None) -> tuple[list[Speed], list[Quality]
         lines.extend(texts)
         print(*texts, sep="\n", flush=True)
 
-    say(f"{machine(LIBRARY, 'seconds')}; one-shot pruning", f"median of {options.runs} runs")
+    say(f"{machine(PRUNING, 'seconds')}; one-shot pruning", f"median of {options.runs} runs")
     say("", "SparseGPT, 50%", "")
     say(
         f"{'size':<7}{'pattern':<14}{'reference':>11}{'C++':>8}{'times':>7}{'plain':>8}{'times':>7}"

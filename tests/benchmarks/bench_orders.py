@@ -21,7 +21,7 @@ from torch import nn
 import fx_sparsity as fxs
 from examples.sparsify_minilm import load_encoder
 from fx_sparsity.quantization import compare_orders
-from fx_sparsity.tables import format_table
+from fx_sparsity.reports import format_table
 
 TABLE = Path(__file__).with_name("orders.txt")
 PATTERNS = ("unstructured 50%", "2:4", "rows 50%")

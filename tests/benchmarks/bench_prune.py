@@ -6,7 +6,7 @@ A Llama of eight layers, 2:4, batches of four rows of 256 tokens. Time: the whol
 its capture, against plain forward passes over the same batches, in turns, medians, in seconds of the
 clock and of all threads. What does not grow with the data is told apart by a straight line through
 all sizes. Memory: bytes of tensors at the peak, as torch's allocator counts them, against an account
-that does not know how pruning works (`tests.calibration.memory`): the masks, which are part of the
+that does not know how pruning works (`tests.pruning.peak_memory`): the masks, which are part of the
 result, two Gram matrices (or sums of squares) of the widest weight, and what lives of the
 activations when all batches go through the dense model node by node. Resident memory is what the
 kernel saw (VmHWM), with the captured graph, torch's own and what the C library keeps.
@@ -26,19 +26,21 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fx_sparsity as fxs
-from fx_sparsity.sparsifier.calibrated.native import LIBRARY
+from fx_sparsity._native import PRUNING
+from fx_sparsity.pruning import PruningReport
+from fx_sparsity.pruning.methods import CalibratedSparsifier, ReorderedSparseGPTSparsifier, Swaps
 from tests.benchmarks.bench_masks import machine
-from tests.calibration.memory import live_activations, mask_bytes, peak_bytes
+from tests.pruning.peak_memory import live_activations, mask_bytes, peak_bytes
 
 TABLE = Path(__file__).with_name("prune.txt")
 LAYERS, ROWS, TOKENS, MIB = 8, 4, 256, 2**20
 SMALL = {"vocab_size": 4096, "hidden_size": 512, "intermediate_size": 1408}
 USUAL = 128 * 2048
 """Tokens of the calibration sets of the papers: 128 sequences of 2048 (arXiv 2306.11695)."""
-METHODS: dict[str, Callable[[], fxs.CalibratedSparsifier]] = {
+METHODS: dict[str, Callable[[], CalibratedSparsifier]] = {
     "Wanda": fxs.WandaSparsifier,
     "SparseGPT": fxs.SparseGPTSparsifier,
-    "composed": lambda: fxs.Pipeline(fxs.ReorderedSparseGPTSparsifier(), fxs.Swaps()),
+    "composed": lambda: fxs.Pipeline(ReorderedSparseGPTSparsifier(), Swaps()),
 }
 
 
@@ -88,7 +90,7 @@ def forward(model: torch.nn.Module, batches: list[dict[str, Any]]) -> None:
         model(**batch)
 
 
-def prune(model: torch.nn.Module, method: str, batches: list[dict[str, Any]]) -> fxs.PruningReport:
+def prune(model: torch.nn.Module, method: str, batches: list[dict[str, Any]]) -> PruningReport:
     mapping = fxs.SparsityMapping().set_global("2:4")
     return fxs.prune(model, METHODS[method](), batches, mapping, progress=False)[1]
 
@@ -215,7 +217,7 @@ def main(arguments: list[str] | None = None) -> tuple[list[Cost], list[Memory]]:
     for method in METHODS:  # whatever is loaded, built and kept once
         prune(make(1, layers=1)[0], method, make(1)[1])
     say(
-        f"{machine(LIBRARY, 'seconds')}; pruning of a whole model", f"median of {options.runs} runs"
+        f"{machine(PRUNING, 'seconds')}; pruning of a whole model", f"median of {options.runs} runs"
     )
     say("", f"{'Wanda':<9}{'clock:':>8}{'':15}{'all threads:':>11}")
     say(

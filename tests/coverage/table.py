@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from fx_sparsity import find_weights
-from fx_sparsity.tables import format_table
+from fx_sparsity.reports import format_table
 from tests.coverage.architectures import NAMES, make
 from tests.coverage.proof import Proof, Wrong
 

@@ -6,8 +6,8 @@ from expecttest import assert_expected_inline
 from torch import fx, nn
 from torch.nn import functional as F
 
-from fx_sparsity import InputError, WeightNormSparsifier, find_weights, prepare
-from fx_sparsity.graph import AnnotateWeights, Reason, Unclaimed
+from fx_sparsity import WeightNormSparsifier, find_weights, prepare
+from fx_sparsity.graph import AnnotateWeights, InputError, Reason, Unclaimed
 from fx_sparsity.graph.passes import WEIGHT_META
 from tests.coverage.proof import Proof
 from tests.models import MODELS, make, make_bert

@@ -5,15 +5,9 @@ import torch
 from expecttest import assert_expected_inline
 from torch import nn
 
-from fx_sparsity import (
-    MappingError,
-    PatternError,
-    SparsityConfig,
-    SparsityMapping,
-    WeightNormSparsifier,
-    find_weights,
-    prepare,
-)
+from fx_sparsity import SparsityConfig, SparsityMapping, WeightNormSparsifier, find_weights, prepare
+from fx_sparsity.graph import MappingError
+from fx_sparsity.patterns import PatternError
 from tests.models import make
 
 

@@ -6,10 +6,9 @@ import random
 import pytest
 import torch
 
-from fx_sparsity._native import compiler
+from fx_sparsity._native import KERNELS, compiler
 from fx_sparsity.kernels import PACKINGS, PackingError, RowPrunedEmbedding, RowPrunedEmbeddingBag
 from fx_sparsity.kernels.embedding_ops import MODES
-from fx_sparsity.kernels.native import LIBRARY
 from tests.kernels.levels import LEVELS
 from tests.kernels.test_embedding import STORED, table
 from tests.kernels.test_linear import layer, sparse
@@ -120,7 +119,7 @@ def main():
     os.environ["FX_SPARSITY_CPU"] = ""  # so that every level is compiled
     usual = compiler.flags
     compiler.flags = lambda: [*usual(), "-fsanitize=address", "-O1"]
-    assert LIBRARY.ready(), LIBRARY.state()
+    assert KERNELS.ready(), KERNELS.state()
     source = random.Random(0)
     found = []
     with torch.inference_mode():

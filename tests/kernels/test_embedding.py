@@ -20,6 +20,7 @@ from torch.ao.quantization import (
 )
 from torch.nn import functional as F
 
+from fx_sparsity._native import KERNELS
 from fx_sparsity.kernels import (
     PackingError,
     RowPrunedEmbedding,
@@ -28,7 +29,6 @@ from fx_sparsity.kernels import (
     pages,
 )
 from fx_sparsity.kernels import embedding_ops as operators
-from fx_sparsity.kernels.native import LIBRARY
 from fx_sparsity.quantization.codes import Codes, hold_codes
 from tests.kernels.levels import LEVELS
 
@@ -39,7 +39,7 @@ INDICES = (torch.int32, torch.int64)
 
 @pytest.fixture(autouse=True, scope="module")
 def native():
-    assert LIBRARY.ready(), LIBRARY.state()
+    assert KERNELS.ready(), KERNELS.state()
 
 
 def table(rows=20, columns=5, density=0.5, dtype=torch.float32, seed=0, whole=False):

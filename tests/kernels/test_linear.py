@@ -18,10 +18,9 @@ from torchao.quantization import MappingType, PerRow
 from torchao.quantization.quantize_.workflows import Int8Tensor
 
 import fx_sparsity.kernels.packed_module
-from fx_sparsity._native import compiler
+from fx_sparsity._native import KERNELS, compiler
 from fx_sparsity.kernels import PACKINGS, PackingError, SparseLinear
 from fx_sparsity.kernels.activations import ACTIVATIONS, quantize
-from fx_sparsity.kernels.native import LIBRARY
 from fx_sparsity.kernels.ops import linear_operator, plain_linear
 from tests.kernels.levels import LEVELS
 
@@ -104,7 +103,7 @@ def operands(module, x):
     max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 def test_against_float64(monkeypatch, level, case):
-    assert LIBRARY.ready(), LIBRARY.state()
+    assert KERNELS.ready(), KERNELS.state()
     monkeypatch.setenv("FX_SPARSITY_CPU", level)
     module, x = case
     with torch.no_grad():
@@ -122,7 +121,7 @@ def test_against_float64(monkeypatch, level, case):
 @settings(max_examples=100, deadline=None)
 def test_packs_as_plain_torch_does(shape, density, dtype, seed, turned):
     """Bit for bit, odd floats and other strides included."""
-    assert LIBRARY.ready(), LIBRARY.state()
+    assert KERNELS.ready(), KERNELS.state()
     weight = sparse(shape, density, dtype, seed)
     if dtype.is_floating_point:
         tiny = torch.finfo(dtype).smallest_normal / 4
@@ -448,7 +447,7 @@ def test_without_kernels(tmp_path):
         "import fx_sparsity.kernels\n"
         "x, y = torch.load(sys.argv[2])\n"
         "torch.testing.assert_close(torch.export.load(sys.argv[1]).module()(x), y)\n"
-        "assert not native.LIBRARY.ready()\n"
+        "assert not native.KERNELS.ready()\n"
     )
     command = [sys.executable, "-c", script, tmp_path / "program.pt2", tmp_path / "pair.pt"]
     subprocess.run(command, env={**os.environ, "FX_SPARSITY_KERNELS": "0"}, cwd=ROOT, check=True)

@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fx_sparsity._native import KERNELS
 from fx_sparsity.kernels import PACKINGS, PackingError, SparseLinear
 from fx_sparsity.kernels.activations import QUANTIZERS, quantize
-from fx_sparsity.kernels.native import LIBRARY
 from fx_sparsity.kernels.nm import _pattern
 from fx_sparsity.kernels.ops import linear_operator
 from tests.kernels.levels import LEVELS
@@ -98,7 +98,7 @@ def test_groups(call, pattern):
 @settings(max_examples=100, deadline=None)
 def test_groups_are_packed_as_in_plain_torch(shape, dtype, pattern, seed, turned):
     """Bit for bit, zeros that are kept and other strides included; and so are patterns found."""
-    assert LIBRARY.ready(), LIBRARY.state()
+    assert KERNELS.ready(), KERNELS.state()
     weight = by_groups(shape, *pattern, dtype, seed)
     if turned:
         weight = weight.t().contiguous().t()
@@ -133,7 +133,7 @@ def test_blocks(call, block, density, slack):
 
 
 def test_the_library_is_what_is_tested():
-    assert LIBRARY.ready(), LIBRARY.state()
+    assert KERNELS.ready(), KERNELS.state()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

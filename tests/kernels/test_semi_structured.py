@@ -10,21 +10,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fx_sparsity as fxs
-from fx_sparsity.kernels import (
-    PACKINGS,
-    LoweringError,
-    PackingError,
-    SparseLinear,
-    check_packed,
-    cuda,
-    lower,
-)
+from fx_sparsity.kernels import PACKINGS, PackingError, SparseLinear, cuda
 from fx_sparsity.kernels.activations import quantize
-from fx_sparsity.kernels.layers import DenseLinear, read_torchao
 from fx_sparsity.kernels.ops import linear_operator
-from fx_sparsity.kernels.packed_weights import read_packed
-from fx_sparsity.kernels.policy import Policy
 from fx_sparsity.kernels.semi_structured import _float8_refusal
+from fx_sparsity.lowering import LoweringError, check_packed, lower
+from fx_sparsity.lowering.layers import DenseLinear, read_torchao
+from fx_sparsity.lowering.packed_weights import read_packed
+from fx_sparsity.lowering.policy import Policy
 from tests.kernels.test_packings import INTEGER_QUANTIZERS, by_groups
 
 PACKING = PACKINGS["semi_structured"]

@@ -1,4 +1,4 @@
-from fx_sparsity.masks.native import LIBRARY
+from fx_sparsity._native import MASKS
 from tests.native.paths import each_path
 
-path = each_path(LIBRARY)
+path = each_path(MASKS)

@@ -10,7 +10,7 @@ def test_report(tmp_path):
     out, err = process.communicate(timeout=120)
     assert (process.returncode, err) == (0, "")
     rows = dict(line.split(None, 1) for line in out.splitlines())
-    for name in ("masks", "calibrated", "kernels", "storage"):
+    for name in ("masks", "pruning", "kernels", "storage"):
         assert rows[name] == "plain torch, because FX_SPARSITY_KERNELS=0"
     assert f"{tmp_path}/home/.cache/fx_sparsity or " in rows["cache"]
     assert {"python", "torch", "system", "cpu", "compiler"} <= rows.keys()
@@ -32,7 +32,7 @@ def test_build_then_run_without_a_compiler(tmp_path):
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     paths = dict(line.split(": ") for line in out.splitlines())
-    for name in ("masks", "calibrated", "kernels", "storage"):
+    for name in ("masks", "pruning", "kernels", "storage"):
         assert paths[name].startswith(f"{tmp_path}/home/.cache/fx_sparsity/{name}-")
 
     env["CXX"] = "/no/compiler"
@@ -40,7 +40,7 @@ def test_build_then_run_without_a_compiler(tmp_path):
     assert all(f"C++ kernels from {path}" in out for path in paths.values())
     tests = ["tests/masks/test_exact.py", "tests/masks/test_refusals.py"]
     tests += [
-        f"tests/sparsifier/calibrated/test_{room}.py" for room in ("sparsegpt", "refinements")
+        f"tests/pruning/methods/test_{room}.py" for room in ("sparsegpt", "refinements")
     ]
     options = ["-q", "-k", "native", "-p", "no:cacheprovider"]
     process = start(env, "pytest", *options, *tests)

@@ -14,6 +14,7 @@ from torch.ao.pruning import WeightNormSparsifier as ReferenceWeightNorm
 from torch.ao.pruning._experimental.data_sparsifier import DataNormSparsifier as ReferenceDataNorm
 
 import fx_sparsity as fxs
+from fx_sparsity.patterns import PatternError
 
 SHAPES = [(8, 16), (16, 12), (1, 8), (5, 1), (6, 10), (7, 9), (16,)]
 BLOCKS = [(1, 1), (1, 4), (2, 2), (4, 1), (4, 4)]
@@ -132,7 +133,7 @@ def test_masks_agree_with_the_reference_wherever_it_is_right(kind, shape, block)
 
 def test_zeros_beyond_the_block_are_refused_by_both():
     assert reference_mask("weight", torch.randn(4, 4), 0.5, (1, 4), 5, "L1") == "ValueError"
-    with pytest.raises(fxs.PatternError, match=r"zeros_per_block must lie in 0..4.*found 5"):
+    with pytest.raises(PatternError, match=r"zeros_per_block must lie in 0..4.*found 5"):
         fxs.WeightNormSparsifier(0.5, (1, 4), 5)
 
 

@@ -22,7 +22,10 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
 import fx_sparsity as fxs
-from fx_sparsity.quantization import BackendError, ZeroNotRepresentableError, sparsify_and_quantize
+from fx_sparsity.graph import MappingError
+from fx_sparsity.quantization import BackendError, sparsify_and_quantize
+from fx_sparsity.sparsifier import MaskError
+from fx_sparsity.verification import ZeroNotRepresentableError
 
 HERE = Path(__file__).parent
 LISTING = HERE / "matrix.txt"
@@ -116,13 +119,13 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Callable[[], tuple[torch.Tensor
 
 
 def _eager(dynamic):
-    from fx_sparsity.quantization.eager import default_qconfigs
+    from fx_sparsity.quantization.torch_ao.eager import default_qconfigs
 
     return lambda qat: default_qconfigs(dynamic=dynamic, qat=qat)
 
 
 def _fx(dynamic):
-    from fx_sparsity.quantization.fx import default_qconfig_mapping
+    from fx_sparsity.quantization.torch_ao.fx import default_qconfig_mapping
 
     return lambda qat: default_qconfig_mapping(dynamic=dynamic, qat=qat)
 
@@ -220,7 +223,7 @@ def outcome(cell: Cell) -> str:
             calibrate=train if cell.order == "qat" else None,
             config=config(cell.order == "qat"),
         )
-    except (BackendError, ZeroNotRepresentableError, fxs.MaskError, fxs.MappingError) as refusal:
+    except (BackendError, ZeroNotRepresentableError, MaskError, MappingError) as refusal:
         return f"refused: {type(refusal).__name__}: {_first_line(refusal)}"
     finally:
         for name, tensor in model.state_dict().items():

@@ -6,15 +6,15 @@ import torch
 from torch import nn
 
 import fx_sparsity as fxs
+from fx_sparsity.graph import MappingError
 from fx_sparsity.quantization import (
     BACKENDS,
     BackendError,
-    ZeroNotRepresentableError,
     get_backend,
-    read_weights,
     sparsify_and_quantize,
     sparsify_codes,
 )
+from fx_sparsity.verification import ZeroNotRepresentableError, read_weights
 from tests.models import make, make_bert
 from tests.sparsifier.test_base import assert_unchanged, snapshot
 
@@ -185,7 +185,7 @@ def test_bad_requests():
         BackendError, match="expected one of eager, fx, pt2e, torchao, found 'gptq'"
     ):
         flow(model, inputs, "gptq", ORDERS[0], "2:4")
-    with pytest.raises(fxs.MappingError, match=r"bottom.0.weight"):
+    with pytest.raises(MappingError, match=r"bottom.0.weight"):
         flow(model, inputs, "eager", ORDERS[1], "4:8")
 
 
@@ -267,7 +267,7 @@ def test_a_failure_leaves_the_sparsifier_fresh(order):
 def test_a_mapping_that_masks_nothing(order):
     model, inputs = make("sequential")
     mapping = fxs.SparsityMapping().set_module_name_regex("tail", "2:4")
-    with pytest.raises(fxs.MappingError, match="masks none of the weights 0.weight, 2.weight"):
+    with pytest.raises(MappingError, match="masks none of the weights 0.weight, 2.weight"):
         sparsify_and_quantize(
             model, fxs.WeightNormSparsifier(), inputs, order=order, backend="eager", mapping=mapping
         )

@@ -16,19 +16,15 @@ from torchao.quantization.pt2e.quantizer.embedding_quantizer import (
 )
 
 import fx_sparsity as fxs
-from fx_sparsity.quantization import (
-    IgnoreZeros,
-    ZeroNotRepresentableError,
-    pt2e,
-    zero_cost,
-)
-from fx_sparsity.quantization.embeddings import (
+from fx_sparsity.quantization import IgnoreZeros, pt2e, zero_cost
+from fx_sparsity.quantization.observers import EMBEDDING_SPEC
+from fx_sparsity.quantization.torch_ao.embeddings import (
     EmbeddingObserver,
     FarRowsAloneObserver,
     embedding_qconfig,
     far_rows_alone_qconfig,
 )
-from fx_sparsity.quantization.observers import EMBEDDING_SPEC
+from fx_sparsity.verification import ZeroNotRepresentableError
 from tests.benchmarks import bench_observers
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated.*", "ignore:.*must run observer.*")

@@ -9,19 +9,15 @@ from torch.ao import quantization as tq
 
 from fx_sparsity import (
     DataNormSparsifier,
-    MaskError,
     SparsityMapping,
     WeightNormSparsifier,
     find_weights,
     post_training_sparse_quantize,
 )
-from fx_sparsity.quantization import (
-    BackendError,
-    get_backend,
-    read_weights,
-    sparsify_and_quantize,
-)
-from fx_sparsity.quantization.embeddings import embedding_qconfig
+from fx_sparsity.quantization import BackendError, get_backend, sparsify_and_quantize
+from fx_sparsity.quantization.torch_ao.embeddings import embedding_qconfig
+from fx_sparsity.sparsifier import MaskError
+from fx_sparsity.verification import read_weights
 from tests.models import make
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated.*")

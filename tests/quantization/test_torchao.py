@@ -30,14 +30,12 @@ from torchao.quantization.qat.linear import FakeQuantizedLinear
 import fx_sparsity as fxs
 from fx_sparsity.quantization import (
     BackendError,
-    ZeroNotRepresentableError,
     get_backend,
-    read_weights,
     sparsify_and_quantize,
     sparsify_codes,
-    verify,
 )
 from fx_sparsity.quantization.torchao import TorchAOBackend, is_torchao, read_tensor
+from fx_sparsity.verification import ZeroNotRepresentableError, read_weights, verify
 from tests.models import Root, make
 from tests.sparsifier.test_base import assert_unchanged, snapshot
 

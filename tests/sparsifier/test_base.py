@@ -5,8 +5,10 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from fx_sparsity import BaseSparsifier, MaskError, PatternError, WeightNormSparsifier
+from fx_sparsity import BaseSparsifier, WeightNormSparsifier
 from fx_sparsity.masks import ScoreError
+from fx_sparsity.patterns import PatternError
+from fx_sparsity.sparsifier import MaskError
 from tests.models import make
 
 

@@ -2,7 +2,9 @@ import pytest
 import torch
 from torch import nn
 
-from fx_sparsity import BaseDataSparsifier, DataNormSparsifier, MaskError, PatternError
+from fx_sparsity import BaseDataSparsifier, DataNormSparsifier
+from fx_sparsity.patterns import PatternError
+from fx_sparsity.sparsifier import MaskError
 
 
 class FirstRow(BaseDataSparsifier):

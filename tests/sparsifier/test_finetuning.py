@@ -10,6 +10,14 @@ from torch import nn
 from torch.nn.utils import prune
 
 import fx_sparsity as fxs
+from fx_sparsity.patterns import PatternError
+from fx_sparsity.sparsifier import (
+    MaskError,
+    dense_state_dict,
+    load_dense_state_dict,
+    take_over_pruned,
+)
+from fx_sparsity.verification import SparsityLostError
 from tests.models import make
 from tests.sparsifier.test_base import assert_unchanged, snapshot
 
@@ -71,7 +79,7 @@ def test_without_hold_the_zeros_are_lost_and_the_gate_says_so():
     model, inputs, sparsifier = sparse_model()
     model, record = fxs.squash(model, sparsifier)
     train(model, inputs, OPTIMIZERS["adamw"](model.parameters()), steps=3)
-    with pytest.raises(fxs.SparsityLostError, match=r"0.weight: \d+ of 64 zeros lost"):
+    with pytest.raises(SparsityLostError, match=r"0.weight: \d+ of 64 zeros lost"):
         fxs.verify(model, record).raise_if_lost()
 
 
@@ -91,17 +99,17 @@ def test_a_merge_that_fills_zeros_is_caught_and_held_again():
 
 def test_hold_wants_squashed_weights_of_the_recorded_shape():
     model, inputs, sparsifier = sparse_model()
-    with pytest.raises(fxs.MaskError, match=r"0.weight is still masked; squash first"):
+    with pytest.raises(MaskError, match=r"0.weight is still masked; squash first"):
         fxs.hold(OPTIMIZERS["sgd"](model.parameters()), model, fxs.SparsityRecord.of(sparsifier))
     model, record = fxs.squash(model, sparsifier)
-    with pytest.raises(fxs.MaskError, match=r"0.weight: expected a weight of shape"):
+    with pytest.raises(MaskError, match=r"0.weight: expected a weight of shape"):
         fxs.hold(OPTIMIZERS["sgd"](model.parameters()), nn.Linear(2, 2), record)
 
 
 def test_plain_checkpoints_go_in_and_out_while_masks_are_on():
     model, inputs, sparsifier = sparse_model()
     before = snapshot(model)
-    dense = fxs.dense_state_dict(model)
+    dense = dense_state_dict(model)
     assert_unchanged(model, before)
     plain, _ = make("sequential")
     plain.load_state_dict(dense, strict=True)
@@ -110,11 +118,11 @@ def test_plain_checkpoints_go_in_and_out_while_masks_are_on():
     torch.manual_seed(7)
     other = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
     masks = {name: sparsifier.get_mask(name).clone() for name in sparsifier.names}
-    fxs.load_dense_state_dict(model, other.state_dict())
+    load_dense_state_dict(model, other.state_dict())
     assert torch.equal(sparsifier.get_data("0.weight"), other[0].weight)
     assert all(torch.equal(sparsifier.get_mask(n), m) for n, m in masks.items())
     with pytest.raises(RuntimeError, match="Missing key"):
-        fxs.load_dense_state_dict(model, {"0.weight": torch.zeros(16, 8)})
+        load_dense_state_dict(model, {"0.weight": torch.zeros(16, 8)})
 
 
 def test_assigning_a_state_keeps_mask_and_sparsifier_together():
@@ -135,15 +143,15 @@ def test_models_pruned_by_torch_are_taken_over():
     original = model[0].weight_orig
     mask = model[0].weight_mask.clone()
     sparsifier = fxs.WeightNormSparsifier()
-    assert fxs.take_over_pruned(model, sparsifier) == ["0.weight", "2.weight"]
+    assert take_over_pruned(model, sparsifier) == ["0.weight", "2.weight"]
     assert torch.equal(model(*inputs), expected)
     assert sparsifier.get_data("0.weight") is original
     assert torch.equal(sparsifier.get_mask("0.weight"), mask)
     model, record = fxs.squash(model, sparsifier)
     assert torch.equal(model(*inputs), expected)
     assert record["2.weight"].keep.double().mean() == 0.5
-    with pytest.raises(fxs.MaskError, match="no weight pruned"):
-        fxs.take_over_pruned(model, fxs.WeightNormSparsifier())
+    with pytest.raises(MaskError, match="no weight pruned"):
+        take_over_pruned(model, fxs.WeightNormSparsifier())
 
 
 def test_transformers_models_save_and_tie(tmp_path):
@@ -170,7 +178,7 @@ def test_transformers_models_save_and_tie(tmp_path):
     assert torch.equal(model(**inputs).logits, expected)
     with pytest.raises(RuntimeError, match=r"call squash\(model, sparsifier\) first"):
         model.save_pretrained(tmp_path)
-    model.save_pretrained(tmp_path / "live", state_dict=fxs.dense_state_dict(model))
+    model.save_pretrained(tmp_path / "live", state_dict=dense_state_dict(model))
     model, _ = fxs.squash(model, sparsifier)
     model.save_pretrained(tmp_path / "squashed")
     for folder in ("live", "squashed"):
@@ -239,8 +247,8 @@ def test_a_refused_take_over_leaves_the_pruning():
     before = snapshot(model)
     sparsifier = fxs.WeightNormSparsifier()
     sparsifier.defaults["pattern"] = "2:4"
-    with pytest.raises(fxs.PatternError, match=r"0.weight"):
-        fxs.take_over_pruned(model, sparsifier)
+    with pytest.raises(PatternError, match=r"0.weight"):
+        take_over_pruned(model, sparsifier)
     assert_unchanged(model, before)
     model(torch.randn(2, 10))
     assert model[0].weight.eq(0).sum() == 20
@@ -250,7 +258,7 @@ def test_masks_taken_over_claim_no_pattern():
     model, _ = make("sequential")
     prune.l1_unstructured(model[0], "weight", amount=0.3)
     sparsifier = fxs.WeightNormSparsifier()
-    fxs.take_over_pruned(model, sparsifier)
+    take_over_pruned(model, sparsifier)
     model, record = fxs.squash(model, sparsifier)
     assert record["0.weight"].pattern is None
     assert fxs.verify(model, record).ok
@@ -263,11 +271,11 @@ def test_plain_checkpoints_of_graphs():
     fxs.prepare(gm, sparsifier, mapping=fxs.SparsityMapping().set_global("2:4"))
     sparsifier.step()
     plain, _ = make("tied")
-    plain.load_state_dict(fxs.dense_state_dict(gm))
+    plain.load_state_dict(dense_state_dict(gm))
     assert torch.equal(plain(*inputs), gm(*inputs))
     other, _ = make("tied")
     with torch.no_grad():
         other.embed.weight.fill_(2)
-    fxs.load_dense_state_dict(gm, other.state_dict())
+    load_dense_state_dict(gm, other.state_dict())
     assert sparsifier.get_data("embed.weight").eq(2).all()
     assert sparsifier.get_data("embed.weight", return_original=False).eq(0).sum() == 128

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from fx_sparsity import NearlyDiagonalSparsifier
+from fx_sparsity.sparsifier import NearlyDiagonalSparsifier
 
 
 @pytest.mark.parametrize("nearliness", [-1, 0, 1, 3, 7])

@@ -13,14 +13,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from torch import nn
 from torch.nn.utils import parametrize
 
-from fx_sparsity import (
-    DataNormSparsifier,
-    DetachedError,
-    MaskError,
-    SparsityMapping,
-    WeightNormSparsifier,
-    prepare,
-)
+from fx_sparsity import DataNormSparsifier, SparsityMapping, WeightNormSparsifier, prepare
+from fx_sparsity.sparsifier import DetachedError, MaskError
 from tests.models import make
 from tests.sparsifier.test_base import FirstRow
 

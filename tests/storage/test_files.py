@@ -152,7 +152,7 @@ def quantized(backend):
     model = Quantizable().eval()
     basket = torch.randint(40, (6, 5))
     mapping = fxs.SparsityMapping().set_global("unstructured 50%")
-    model, _ = fxs.quantization.sparsify_and_quantize(
+    model, _ = fxs.sparsify_and_quantize(
         model,
         fxs.WeightNormSparsifier(),
         (basket,),

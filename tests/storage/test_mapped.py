@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from fx_sparsity.storage import CheckpointFiles, FileFormatError, MappedCheckpoint, MappedFile
+from fx_sparsity.checkpoints import CheckpointFiles, MappedCheckpoint
+from fx_sparsity.storage import FileFormatError, MappedFile
 from fx_sparsity.storage.container import DTYPES
 from fx_sparsity.storage.mapped import create_file
 

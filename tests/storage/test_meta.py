@@ -1,7 +1,7 @@
 import torch
 from torch import nn
 
-from fx_sparsity import parameters_on_meta
+from fx_sparsity.storage import parameters_on_meta
 from tests.models import TiedLanguageModel
 
 

@@ -1,0 +1,23 @@
+"""The libraries there are, one a folder of `csrc`; each is compiled when it is first needed."""
+
+import os
+from pathlib import Path
+
+from fx_sparsity._native.library import Library
+
+_CSRC = Path(__file__).with_name("csrc")
+
+
+def _levels() -> list[str]:
+    """Weaker instruction sets are compiled in where one of them may be asked for; see `cpu.h`."""
+    return ["-DFX_EVERY_LEVEL"] if "FX_SPARSITY_CPU" in os.environ else []
+
+
+_KERNELS = ("ops", "block", "bitmask", "embedding", "expanded", "activations", "pack")
+"""Those that take longest to compile first, so that no processor is left with one of them."""
+
+MASKS = Library("masks", [_CSRC / "masks" / "ops.cpp"])
+PRUNING = Library("pruning", [_CSRC / "pruning" / "ops.cpp"])
+KERNELS = Library("kernels", [_CSRC / "kernels" / f"{name}.cpp" for name in _KERNELS], _levels)
+STORAGE = Library("storage", [_CSRC / "storage" / "ops.cpp"])
+LIBRARIES = (MASKS, PRUNING, KERNELS, STORAGE)

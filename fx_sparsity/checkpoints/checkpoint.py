@@ -1,0 +1,155 @@
+"""Checkpoints as model hubs publish them: folders of safetensors files, without a model.
+
+One file, or several shards with an index that says which tensor is where; configuration and
+tokenizer beside them.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+
+from torch import Tensor
+
+from fx_sparsity.checkpoints.sharded import INDEX, OTHER_WEIGHTS, CheckpointFiles
+from fx_sparsity.errors import FxSparsityError
+from fx_sparsity.graph import WeightMap, WeightSite
+from fx_sparsity.graph.weight_map import Reason, Unclaimed
+from fx_sparsity.patterns import Role
+from fx_sparsity.storage.compressed_file import CompressedFile
+
+_EMBEDDING = re.compile(r"(?:.*[._])?(?:\w*embed\w*|wte|wpe)(?:[._].*)?", re.IGNORECASE)
+
+Roles = Mapping[str, Sequence[Role]]
+"""Regular expression over names -> roles of the axes; the first that matches from the start."""
+
+
+class CheckpointError(FxSparsityError, ValueError):
+    """A checkpoint cannot be read or written as asked, or does not fit the model."""
+
+
+class Checkpoint:
+    """The safetensors files of a folder, or one file, and which tensor is in which.
+
+    Args:
+        path: a folder, or a file.
+
+    Attributes:
+        folder: that holds the files.
+        is_folder: whether the whole folder is meant.
+        shards: names of the safetensors files.
+        index: name of the index; None where there is none.
+        others: names of the files beside them, in subfolders too.
+        left: names of files with weights that are none of this checkpoint, such as other formats.
+
+    Raises:
+        CheckpointError: an index that does not fit the files.
+        FileFormatError: a file contradicts itself.
+        FileNotFoundError: no safetensors file, or none that the index names.
+        OSError: it cannot be read.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        path = Path(path)
+        found = CheckpointFiles.find(path)
+        self.is_folder, self.folder = path.is_dir(), found.root
+        self.shards = list(found.weights)
+        self.index = next((name for name in found.others if name.endswith(INDEX)), None)
+        self.others = [name for name in found.others if name != self.index]
+        self.left = [name for name in found.ignored if not (found.root / name).is_dir()]
+        for folder in found.ignored:  # such as the pooling of a sentence encoder
+            for path in sorted((found.root / folder).rglob("*")):
+                if path.is_file():
+                    name = str(path.relative_to(found.root))
+                    (self.left if path.suffix in OTHER_WEIGHTS else self.others).append(name)
+        self._check_index()
+
+    @cached_property
+    def files(self) -> dict[str, CompressedFile]:
+        """Shard -> what it holds."""
+        return {shard: CompressedFile(self.folder / shard) for shard in self.shards}
+
+    @cached_property
+    def where(self) -> dict[str, str]:
+        """Tensor -> the shard that holds it, in the order of shards and of the tensors in them.
+
+        Raises:
+            CheckpointError: a tensor in two shards, which no index tells apart.
+        """
+        where: dict[str, str] = {}
+        for shard, file in self.files.items():
+            for name in file.names:
+                if name in where:
+                    raise CheckpointError(f"{name}: in {where[name]} and in {shard}")
+                where[name] = shard
+        return where
+
+    @property
+    def nbytes(self) -> int:
+        """Of all shards."""
+        return sum(file.file.nbytes for file in self.files.values())
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, dense, in memory of its own."""
+        return self.files[self.where[name]].read(name)
+
+    def _check_index(self) -> None:
+        if self.index is None:
+            return
+        index = json.loads((self.folder / self.index).read_text())["weight_map"]
+        held = {key: s for s, file in self.files.items() for key in file.file.entries}
+        for name in index.keys() | held.keys():
+            says, is_in = index.get(name), held.get(name)
+            if says != is_in:
+                raise CheckpointError(
+                    f"{name}: {self.index} says it is in {says}, it is in {is_in or 'no file'}"
+                )
+
+
+def find_stored_weights(checkpoint: Checkpoint, roles: Roles | None = None) -> WeightMap:
+    """The weights of a checkpoint, by names and shapes alone.
+
+    A floating matrix is an `embedding` (row, dim) where its name says so (`embed`, `wte`, `wpe`),
+    else `linear` (out, in); four axes are those of a `conv`. What three axes mean, and whether a
+    matrix is stored the other way round, only `roles` can say.
+
+    Args:
+        checkpoint: its tensors.
+        roles: regular expression -> roles; wins over names and shapes.
+    """
+    sites: list[WeightSite] = []
+    unclaimed: list[Unclaimed] = []
+    vectors = 0
+    for name, shard in checkpoint.where.items():
+        dtype, shape = checkpoint.files[shard].dtype_and_shape(name)
+        kind, axes = _axes(name, shape, roles or {})
+        if not dtype.is_floating_point:
+            unclaimed.append(Unclaimed(name, shape, Reason.NOT_FLOATING))
+        elif axes is not None:
+            owner = name.rpartition(".")[0]
+            text = str(dtype)[6:]
+            sites.append(WeightSite(name, (), owner, "", kind, axes, shape, text, ()))
+        elif len(shape) < 2:
+            vectors += 1
+        else:
+            detail = f"{len(shape)} axes, whose roles the name does not tell"
+            unclaimed.append(Unclaimed(name, shape, Reason.FRONTEND, detail))
+    return WeightMap(tuple(sites), tuple(unclaimed), vectors, "names and shapes")
+
+
+def _axes(name: str, shape: Sequence[int], roles: Roles) -> tuple[str, tuple[Role, ...] | None]:
+    for regex, given in roles.items():
+        if re.match(regex, name):
+            if len(given) != len(shape):
+                raise CheckpointError(
+                    f"{name}: expected {len(shape)} roles, found {', '.join(given)} for {regex!r}"
+                )
+            return ("embedding" if "row" in given else "linear"), tuple(given)
+    if len(shape) == 2:
+        if _EMBEDDING.fullmatch(name):
+            return "embedding", ("row", "dim")
+        return "linear", ("out", "in")
+    if len(shape) == 4:
+        return "conv", ("out", "in", "kernel", "kernel")
+    return "", None

@@ -1,0 +1,113 @@
+"""Which tensor a node of a graph stands for.
+
+A frontend differs from the others by one function, `source(node) -> (fqn, tensor)`.
+"""
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+
+from fx_sparsity.graph.compiled import (
+    fake_names,
+    fake_place,
+    input_position,
+    input_target,
+    is_compiled,
+    is_fake,
+    source_target,
+)
+from fx_sparsity.graph.example_inputs import ExampleInputs, call_arguments
+from fx_sparsity.graph.named_tensors import named_tensors
+
+Source = Callable[[fx.Node], tuple[str, Tensor] | None]
+
+
+def exported_source(program: ExportedProgram) -> Source:
+    """Parameters and buffers are placeholders, listed in the program's signature."""
+    signature = program.graph_signature
+    names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+
+    def source(node: fx.Node) -> tuple[str, Tensor] | None:
+        if node.op != "placeholder" or (fqn := names.get(node.name)) is None:
+            return None
+        tensor = program.state_dict.get(fqn, program.constants.get(fqn))
+        return None if tensor is None else (fqn, tensor)
+
+    return source
+
+
+def module_source(gm: fx.GraphModule) -> Source:
+    """Parameters and buffers are `get_attr` nodes."""
+
+    def source(node: fx.Node) -> tuple[str, Tensor] | None:
+        if node.op != "get_attr":
+            return None
+        tensor = operator.attrgetter(str(node.target))(gm)
+        return (str(node.target), tensor) if isinstance(tensor, Tensor) else None
+
+    return source
+
+
+def graph_source(
+    gm: fx.GraphModule, example_inputs: ExampleInputs | None, model: nn.Module | None
+) -> Source:
+    """The source of a GraphModule's tensors, wherever it comes from; see `compiled_source`."""
+    if not is_compiled(gm):
+        return module_source(gm)
+    inputs, _ = call_arguments(() if example_inputs is None else example_inputs)
+    return compiled_source(gm, inputs, model)
+
+
+def inputs_without_data(gm: fx.GraphModule, example_inputs: ExampleInputs | None) -> list[str]:
+    """Names of a backend's inputs that are absent from `example_inputs`, or fake there."""
+    if not is_compiled(gm):
+        return []
+    inputs, _ = call_arguments(() if example_inputs is None else example_inputs)
+    absent = []
+    for position, node in enumerate(gm.graph.find_nodes(op="placeholder")):
+        place = input_position(node, position)
+        if place is None or place >= len(inputs) or is_fake(inputs[place]):
+            absent.append(source_target(node) or node.name)
+    return absent
+
+
+def compiled_source(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], model: nn.Module | None = None
+) -> Source:
+    """Parameters and buffers are placeholders that `torch.compile` lifted them to.
+
+    Args:
+        gm: the graph that a backend receives from Dynamo, or from AOTAutograd below it.
+        example_inputs: what the backend received with the Dynamo graph.
+        model: tells the names, by identity: of the inputs, or of what AOTAutograd faked. Without it
+            they are read off Dynamo's notes, as far as these lead to a module; other parameters go
+            by the name of their node.
+    """
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    position = {node: input_position(node, i) for i, node in enumerate(placeholders)}
+    tensors = {} if model is None else dict(named_tensors(model))
+    named = {id(tensor): fqn for fqn, tensor in reversed(tensors.items())}
+    faked = fake_names(gm, tensors)
+    attribute = module_source(gm)
+
+    def source(node: fx.Node) -> tuple[str, Tensor] | None:
+        if node not in position:
+            found = attribute(node)
+            return None if found is None else (named.get(id(found[1]), found[0]), found[1])
+        place = position[node]
+        given = place is not None and place < len(example_inputs)
+        tensor = example_inputs[place] if given else None  # type: ignore[index]
+        if model is None:
+            tensor = node.meta.get("val") if tensor is None else tensor
+            unnamed = node.name if isinstance(tensor, nn.Parameter) else None
+            fqn = input_target(node) or source_target(node) or unnamed
+        else:
+            # What was added to the graph, such as a mask, keeps the name that it has there.
+            fqn = named.get(id(tensor)) or faked.get(fake_place(node)) or input_target(node)
+            tensor = tensors.get(fqn or "", node.meta.get("val"))
+        return (fqn, tensor) if fqn is not None and isinstance(tensor, Tensor) else None
+
+    return source

@@ -1,0 +1,15 @@
+"""Sparse kernels where they pay: what measures, decides and rewrites."""
+
+from fx_sparsity.lowering.lower import lower, unlower
+from fx_sparsity.lowering.packed_weights import check_packed
+from fx_sparsity.lowering.policy import LoweringError
+from fx_sparsity.lowering.report import LoweredWeight, LoweringReport
+
+__all__ = [
+    "LoweredWeight",
+    "LoweringError",
+    "LoweringReport",
+    "check_packed",
+    "lower",
+    "unlower",
+]

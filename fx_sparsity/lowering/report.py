@@ -1,0 +1,136 @@
+"""What lowering has done, weight by weight."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+
+from fx_sparsity.reports import format_table
+
+
+@dataclass(frozen=True)
+class LoweredWeight:
+    """One weight of the model, lowered or not.
+
+    Attributes:
+        fqn: of the weight.
+        pattern: the tightest that its zeros follow; None without zeros, or where it was not read.
+        density: share of values that are not zero; None where it was not read.
+        kernel: name of the packing that it has now; None where it was left as it was.
+        gain: tokens a call -> how many times faster than dense this was measured here, of the
+            chosen packing, or of the best where none paid; empty where nothing was measured.
+        up_to: most tokens a call that the kernel takes, where the dense form was kept for others.
+        bytes_before, bytes_after: of the weight with its scales, and of its packed form.
+        reason: why it was left as it was; empty where it was lowered.
+    """
+
+    fqn: str
+    pattern: str | None
+    density: float | None
+    kernel: str | None
+    gain: Mapping[int, float]
+    up_to: int | None
+    bytes_before: int
+    bytes_after: int
+    reason: str
+
+    @property
+    def gains(self) -> str:
+        """Such as `1.9x at 1 token, 1.4x at 4`; empty where nothing was measured."""
+        parts = [f"{ratio:.2g}x at {tokens}" for tokens, ratio in self.gain.items()]
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True)
+class LoweringReport(Mapping[str, LoweredWeight]):
+    """FQN -> `LoweredWeight`, in the order of the model: every weight has its row.
+
+    Attributes:
+        weights: the rows.
+        notes: what a user should know of the whole.
+    """
+
+    weights: tuple[LoweredWeight, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def lowered(self) -> tuple[str, ...]:
+        """FQNs of the weights that have a kernel now."""
+        return tuple(row.fqn for row in self.weights if row.kernel is not None)
+
+    @property
+    def left(self) -> dict[str, str]:
+        """FQN -> why it was left as it was, for the others."""
+        return {row.fqn: row.reason for row in self.weights if row.kernel is None}
+
+    @property
+    def bytes_before(self) -> int:
+        """Of all weights of the report."""
+        return sum(row.bytes_before for row in self.weights)
+
+    @property
+    def bytes_after(self) -> int:
+        """Of all weights of the report."""
+        return sum(row.bytes_after for row in self.weights)
+
+    def to_json(self) -> str:
+        """A JSON object with `weights`, a list of objects, and `notes`."""
+        rows = [asdict(row) for row in self.weights]
+        return json.dumps({"weights": rows, "notes": self.notes}, indent=2)
+
+    def __getitem__(self, fqn: str) -> LoweredWeight:
+        for row in self.weights:
+            if row.fqn == fqn:
+                return row
+        raise KeyError(fqn)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(row.fqn for row in self.weights)
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+    def __str__(self) -> str:
+        done = [
+            (
+                row.fqn,
+                row.pattern,
+                _percent(row.density),
+                row.kernel if row.up_to is None else f"{row.kernel} up to {row.up_to} tokens",
+                row.gains or "not measured",
+                row.bytes_before,
+                row.bytes_after,
+            )
+            for row in self.weights
+            if row.kernel is not None
+        ]
+        left = [
+            (
+                row.fqn,
+                row.pattern,
+                None if row.density is None else _percent(row.density),
+                row.reason,
+            )
+            for row in self.weights
+            if row.kernel is None
+        ]
+        parts = []
+        if done:
+            header = ("lowered", "pattern", "density", "kernel", "gain at tokens")
+            parts.append(format_table((*header, "bytes before", "after"), done))
+        if left:
+            parts.append(format_table(("left as it was", "pattern", "density", "reason"), left))
+        before, after = self.bytes_before / 2**20, self.bytes_after / 2**20
+        parts.append(
+            "\n".join(
+                [
+                    f"{len(done)} of {len(self)} weights lowered; "
+                    f"{before:.3g} MiB of weights before, {after:.3g} MiB after",
+                    *self.notes,
+                ]
+            )
+        )
+        return "\n\n".join(parts)
+
+
+def _percent(share: float | None) -> str | None:
+    return None if share is None else f"{share:.1%}"

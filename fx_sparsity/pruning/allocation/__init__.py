@@ -1,0 +1,26 @@
+"""One level for a whole model, spread over its weights."""
+
+from fx_sparsity.pruning.allocation.levels import Levels, Prunable
+from fx_sparsity.pruning.allocation.rules import (
+    OWL,
+    Allocation,
+    ErdosRenyi,
+    GlobalRanking,
+    LeastError,
+    MeasuredAllocation,
+    Seen,
+    Uniform,
+)
+
+__all__ = [
+    "OWL",
+    "Allocation",
+    "ErdosRenyi",
+    "GlobalRanking",
+    "LeastError",
+    "Levels",
+    "MeasuredAllocation",
+    "Prunable",
+    "Seen",
+    "Uniform",
+]

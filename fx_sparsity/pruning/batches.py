@@ -1,0 +1,200 @@
+"""Calibration batches, and the graphs that take them."""
+
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+
+from fx_sparsity.graph.context_blocks import OpenBlocks
+from fx_sparsity.graph.example_inputs import ExampleInputs, InputError, call_arguments
+from fx_sparsity.graph.export import CaptureError, export_model
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Arguments of one call of the model.
+
+    Attributes:
+        number: its place among the batches.
+        inputs: as the user gave them.
+        leaves: tensors and other values, in the order of the graph's placeholders.
+        spec: how they are nested.
+    """
+
+    number: int
+    inputs: ExampleInputs
+    leaves: tuple[Any, ...]
+    spec: pytree.TreeSpec
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A graph, which shares its tensors with the model, and the batches that run through it."""
+
+    graph: fx.GraphModule
+    batches: tuple[Batch, ...]
+
+
+def read_batches(model: nn.Module, batches: Iterable[ExampleInputs]) -> list[Batch]:
+    """Check batches, and flatten them.
+
+    Raises:
+        InputError: there is none, one is no call's arguments, or lies on a device where the model
+            has no tensor.
+    """
+    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
+    read: list[Batch] = []
+    for number, inputs in enumerate(batches):
+        args, kwargs = call_arguments(inputs)
+        kwargs = dict(sorted(kwargs.items()))
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        for leaf in leaves:
+            if isinstance(leaf, Tensor) and devices and leaf.device not in devices:
+                raise InputError(
+                    f"batch {number} has a tensor on {leaf.device}, but the model is on "
+                    f"{', '.join(sorted(map(str, devices)))}; move one of them"
+                )
+        read.append(Batch(number, (kwargs or tuple(args)), tuple(leaves), spec))
+    if not read:
+        raise InputError("batches: expected at least one batch of inputs, found none")
+    return read
+
+
+@torch.no_grad()
+def check_forms(model: nn.Module, batches: Sequence[Batch]) -> None:
+    """Raise for batches of dtypes or layouts that the model rejects.
+
+    Graphs are captured without data, where dtypes that do not go together go unnoticed until they
+    meet. So the model is run once for every form of batch other than the first, and for the first
+    where it has a floating dtype that is not among the model's.
+
+    Args:
+        model: in the mode that is to be captured.
+        batches: of any shapes.
+
+    Raises:
+        InputError: the model rejects a batch, with its own words.
+    """
+    own = {tensor.dtype for tensor in (*model.parameters(), *model.buffers())}
+    seen: set[tuple[Any, ...]] = set()
+    for batch in batches:
+        tensors = [leaf for leaf in batch.leaves if isinstance(leaf, Tensor)]
+        form = tuple((tensor.dtype, tensor.layout) for tensor in tensors)
+        usual = all(
+            t.layout == torch.strided and (t.dtype in own or not t.is_floating_point())
+            for t in tensors
+        )
+        if form not in seen and (seen or not usual):
+            args, kwargs = call_arguments(batch.inputs)
+            try:
+                model(*args, **kwargs)
+            except Exception as error:
+                raise InputError(
+                    f"batch {batch.number}: {type(model).__name__} raises "
+                    f"{type(error).__name__}: {error}"
+                ) from error
+        seen.add(form)
+
+
+def capture(
+    model: nn.Module, batches: Sequence[Batch], dynamic_shapes: Any = None
+) -> list[Captured]:
+    """Graphs for all batches: one whose varying sizes are dynamic, else one for each shape.
+
+    Args:
+        model: in the mode that is to be captured.
+        batches: of any shapes.
+        dynamic_shapes: as `torch.export.export` takes it; by default the dimensions that differ
+            between batches of the same nesting.
+
+    Raises:
+        InputError: the model rejects a batch.
+        CaptureError: no graph can be captured for one of them.
+    """
+    captured: list[Captured] = []
+    left = list(batches)
+    while left:
+        alike = [batch for batch in left if batch.spec == left[0].spec]
+        shapes = dynamic_shapes if dynamic_shapes is not None else _varying(alike)
+        try:
+            graph = _export(model, left[0], shapes, given=dynamic_shapes is not None)
+        except InputError as error:
+            raise InputError(f"batch {left[0].number} of the calibration data: {error}") from error
+        fitting = [batch for batch in alike if _fits(graph, batch)]
+        if left[0] not in fitting:
+            raise CaptureError(f"the graph of batch {left[0].number} does not take that batch")
+        captured.append(Captured(graph, tuple(fitting)))
+        taken = {batch.number for batch in fitting}
+        left = [batch for batch in left if batch.number not in taken]
+    if len(captured) > 1:
+        _log.info("batches of different shapes take %d graphs", len(captured))
+    return captured
+
+
+def _export(model: nn.Module, batch: Batch, shapes: Any, given: bool) -> fx.GraphModule:
+    if shapes is not None:
+        try:
+            return _module(export_model(model, batch.inputs, shapes))
+        except CaptureError as error:
+            if given:
+                raise
+            _log.info("no graph of dynamic shapes, one for each shape instead: %s", error)
+    return _module(export_model(model, batch.inputs))
+
+
+def _module(program: ExportedProgram) -> fx.GraphModule:
+    module = program.module()
+    assert isinstance(module, fx.GraphModule)
+    OpenBlocks()(module)
+    return module
+
+
+def _varying(batches: Sequence[Batch]) -> Any:
+    """Dynamic shapes for the dimensions that differ between batches; None where none does."""
+    dynamic: list[dict[int, Any] | None] = []
+    for leaves in zip(*(batch.leaves for batch in batches), strict=True):
+        if not all(isinstance(leaf, Tensor) and leaf.ndim == leaves[0].ndim for leaf in leaves):
+            dynamic.append(None)
+            continue
+        sizes = zip(*(leaf.shape for leaf in leaves), strict=True)
+        marks = {
+            dim: torch.export.Dim.AUTO for dim, found in enumerate(sizes) if len(set(found)) > 1
+        }
+        dynamic.append(marks or None)
+    if not any(dynamic):
+        return None
+    args, kwargs = pytree.tree_unflatten(dynamic, batches[0].spec)
+    return kwargs or args
+
+
+def _fits(graph: fx.GraphModule, batch: Batch) -> bool:
+    """Whether a graph takes a batch, going by what it noted of its inputs and by its guards."""
+    nodes = graph.graph.find_nodes(op="placeholder")
+    values = dict(zip(nodes, batch.leaves, strict=True))
+    for node, leaf in values.items():
+        seen = node.meta.get("val")
+        if isinstance(leaf, Tensor) != isinstance(seen, Tensor):
+            return False
+        if isinstance(leaf, Tensor):
+            if (seen.dtype, seen.ndim) != (leaf.dtype, leaf.ndim):
+                return False
+        elif not isinstance(seen, torch.SymInt | torch.SymFloat | torch.SymBool) and seen != leaf:
+            return False
+    for node in guards(graph):
+        try:
+            graph.get_submodule(str(node.target))(*(values[arg] for arg in node.all_input_nodes))
+        except AssertionError:
+            return False
+    return True
+
+
+def guards(graph: fx.GraphModule) -> list[fx.Node]:
+    """Nodes that check inputs: the only modules that the graph of an exported program calls."""
+    return graph.graph.find_nodes(op="call_module")

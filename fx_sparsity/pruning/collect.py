@@ -1,0 +1,110 @@
+"""Sums over everything that meets one weight."""
+
+from collections.abc import Iterator, Set
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from fx_sparsity.graph.weight_inputs import Met
+from fx_sparsity.pruning.matrix_form import MatrixForm
+from fx_sparsity.pruning.methods import Statistic, Statistics
+
+
+class Collector:
+    """The statistics of one weight as they grow.
+
+    A table has no Gram matrix: that of its one-hot inputs is diagonal, and `squares` is its
+    diagonal.
+
+    Args:
+        form: of the weight.
+        needs: what is asked for.
+        device: of the sums.
+        table: whether the weight is looked up.
+    """
+
+    def __init__(
+        self, form: MatrixForm, needs: Set[Statistic], device: torch.device, table: bool
+    ) -> None:
+        groups, _, size = form.sizes
+        self.form = form
+
+        def zeros(wanted: bool, *shape: int) -> Tensor | None:
+            return torch.zeros(groups, *shape, device=device) if wanted else None
+
+        gram = "gram" in needs and not table
+        self._sums = Statistics(
+            tokens=torch.zeros(groups, dtype=torch.float64, device=device),
+            squares=zeros("input_norm" in needs or ("gram" in needs and table), size),
+            sums=zeros("input_mean" in needs, size),
+            gram=zeros(gram, size, size),
+        )
+
+        self._numbers = torch.arange(groups * size, device=device)
+
+    @property
+    def statistics(self) -> Statistics:
+        """The sums, with tokens as whole numbers."""
+        return replace(self._sums, tokens=self._sums.tokens.round().long())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the sums take."""
+        return sum(t.nbytes for t in vars(self._sums).values() if t is not None)
+
+    def add(self, met: Met) -> None:
+        """Take in one call."""
+        if torch.equal(met.columns.reshape(-1), self._numbers):
+            self._add(slice(None), slice(None), met)
+            return
+        for columns, rows in _alike(met.columns):
+            mine = columns >= 0
+            if not bool(mine.any()):
+                continue
+            held, places = columns[mine] // self.form.sizes[2], columns[mine] % self.form.sizes[2]
+            assert bool((held == held[0]).all())  # one product reduces one group of the weight
+            group = int(held[0])
+            self._add(slice(group, group + 1), places, _part(met, rows, mine))
+
+    def _add(self, group: slice, places: slice | Tensor, met: Met) -> None:
+        """Add what met some groups, and only these of their columns.
+
+        What meets a part of the outputs counts for that part: three slices of one weight that meet
+        the same inputs make up the whole that meets them once.
+        """
+        stats, (_, outputs, size) = self._sums, self.form.sizes
+        share = met.out / outputs
+        found = size if isinstance(places, slice) else len(places)
+        stats.tokens[group] += met.tokens * share * found / size
+        x, counts = None if met.x is None else met.x.float(), met.counts
+        if stats.squares is not None:
+            squares = x.square().sum(1) if x is not None else counts[1]  # type: ignore[index]
+            stats.squares[group, places] += share * squares
+        if stats.sums is not None:
+            sums = x.sum(1) if x is not None else counts[0]  # type: ignore[index]
+            stats.sums[group, places] += share * sums
+        if stats.gram is not None and x is not None:
+            if isinstance(places, slice):
+                stats.gram[group].baddbmm_(x.mT, x, alpha=share)
+            else:
+                stats.gram[group, places.unsqueeze(1), places] += share * (x.mT @ x)
+
+
+def _alike(columns: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """(columns, which rows have them): one expert meets many of the inputs that picked it."""
+    if len(columns) == 1:
+        yield columns[0], columns.new_zeros(1)
+        return
+    distinct, which = columns.unique(dim=0, return_inverse=True)
+    for i, found in enumerate(distinct):
+        yield found, (which == i).nonzero().flatten()
+
+
+def _part(met: Met, rows: Tensor, mine: Tensor) -> Met:
+    """Rows of what was met as the inputs of one group, and some of their columns."""
+    if met.x is None:
+        assert met.counts is not None
+        return met._replace(counts=met.counts[:, rows].sum(1, keepdim=True)[..., mine])
+    x = met.x[rows].flatten(0, 1)[:, mine].unsqueeze(0)
+    return met._replace(x=x, tokens=x.shape[1])

@@ -1,0 +1,44 @@
+"""Sparsifiers that look at what a weight is used for, and not at the weight alone."""
+
+from fx_sparsity.pruning.methods.admm import ADMMSparsifier
+from fx_sparsity.pruning.methods.calibrated import CalibratedSparsifier, Solution
+from fx_sparsity.pruning.methods.criterion import (
+    Criterion,
+    CriterionSparsifier,
+    FisherSparsifier,
+    GradientSparsifier,
+    MagnitudeSparsifier,
+    MovementSparsifier,
+    RandomSparsifier,
+    TaylorSparsifier,
+    WandaSparsifier,
+)
+from fx_sparsity.pruning.methods.exact_update import ExactUpdate
+from fx_sparsity.pruning.methods.matrix import GramSparsifier, Pipeline, Refinement
+from fx_sparsity.pruning.methods.sparsegpt import ReorderedSparseGPTSparsifier, SparseGPTSparsifier
+from fx_sparsity.pruning.methods.statistics import Statistic, Statistics
+from fx_sparsity.pruning.methods.swaps import Swaps
+
+__all__ = [
+    "ADMMSparsifier",
+    "CalibratedSparsifier",
+    "Criterion",
+    "CriterionSparsifier",
+    "ExactUpdate",
+    "FisherSparsifier",
+    "GradientSparsifier",
+    "GramSparsifier",
+    "MagnitudeSparsifier",
+    "MovementSparsifier",
+    "Pipeline",
+    "RandomSparsifier",
+    "Refinement",
+    "ReorderedSparseGPTSparsifier",
+    "Solution",
+    "SparseGPTSparsifier",
+    "Statistic",
+    "Statistics",
+    "Swaps",
+    "TaylorSparsifier",
+    "WandaSparsifier",
+]

@@ -1,0 +1,60 @@
+"""The base of calibrated sparsifiers: a weight and its statistics in, a mask and an update out."""
+
+from abc import abstractmethod
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from fx_sparsity.patterns import Tiling
+from fx_sparsity.pruning.methods.statistics import Statistic, Statistics
+from fx_sparsity.sparsifier.base import BaseSparsifier
+from fx_sparsity.sparsifier.target import MaskError
+
+
+class Solution(NamedTuple):
+    """What a method makes of one weight, in matrix form.
+
+    Attributes:
+        mask: boolean, [groups, out, in]; True is kept.
+        weight: float32, [groups, out, in]: kept values, updated or not.
+        notes: what a user should know, such as a damping that had to be raised.
+    """
+
+    mask: Tensor
+    weight: Tensor
+    notes: tuple[str, ...] = ()
+
+
+class CalibratedSparsifier(BaseSparsifier):
+    """Masks, and possibly updates, one weight at a time from the statistics of its uses.
+
+    `prune` collects the statistics and calls `solve`; `step` alone has none and says so.
+
+    Attributes:
+        needs: the statistics that `solve` looks at.
+    """
+
+    needs: frozenset[Statistic] = frozenset()
+
+    @abstractmethod
+    def solve(self, weight: Tensor, stats: Statistics, tiling: Tiling, level: float) -> Solution:
+        """Choose a mask, and values for what is kept.
+
+        Args:
+            weight: float32, [groups, out, in]. Not changed.
+            stats: with everything that `needs` names. Not changed either: weights that meet the
+                same inputs share them.
+            tiling: the pattern for this matrix form.
+            level: share to prune, in [0, 1].
+        """
+
+    def update_mask(self, module: nn.Module, tensor_name: str, **config: Any) -> None:
+        """Without statistics there is nothing to go by.
+
+        Raises:
+            MaskError: always.
+        """
+        raise MaskError(
+            f"{config.get('tensor_fqn', tensor_name)}: {type(self).__name__} needs calibration "
+            "data; call fx_sparsity.prune(model, sparsifier, batches) instead of step()"
+        )

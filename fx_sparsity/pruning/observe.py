@@ -1,0 +1,221 @@
+"""Without a graph: the operators of a running model, observed below everything that wraps them."""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence, Set
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fx_sparsity.graph.example_inputs import InputError, call_arguments
+from fx_sparsity.graph.operators import OPERATORS, SAME_VALUES, Axes
+from fx_sparsity.graph.weight_inputs import UnsupportedUse, bias_argument, meet, supports
+from fx_sparsity.graph.weight_map import WeightSite
+from fx_sparsity.patterns import Role
+from fx_sparsity.pruning.batches import Batch
+from fx_sparsity.pruning.walk import Refuse, Take
+
+
+@torch.no_grad()
+def observe(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    weights: Mapping[str, Tensor],
+    tables: Set[str],
+    columns: Callable[[str], Tensor],
+    take: Take,
+    refuse: Refuse,
+) -> dict[str, nn.Parameter]:
+    """Run a model, and take in whatever meets its weights.
+
+    A weight is told by its memory, also through views, and is followed through casts, copies, masks
+    and picks. What is computed from it in any other way is not seen.
+
+    Args:
+        model: in the mode that it is to run in.
+        batches: to run.
+        weights: FQN -> tensor beneath any mask, of every weight that is wanted.
+        tables: those that count as looked up; lookups in others pick matrices of a stack.
+        columns: FQN -> the column of every element of a weight (`MatrixForm.columns`).
+        take: receives what meets the weights.
+        refuse: is told of each weight where that is not possible.
+
+    Returns:
+        FQN -> the parameter that its product adds, for weights with one product a batch, of
+        parameters that nothing else reads.
+
+    Raises:
+        InputError: the model rejects a batch, with its own words.
+    """
+    biases = _Biases(model)
+    for batch in batches:
+        args, kwargs = call_arguments(batch.inputs)
+        try:
+            with _Observer(weights, tables, columns, take, refuse, biases):
+                model(*args, **kwargs)
+        except Exception as error:
+            raise InputError(
+                f"batch {batch.number}: {type(model).__name__} raises "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        biases.end_batch()
+    return biases.found
+
+
+def groups_of_module(model: nn.Module, site: WeightSite) -> tuple[Role, int]:
+    """(role of the axis that a grouped convolution splits, into how many), by its module."""
+    owner = model.get_submodule(site.owner)
+    groups = owner.groups if isinstance(owner, _ConvNd) else 1
+    return "in" if isinstance(owner, _ConvTransposeNd) else "out", groups
+
+
+class _Known(NamedTuple):
+    """Memory that holds a weight, or what was copied from it.
+
+    Attributes:
+        fqn: of the weight.
+        columns: of each element, contiguous.
+        tensor: whose memory it is; held, so that no other takes its place.
+    """
+
+    fqn: str
+    columns: Tensor
+    tensor: Tensor
+
+
+class _Biases:
+    """Which parameter belongs to which weight, batch by batch.
+
+    Attributes:
+        found: FQN -> parameter, see `observe`.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.found: dict[str, nn.Parameter] = {}
+        self._parameters = {id(parameter): parameter for parameter in model.parameters()}
+        self._not_one: set[str] = set()
+        self._reads: Counter[int] = Counter()
+        self._added: dict[str, list[int]] = {}
+
+    def read(self, values: Any) -> None:
+        """An operator has these arguments."""
+        self._reads.update(id(v) for v in pytree.tree_leaves(values) if id(v) in self._parameters)
+
+    def add(self, fqn: str, bias: Any) -> None:
+        """The product of a weight adds `bias`."""
+        self._added.setdefault(fqn, []).append(id(bias))
+
+    def end_batch(self) -> None:
+        """Judge by what one batch has shown."""
+        for fqn, added in self._added.items():
+            bias = self._parameters.get(added[0])
+            alone = bias is not None and len(added) == 1 and self._reads[added[0]] == 1
+            if bias is None or not alone or self.found.get(fqn, bias) is not bias:
+                self._not_one.add(fqn)
+            else:
+                self.found[fqn] = bias
+        for fqn, bias in list(self.found.items()):
+            if fqn in self._not_one or (fqn not in self._added and self._reads[id(bias)]):
+                self._not_one.add(fqn)
+                del self.found[fqn]
+        self._reads.clear()
+        self._added.clear()
+
+
+class _Observer(TorchDispatchMode):
+    """Sees every ATen operator of one call of a model."""
+
+    def __init__(
+        self,
+        weights: Mapping[str, Tensor],
+        tables: Set[str],
+        columns: Callable[[str], Tensor],
+        take: Take,
+        refuse: Refuse,
+        biases: _Biases,
+    ) -> None:
+        super().__init__()
+        self._weights, self._columns, self._take, self._refuse = weights, columns, take, refuse
+        self._tables, self._biases = tables, biases
+        self._fqns = {_memory(tensor): fqn for fqn, tensor in weights.items()}
+        self._known: dict[int, _Known] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        names = [argument.name for argument in func._schema.arguments]
+        bound = {**dict(zip(names, args, strict=False)), **kwargs}
+        name = func._schema.name.rpartition("::")[2]
+        row = OPERATORS.get(name)
+        self._biases.read((args, kwargs))
+        for arg, value, axes in row.find(bound) if row is not None and supports(name) else ():
+            found = self._find(value)
+            if found is None or not _varies(found[1], axes):
+                continue
+            self._biases.add(found[0], bound.get(bias_argument(name)))
+            try:
+                for met in meet(name, arg, bound, found[1]):
+                    if (met.x is None) == (found[0] in self._tables):
+                        self._take(found[0], met)
+            except UnsupportedUse as reason:
+                self._refuse(found[0], str(reason))
+        result = func(*args, **kwargs)
+        if name in _FOLLOWED and isinstance(result, Tensor):
+            self._follow(func, name, args, kwargs, result)
+        return result
+
+    def _find(self, value: Any) -> tuple[str, Tensor] | None:
+        """(FQN, columns) of a tensor that lies in the memory of a weight."""
+        if not isinstance(value, Tensor):
+            return None
+        place = _memory(value)
+        known = self._known.get(place)
+        if known is None and place in self._fqns:
+            fqn = self._fqns[place]
+            weight = self._weights[fqn]
+            known = _Known(fqn, _like(weight, self._columns(fqn)), weight)
+            self._known[place] = known
+        if known is None:
+            return None
+        offset = value.storage_offset() - known.tensor.storage_offset()
+        return known.fqn, known.columns.as_strided(value.shape, value.stride(), offset)
+
+    def _follow(self, func: Any, name: str, args: Any, kwargs: Any, result: Tensor) -> None:
+        for place, arg in enumerate(args):
+            found = self._find(arg)
+            if found is None or _memory(result) in self._known:
+                continue
+            columns = found[1]
+            if name in _PICKS:
+                columns = func(columns, *args[1:], **kwargs)
+            if (place == 0 or name == "where") and columns.shape == result.shape:
+                self._known[_memory(result)] = _Known(found[0], _like(result, columns), result)
+
+
+_PICKS = frozenset({"index", "index_select"})
+_FOLLOWED = SAME_VALUES | _PICKS | {"where"}
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _like(tensor: Tensor, columns: Tensor) -> Tensor:
+    """Columns that lie in memory as the elements of a tensor do."""
+    return (
+        torch.empty_strided(tensor.shape, tensor.stride(), dtype=torch.int64)
+        .to(columns.device)
+        .copy_(columns)
+    )
+
+
+def _varies(columns: Tensor, axes: Axes) -> bool:
+    """Whether the axis that an operator reduces is one that the matrix form reduces."""
+    for axis, role in axes.items():
+        if role in ("in", "row") and axis is not None and columns.shape[axis] > 1:
+            first, last = columns.select(axis, 0), columns.select(axis, -1)
+            if torch.equal(first, last):
+                return False
+    return True

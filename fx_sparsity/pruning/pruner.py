@@ -1,0 +1,226 @@
+"""One weight is the unit of change: its statistics, its solution, and the writing of it."""
+
+import time
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from fx_sparsity.errors import FxSparsityError
+from fx_sparsity.graph.weight_inputs import Met
+from fx_sparsity.pruning.collect import Collector
+from fx_sparsity.pruning.gradients import Gradients
+from fx_sparsity.pruning.methods import CalibratedSparsifier, Solution, Statistic, Statistics
+from fx_sparsity.pruning.methods.statistics import relative_error
+from fx_sparsity.pruning.methods.where import select
+from fx_sparsity.pruning.plan import Plan
+from fx_sparsity.pruning.report import PrunedWeight
+from fx_sparsity.pruning.store import Store, Untouched
+
+
+class CalibrationError(FxSparsityError, ValueError):
+    """Calibration data, or what a method makes of it, cannot be used; the weight is named."""
+
+
+class Pruner:
+    """Collects statistics of weights, and prunes each when it is told to.
+
+    Args:
+        sparsifier: the method.
+        plans: FQN -> plan of every weight that is to be pruned.
+        weights: FQN -> tensor of each, not masked.
+        biases: see the attribute.
+        store: holds what has been done, and writes what is.
+
+    Attributes:
+        biases: FQN -> the bias that makes up for the mean error of the weight; None for none.
+        shares: FQN -> the one right before it, which meets the same inputs.
+        pruned: what has been done.
+        peak: the most bytes that statistics took at a time.
+    """
+
+    def __init__(
+        self,
+        sparsifier: CalibratedSparsifier,
+        plans: Mapping[str, Plan],
+        weights: Mapping[str, Tensor],
+        biases: Mapping[str, Tensor] | None,
+        store: Store,
+    ) -> None:
+        self.sparsifier, self.plans, self.pruned = sparsifier, plans, list[PrunedWeight]()
+        self._weights = weights
+        self._gradients: Mapping[str, Gradients] = {}
+        self.biases, self._store = biases, store
+        self.shares: Mapping[str, str] = {}
+        self._refused: dict[str, str] = {}
+        self._last: Collector | None = None
+        self._collectors: dict[str, Collector] = {}
+        self._needs = frozenset(sparsifier.needs)
+        self._held = self.peak = 0
+
+    def hold(self, gradients: Mapping[str, Gradients]) -> None:
+        """Take the gradients of all weights, for methods that need them."""
+        self._gradients = gradients
+        self._held = sum(g.total.nbytes + g.squares.nbytes for g in gradients.values())
+        self.peak = max(self.peak, self._held)
+
+    def looking(self, sparsifier: CalibratedSparsifier) -> "Pruner":
+        """One that shows the same weights to another method, and writes nothing."""
+        other = Pruner(sparsifier, self.plans, self._weights, None, Untouched(self._store))
+        other.hold(self._gradients)
+        return other
+
+    def columns(self, fqn: str) -> Tensor:
+        """See `MatrixForm.columns`."""
+        return self.plans[fqn].form.columns(self._weights[fqn].device)
+
+    def take(self, fqn: str, met: Met) -> None:
+        """Take in what met a weight, unless it shares the statistics of the one before."""
+        if fqn not in self.shares:
+            self._collector(fqn).add(met)
+
+    def refuse(self, fqn: str, why: str) -> None:
+        """Leave a weight dense: what meets it cannot be told."""
+        self._refused[fqn] = why
+
+    @torch.no_grad()
+    def prune(self, fqn: str) -> str | None:
+        """Solve one weight and write it, or leave everything as it was.
+
+        Returns:
+            Why the weight is left dense; None where it is pruned.
+
+        Raises:
+            CalibrationError: the statistics are not finite, or the solution is none.
+        """
+        start = time.perf_counter()
+        plan, weight, stats = self.plans[fqn], self._weights[fqn], self._statistics(fqn)
+        if fqn in self._refused:
+            return self._refused[fqn]
+        if self._needs - {"gradient", "gradient_norm"} and not bool(stats.tokens.any()):
+            return "no input of it was seen"
+        self._add_gradients(plan, stats)
+        _check(fqn, stats)
+        # May share the weight's memory: not to be read any more once that is written.
+        dense = plan.form.to_matrix(weight.detach()).float().contiguous()
+        mask, kept, solved = self._solve(plan, dense, stats)
+        notes = [*plan.notes, *_told(plan, stats), *solved]
+        relative = None if stats.gram is None else relative_error(dense, kept, stats)
+        bias = self._correction(fqn, dense, kept, stats, notes)
+        row = PrunedWeight(
+            fqn=fqn,
+            pattern=str(plan.config.pattern),
+            level=plan.config.level,
+            tokens=int(stats.tokens.sum()),
+            error=relative,
+            seconds=time.perf_counter() - start,
+            notes=tuple(notes),
+        )
+        value = plan.form.from_matrix(kept).to(weight.dtype)
+        self._store.write(row, plan.form.from_matrix(mask), value, bias)
+        self.pruned.append(row)
+        return None
+
+    def _solve(
+        self, plan: Plan, dense: Tensor, stats: Statistics
+    ) -> tuple[Tensor, Tensor, tuple[str, ...]]:
+        """Mask, kept values and zeros, and notes, if they are a solution."""
+        try:
+            found = self.sparsifier.solve(dense.clone(), stats, plan.form.tiling, plan.config.level)
+        except ValueError as error:
+            error.add_note(f"while pruning {plan.fqn}")
+            raise
+        return found.mask, _kept(plan.fqn, dense, found), found.notes
+
+    def _statistics(self, fqn: str) -> Statistics:
+        """What was collected; held on to where the next weight shares it."""
+        if fqn not in self.shares:
+            self._last = self._collector(fqn)
+            del self._collectors[fqn]
+        assert self._last is not None
+        found = self._last.statistics
+        if fqn not in self.shares.values():
+            self._last = None
+        return found
+
+    def _collector(self, fqn: str) -> Collector:
+        if fqn not in self._collectors:
+            needs: set[Statistic] = {*self._needs}
+            if self.biases is not None:
+                needs.add("input_mean")
+            plan = self.plans[fqn]
+            device = self._weights[fqn].device
+            self._collectors[fqn] = Collector(plan.form, needs, device, plan.table)
+            bytes_now = sum(collector.nbytes for collector in self._collectors.values())
+            self.peak = max(self.peak, self._held + bytes_now)
+        return self._collectors[fqn]
+
+    def _add_gradients(self, plan: Plan, stats: Statistics) -> None:
+        found = self._gradients.get(plan.fqn)
+        if found is None:
+            return
+        if "gradient" in self._needs:
+            stats.gradients = plan.form.to_matrix(found.total)
+        if "gradient_norm" in self._needs:
+            stats.gradient_squares = plan.form.to_matrix(found.squares)
+
+    def _correction(
+        self, fqn: str, dense: Tensor, kept: Tensor, stats: Statistics, notes: list[str]
+    ) -> tuple[Tensor, Tensor] | None:
+        """A bias, and what it has to become."""
+        if self.biases is None:
+            return None
+        if fqn not in self.biases:
+            notes.append("no bias of its own to correct")
+            return None
+        assert stats.sums is not None
+        mean = stats.sums / stats.tokens.clamp(min=1).unsqueeze(1)
+        bias = self.biases[fqn]
+        missing = ((dense - kept) @ mean.unsqueeze(-1)).reshape(bias.shape)
+        return bias, (bias.float() + missing).to(bias.dtype)
+
+
+def _all_finite(tensor: Tensor) -> bool:
+    """A sum is not finite where a term is not; the converse may fail, if it overflows."""
+    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
+
+
+def _check(fqn: str, stats: Statistics) -> None:
+    sums = (stats.squares, stats.sums, stats.gram, stats.gradients, stats.gradient_squares)
+    for found in sums:
+        if found is not None and not _all_finite(found):
+            raise CalibrationError(
+                f"{fqn}: the calibration data bring NaN or infinite values to its inputs; "
+                "look for the batch, or for a layer before it that overflows"
+            )
+
+
+def _kept(fqn: str, dense: Tensor, solution: Solution) -> Tensor:
+    """The weight of a solution, zeros and all, if it is one."""
+    for what, found, dtype in (
+        ("mask", solution.mask, torch.bool),
+        ("weight", solution.weight, torch.float32),
+    ):
+        if found.shape != dense.shape or found.dtype != dtype:
+            raise CalibrationError(
+                f"{fqn}: expected a {what} of shape {tuple(dense.shape)} and {dtype} from the "
+                f"method, found {tuple(found.shape)} and {found.dtype}"
+            )
+    kept = select(solution.mask, solution.weight)
+    if not _all_finite(kept):
+        raise CalibrationError(f"{fqn}: the method made NaN or infinite values of kept weights")
+    return kept
+
+
+def _told(plan: Plan, stats: Statistics) -> list[str]:
+    """What to know of the data that a weight saw."""
+    notes = []
+    groups, _, size = plan.form.sizes
+    idle = (stats.tokens == 0).nonzero().flatten().tolist()
+    if idle and groups > 1:
+        first = ", ".join(map(str, idle[:8])) + (", ..." if len(idle) > 8 else "")
+        notes.append(f"{len(idle)} of {groups} groups got no input: {first}")
+    fewest = int(stats.tokens[stats.tokens > 0].min()) if len(idle) < groups else 0
+    if stats.gram is not None and fewest < size:
+        notes.append(f"{fewest} inputs for {size} columns: the Gram matrix is singular")
+    return notes

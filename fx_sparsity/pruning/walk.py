@@ -1,0 +1,267 @@
+"""Walks batches through a graph, and stops wherever all that meets a weight is known."""
+
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from fx_sparsity.graph.context_blocks import run_node
+from fx_sparsity.graph.operators import (
+    COMBINATIONS,
+    SAME_VALUES,
+    bind,
+    is_elementwise,
+    is_lookup,
+    is_view,
+    operator_name,
+    writes,
+)
+from fx_sparsity.graph.provenance import shape_of
+from fx_sparsity.graph.sources import module_source
+from fx_sparsity.graph.uses import canonical_fqn, live_nodes, weight_uses
+from fx_sparsity.graph.weight_inputs import Met, UnsupportedUse, meet
+from fx_sparsity.graph.weight_map import Use, WeightMap
+from fx_sparsity.pruning.batches import Batch
+
+Read = Callable[[str, Tensor], Tensor]
+"""(FQN, tensor of the graph) -> its value now."""
+Take = Callable[[str, Met], None]
+"""(FQN, what met that weight) -> nothing."""
+Refuse = Callable[[str, str], None]
+"""(FQN, why what meets that weight cannot be told) -> nothing."""
+
+
+class Meeting(NamedTuple):
+    """One use of a weight in a graph.
+
+    Attributes:
+        fqn: of the weight.
+        node: the consumer.
+        use: what discovery knows of it.
+        constant: whether the consumer is the same for all inputs.
+    """
+
+    fqn: str
+    node: fx.Node
+    use: Use
+    constant: bool
+
+
+def find_meetings(graph: fx.GraphModule, weights: WeightMap) -> list[Meeting]:
+    """Every use of the weights of a map, in graph order; those in subgraphs, too."""
+    named = canonical_names(weights)
+    found = []
+    for consumption in weight_uses(graph.graph, module_source(graph)):
+        fqn = named.get(canonical_fqn(consumption.origin.fqn))
+        use = consumption.use()
+        if fqn is not None and use is not None:
+            found.append(Meeting(fqn, consumption.node, use, consumption.constant))
+    return found
+
+
+def canonical_names(weights: WeightMap) -> dict[str, str]:
+    """Every name of every weight -> its canonical one."""
+    return {name: site.fqn for site in weights.sites for name in (site.fqn, *site.aliases)}
+
+
+class Walk:
+    """Batches on their way through one graph.
+
+    Every batch runs from one stop to the next before the others follow. What lives at a time is
+    what crosses a stop, of all batches, and what lies between two stops, of one.
+
+    Args:
+        graph: of an exported program.
+        batches: that it takes.
+        uses: of the weights that are wanted, in this graph.
+        named: every name of a weight -> its FQN.
+        columns: FQN -> the column of every element of the weight (`MatrixForm.columns`).
+        read: gives tensors of the model.
+        take: receives what meets the weights.
+        refuse: is told where that is not possible.
+
+    Attributes:
+        order: FQNs of the weights in the order in which they are complete.
+        peak: the most bytes that activations of all batches took at a stop.
+    """
+
+    def __init__(
+        self,
+        graph: fx.GraphModule,
+        batches: Sequence[Batch],
+        uses: Sequence[Meeting],
+        named: Mapping[str, str],
+        columns: Callable[[str], Tensor],
+        read: Read,
+        take: Take,
+        refuse: Refuse,
+    ) -> None:
+        self._graph, self._batches, self._named = graph, batches, named
+        self._columns, self._read, self._take, self._refuse = columns, read, take, refuse
+        self._source = module_source(graph)
+        live = live_nodes(graph.graph)
+        nodes = [node for node in graph.graph.nodes if node in live]
+        last = {use.fqn: use.node for use in uses}
+        self._stops: dict[fx.Node, list[str]] = {}
+        for fqn, node in last.items():
+            self._stops.setdefault(node, []).append(fqn)
+        places = [i for i, node in enumerate(nodes) if node in self._stops]
+        self._nodes = nodes[: places[-1] + 1] if places else []  # what follows meets no weight
+        self.order = [fqn for i in places for fqn in self._stops[nodes[i]]]
+        self._uses: dict[fx.Node, list[Meeting]] = {}
+        for use in uses:
+            self._uses.setdefault(use.node, []).append(use)
+        self._fixed = _of_state_alone(self._nodes)
+        self._state: dict[fx.Node, Any] = {}
+        self._followed: dict[Meeting, Tensor] = {}
+        self.peak = 0
+        self._dying = _last_uses(self._nodes, self._fixed)
+        inputs = graph.graph.find_nodes(op="placeholder")
+        self._values: list[dict[fx.Node, Any]] = [
+            dict(zip(inputs, batch.leaves, strict=True)) for batch in batches
+        ]
+
+    def __iter__(self) -> Iterator[str]:
+        """FQN after FQN, each when all that meets the weight is taken, and before its last use."""
+        start = 0
+        for stop, node in enumerate(self._nodes):
+            if node not in self._stops:
+                continue
+            for batch, values in zip(self._batches, self._values, strict=True):
+                self._run(start, stop, batch, values)
+            start = stop
+            self._state.clear()
+            self.peak = max(self.peak, self._held())
+            yield from self._stops[node]
+
+    def _held(self) -> int:
+        """Bytes that values take now, those of views once."""
+        held = pytree.tree_leaves([list(values.values()) for values in self._values])
+        storages = (leaf.untyped_storage() for leaf in held if isinstance(leaf, Tensor))
+        return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
+
+    def _run(self, start: int, stop: int, batch: Batch, values: dict[fx.Node, Any]) -> None:
+        """Take one batch from a stop, whose node has met its inputs already, to the next."""
+
+        def value(node: fx.Node) -> Any:
+            return values[node] if node in values else self._of_state(node)
+
+        for position in range(start, stop + 1):
+            node = self._nodes[position]
+            try:
+                if position > start:
+                    for use in self._uses.get(node, ()):
+                        self._meet(use, value)
+                if position < stop and node.op == "call_function" and node not in self._fixed:
+                    args, kwargs = fx.map_arg((node.args, node.kwargs), value)
+                    values[node] = run_node(node, args, kwargs)
+            except Exception as error:
+                error.add_note(f"at {node.name}, in batch {batch.number} of the calibration data")
+                raise
+            if position < stop:
+                for dead in self._dying.get(node, ()):
+                    values.pop(dead, None)
+
+    def _of_state(self, node: fx.Node) -> Any:
+        """A value that follows from the model's tensors alone, as they are now."""
+        if node not in self._state:
+            found = self._source(node)
+            if found is not None:
+                name = canonical_fqn(found[0])
+                self._state[node] = self._read(self._named.get(name, name), found[1])
+            elif node.op == "get_attr":
+                self._state[node] = operator.attrgetter(str(node.target))(self._graph)
+            else:
+                args, kwargs = fx.map_arg((node.args, node.kwargs), self._of_state)
+                self._state[node] = run_node(node, args, kwargs)
+        return self._state[node]
+
+    def _meet(self, use: Meeting, value: Callable[[fx.Node], Any]) -> None:
+        bound = bind(use.node)
+        name, _, place = use.use.arg.partition("[")
+        weight = bound[name][int(place.removesuffix("]"))] if place else bound[name]
+        if use in self._followed:
+            columns = self._followed[use]
+        else:
+            columns = self._follow(weight, use.fqn, value)
+            if weight in self._fixed:
+                self._followed[use] = columns
+        args = fx.map_arg(bound, lambda node: columns if node is weight else value(node))
+        try:
+            for met in meet(use.use.op, use.use.arg, args, columns):
+                self._take(use.fqn, met)
+        except UnsupportedUse as reason:
+            self._refuse(use.fqn, str(reason))
+
+    def _follow(self, node: fx.Node, fqn: str, value: Callable[[fx.Node], Any]) -> Any:
+        """Which column of a weight each element of a node belongs to; None where it is not in it.
+
+        What happens to the weight on its way happens to the numbers of its columns; arithmetic with
+        other constants, such as a mask or a scale, changes none of them.
+        """
+        found = self._source(node)
+        if found is not None:
+            name = canonical_fqn(found[0])
+            return self._columns(fqn) if self._named.get(name, name) == fqn else None
+        if node.op != "call_function":
+            return None
+        name, first = operator_name(node), node.args[0] if node.args else None
+        if name in COMBINATIONS:
+            parts = [self._follow(part, fqn, value) for part in first]  # type: ignore[union-attr, arg-type]
+            if all(part is None for part in parts):
+                return None
+            others = [
+                torch.full(value(other).shape, -1, device=value(other).device)
+                if part is None
+                else part
+                for part, other in zip(parts, first, strict=True)  # type: ignore[arg-type]
+            ]
+            rest, kwargs = fx.map_arg((node.args[1:], node.kwargs), value)
+            return node.target(others, *rest, **kwargs)  # type: ignore[operator]
+        if name in SAME_VALUES or is_view(node) or is_lookup(node):
+            passed = self._follow(first, fqn, value) if isinstance(first, fx.Node) else None
+            if passed is None:
+                return None
+            if name in SAME_VALUES:
+                return (passed, None) if name == "_weight_norm_interface" else passed
+            rest, kwargs = fx.map_arg((node.args[1:], node.kwargs), value)
+            try:
+                return node.target(passed, *rest, **kwargs)  # type: ignore[operator]
+            except RuntimeError:  # the numbers take no memory along `out`, which allows fewer views
+                return node.target(passed.contiguous(), *rest, **kwargs)  # type: ignore[operator]
+        if is_elementwise(node):
+            for operand in node.all_input_nodes:
+                passed = self._follow(operand, fqn, value)
+                if passed is not None and tuple(passed.shape) == shape_of(node):
+                    return passed
+        return None
+
+
+def _of_state_alone(nodes: Sequence[fx.Node]) -> set[fx.Node]:
+    """Nodes that follow from the model's tensors alone, unless something writes into them."""
+    found: set[fx.Node] = set()
+    for node in nodes:
+        if node.op == "get_attr" or (
+            node.op == "call_function"
+            and node.all_input_nodes
+            and found.issuperset(node.all_input_nodes)
+            and not any(map(writes, (node, *node.users)))
+        ):
+            found.add(node)
+    return found
+
+
+def _last_uses(nodes: Sequence[fx.Node], fixed: set[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
+    """Node -> the values that no later node needs."""
+    last: dict[fx.Node, fx.Node] = {}
+    for node in nodes:
+        if node not in fixed:
+            last[node] = node
+            last.update(dict.fromkeys((a for a in node.all_input_nodes if a not in fixed), node))
+    dying: dict[fx.Node, list[fx.Node]] = {}
+    for value, node in last.items():
+        dying.setdefault(node, []).append(value)
+    return dying

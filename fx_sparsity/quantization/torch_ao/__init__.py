@@ -1,0 +1,1 @@
+"""What torch will drop: torch.ao's eager mode, its FX graph mode, and their quantized modules."""

@@ -1,0 +1,188 @@
+"""Loading a compressed file straight into modules that compute with compressed weights."""
+
+import copy
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.ao.nn.quantized as nnq
+from torch import nn
+
+from fx_sparsity.kernels import SparseLinear
+from fx_sparsity.kernels.packings import packing_for
+from fx_sparsity.lowering.dense_tables import ROWS, Lookup
+from fx_sparsity.lowering.layers import DenseLinear
+from fx_sparsity.lowering.lowered import LoweredLinear
+from fx_sparsity.lowering.places import ModulePlace, module_places
+from fx_sparsity.quantization.codes import CodedWeight
+from fx_sparsity.storage.compressed_file import CompressedFile
+from fx_sparsity.storage.container import elements_of
+from fx_sparsity.storage.loading import check_fits, check_sums
+from fx_sparsity.storage.module_state import fill_modules, own_states
+
+_PACKINGS = {"two_four": ("nm", "bitmask"), "block": ("block", "bitmask")}
+"""Format of a matrix in a file -> packings of the kernels to try; `bitmask` for all others."""
+_CODED = (nnq.Embedding, CodedWeight)
+"""Tables whose format tells little: their zero points are floats, and pruned codes may be any."""
+
+
+@torch.no_grad()
+def load_sparse(path: str | Path, model: nn.Module, *, check: bool = False) -> dict[str, str]:
+    """Load what `save` wrote, keeping sparse weights compressed: their modules are replaced.
+
+    A linear layer whose weight is stored sparse becomes a `SparseLinear`, an embedding or bag with
+    pruned rows a `RowPrunedEmbedding` or `RowPrunedEmbeddingBag`; these are for inference. Layers
+    that torchao or `torch.ao` have quantized to 8 bits are, too, as `lower` would replace them; and
+    `unlower` puts dense modules back. Of these modules one at a time is dense in memory, besides
+    what the model holds: nothing, where its parameters are on the meta device
+    (`parameters_on_meta`). Whether compressed weights are faster is not asked here.
+
+    Args:
+        path: of the file.
+        model: quantized as the one that was saved; changed in place.
+        check: compare every tensor with its checksum, too.
+
+    Returns:
+        For each matrix that is stored sparse, and each quantized table: the name of the weight ->
+        what holds it now, or `dense: ` and why.
+
+    Raises:
+        FileFormatError: the file contradicts itself; the model is as it was.
+        RuntimeError: the file does not fit the model, which is as it was; or a module refuses its
+            state by a rule of its own, when others may have loaded theirs.
+    """
+    file = CompressedFile(path)
+    if check:
+        check_sums(file)
+    check_fits(file, (entry for _, _, own in own_states(model) for entry in own.items()))
+    matrices = _matrices(file)
+    weights = _weights(file, matrices, module_places(model))
+    uses = Counter(id(p) for module in model.modules() for p in module._parameters.values())
+    report: dict[str, str] = {}
+    made: dict[ModulePlace, LoweredLinear | Lookup] = {}
+    for place, names in weights.items():
+        name = names[-1]  # as the last one is loaded into a module that several share
+        if uses[id(place.tensor)] > 1:
+            if name in file.forms and file.form(name) != "dense":  # told once, of all names
+                report[place.fqn] = "dense: tied to another weight"
+        elif file.form(name) != "dense" or isinstance(place.module, _CODED):
+            packed = _packed(file, place, file.form(name))
+            if isinstance(packed, str):
+                report[place.fqn] = f"dense: {packed}"
+            else:
+                made[place] = packed
+                report[place.fqn] = _class_of(packed)
+    known = {name for names in weights.values() for name in names}
+    report |= _others(file, model, matrices, known)
+    fill_modules(file, model, but={inner for place in made for inner in place.module.modules()})
+    for place, packed in made.items():
+        place.put(model, packed.train(place.module.training))
+    return report
+
+
+def _matrices(file: CompressedFile) -> dict[str, str]:
+    """Entry of the state -> its largest tensor of two dimensions, for entries that have one."""
+    found = {}
+    for entry in file.keys:
+        sizes = {
+            name: elements_of(shape)
+            for name in sorted(file.members.get(entry, [entry]))
+            if len(shape := file.dtype_and_shape(name)[1]) == 2
+        }
+        if sizes:
+            found[entry] = max(sizes, key=lambda name: sizes[name])
+    return found
+
+
+def _weights(
+    file: CompressedFile, matrices: Mapping[str, str], places: Iterable[ModulePlace]
+) -> dict[ModulePlace, list[str]]:
+    """Place -> the tensors in the file that are its weight: the largest matrices in its module.
+
+    There are several where modules that the model shares were saved as two.
+    """
+    by_path = {path: place for place in places for path in place.paths}
+    found: dict[ModulePlace, list[str]] = {}
+
+    def size(name: str) -> int:
+        return elements_of(file.dtype_and_shape(name)[1])
+
+    for entry, name in matrices.items():
+        path = entry.rpartition(".")[0]
+        while path and path not in by_path:  # torch.ao's modules keep theirs in a child
+            path = path.rpartition(".")[0]
+        place = by_path.get(path)
+        if place is None:
+            continue
+        names = found.setdefault(place, [name])
+        if size(name) > size(names[0]):
+            found[place] = [name]
+        elif size(name) == size(names[0]) and name not in names:
+            names.append(name)
+    return found
+
+
+def _packed(file: CompressedFile, place: ModulePlace, form: str) -> LoweredLinear | Lookup | str:
+    """What takes the place of a module; or, in words, why it stays.
+
+    Args:
+        file: that holds its state.
+        place: of the module, which is not changed.
+        form: format in which the file holds the weight.
+    """
+    if "" in place.paths:
+        return "the model itself"
+    if isinstance(seen := place.look(), str):  # before a module of any kind is copied
+        return place.obstacle or seen
+    filled = replace(place, module=copy.deepcopy(place.module))
+    fill_modules(file, filled.module, place.paths[-1])
+    layer = filled.look()
+    if isinstance(layer, str):
+        return layer
+    if why := place.against(layer):
+        return why
+    packings = [ROWS]
+    if isinstance(layer, DenseLinear):
+        packings = [packing_for(name, layer.device) for name in _PACKINGS.get(form, ("bitmask",))]
+    refusals = {packing: layer.refusal(packing) for packing in packings}
+    fitting = next((packing for packing, refusal in refusals.items() if refusal is None), None)
+    if fitting is None:
+        return "; ".join(f"{packing}: {refusal}" for packing, refusal in refusals.items())
+    try:
+        packed = layer.pack(fitting)
+    except ValueError as error:  # such as scales that are not finite
+        return str(error)
+    if isinstance(packed, LoweredLinear):
+        packed.origin, packed.transposed = filled.origin(), place.transposed
+    return packed
+
+
+def _others(
+    file: CompressedFile, model: nn.Module, matrices: Mapping[str, str], known: set[str]
+) -> dict[str, str]:
+    """Rows of the report for sparse matrices that no layer of a known kind holds.
+
+    Args:
+        file: that holds them.
+        model: to be loaded.
+        matrices: entry of the state -> tensor.
+        known: tensors that are weights of layers.
+    """
+    rows = {}
+    for entry, name in matrices.items():
+        columns = file.dtype_and_shape(name)[1][1]  # scales and zero points stand in one
+        if name in known or name not in file.forms or columns < 2 or file.form(name) == "dense":
+            continue
+        path, _, attribute = entry.rpartition(".")
+        if path.endswith("._packed_params"):  # where torch.ao's modules keep their weight
+            path, attribute = path.removesuffix("._packed_params"), "weight"
+        owner = model.get_submodule(path)
+        rows[f"{path}.{attribute}".removeprefix(".")] = f"dense: held by a {owner._get_name()}"
+    return rows
+
+
+def _class_of(packed: LoweredLinear | Lookup) -> str:
+    """The public name of a packed module's class."""
+    return SparseLinear.__name__ if isinstance(packed, SparseLinear) else type(packed).__name__

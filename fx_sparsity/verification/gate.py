@@ -1,0 +1,341 @@
+"""The gate: what is true now, weight by weight, of a model that was sparsified and quantized."""
+
+import json
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import overload
+
+from torch import nn
+from torch.export import ExportedProgram
+
+from fx_sparsity.errors import FxSparsityError
+from fx_sparsity.graph import find_weights
+from fx_sparsity.masks import tightest_pattern, tiling_holds
+from fx_sparsity.reports import format_table
+from fx_sparsity.sparsifier import MaskRecord
+from fx_sparsity.verification.read import read_weights
+from fx_sparsity.verification.stored import StoredWeight, by_name
+
+
+class SparsityLostError(FxSparsityError, RuntimeError):
+    """Weights are not as sparse, or sparser, than they were masked to be; all are named."""
+
+
+@dataclass(frozen=True)
+class VerifiedWeight:
+    """One row of a `Verification`.
+
+    Attributes:
+        fqn: name of the weight in the float model.
+        where: what stores it now; empty where nothing does.
+        dtype, scheme: of what is stored.
+        quantized: whether it is stored as integer codes.
+        meant: whether it was meant to be; None where nobody said.
+        elements: that are stored.
+        zeros: how many of them are zero in code space.
+        wanted: masked elements.
+        zero_in_code: masked elements whose stored value is zero; for codes, exactly the zero point.
+        zero_dequantized: masked elements that dequantize to zero.
+        extra: kept elements that are zero though quantizing alone leaves them non-zero; None where
+            there is nothing to compare with.
+        pattern: that the mask was made with, None for a method without one; without a record, the
+            tightest that the zeros follow, None where there are none or the axes are not known.
+        pattern_holds: whether the stored zeros obey it, for the weight as a whole where this copy
+            stores only a part; None without a pattern.
+        max_change: largest change of a kept value against quantizing alone; None as for `extra`.
+        obstacle: what keeps the stored value from being what the consumer reads; empty as a rule.
+    """
+
+    fqn: str
+    where: str
+    dtype: str
+    scheme: str
+    quantized: bool
+    meant: bool | None
+    elements: int
+    zeros: int
+    wanted: int
+    zero_in_code: int
+    zero_dequantized: int
+    extra: int | None
+    pattern: str | None
+    pattern_holds: bool | None
+    max_change: float | None
+    obstacle: str = ""
+
+    @property
+    def sparsity(self) -> float:
+        """Share of the stored elements that are zero in code space."""
+        return self.zeros / self.elements if self.elements else 0.0
+
+    @property
+    def share(self) -> float:
+        """Share of masked elements that are zero in code space; 1 where nothing was masked."""
+        return self.zero_in_code / self.wanted if self.wanted else 1.0
+
+    @property
+    def faults(self) -> tuple[str, ...]:
+        """What is wrong, in words; empty where all is well."""
+        if not self.where:
+            return ("not found in the model",)
+        if self.obstacle:
+            return (self.obstacle,)
+        faults = []
+        if self.zero_in_code != self.wanted:
+            faults.append(f"{self.wanted - self.zero_in_code} of {self.wanted} zeros lost")
+        if self.zero_dequantized < self.zero_in_code:
+            count = self.zero_in_code - self.zero_dequantized
+            faults.append(f"{count} zero codes do not dequantize to zero: scales are not finite")
+        if self.extra:
+            faults.append(f"{self.extra} zeros more than asked for")
+        if self.pattern_holds is False:
+            faults.append(f"pattern {self.pattern} broken")
+        if self.meant and not self.quantized:
+            faults.append("meant to be quantized, left in float")
+        return tuple(faults)
+
+
+@dataclass(frozen=True)
+class Verification(Sequence[VerifiedWeight]):
+    """What `verify` found: a row for every stored copy of every masked weight."""
+
+    rows: tuple[VerifiedWeight, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether no row has a fault."""
+        return not any(row.faults for row in self.rows)
+
+    @property
+    def share(self) -> float:
+        """Share of all masked elements that are zero in code space."""
+        wanted = sum(row.wanted for row in self.rows)
+        return sum(row.zero_in_code for row in self.rows) / wanted if wanted else 1.0
+
+    def raise_if_lost(self) -> "Verification":
+        """Return self, or raise.
+
+        Raises:
+            SparsityLostError: naming every weight with a fault, and the fault.
+        """
+        lost = [f"{row.fqn}: {', '.join(row.faults)}" for row in self.rows if row.faults]
+        if lost:
+            raise SparsityLostError("\n".join(lost))
+        return self
+
+    def to_json(self) -> str:
+        """The rows as a JSON list of objects, each with its `faults`."""
+        return json.dumps([{**asdict(row), "faults": row.faults} for row in self.rows], indent=2)
+
+    @overload
+    def __getitem__(self, index: int) -> VerifiedWeight: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> tuple[VerifiedWeight, ...]: ...
+
+    def __getitem__(self, index: int | slice) -> VerifiedWeight | tuple[VerifiedWeight, ...]:
+        return self.rows[index]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[VerifiedWeight]:
+        return iter(self.rows)
+
+    def __str__(self) -> str:
+        header = (
+            "weight",
+            "stored as",
+            "sparsity",
+            "pattern",
+            "masked",
+            "zero in code space",
+            "extra zeros",
+            "max change",
+            "verdict",
+        )
+        rows = [
+            (
+                row.fqn,
+                f"{row.dtype}, {row.scheme}" if row.where else "-",
+                f"{row.sparsity:.1%}" if row.where else None,
+                row.pattern,
+                row.wanted,
+                f"{row.zero_in_code} ({row.share:.1%})",
+                row.extra,
+                row.max_change,
+                "; ".join(row.faults) or "ok",
+            )
+            for row in self.rows
+        ]
+        return format_table(header, rows)
+
+
+def verify(
+    model: nn.Module | ExportedProgram,
+    record: Mapping[str, MaskRecord] | None = None,
+    *,
+    reference: nn.Module | ExportedProgram | None = None,
+    meant: Collection[str] | None = None,
+) -> Verification:
+    """Check, weight by weight, that what was masked is zero, and nothing else is.
+
+    Zero means zero in code space: the stored code is the one that dequantizes to exactly zero. A
+    float weight has to be zero itself. A tied weight is checked wherever it is stored.
+
+    Args:
+        model: sparsified, and quantized or not. Not changed.
+        record: what `squash` returned, or a flow made. Without one the rows tell what there is:
+            how many zeros every weight of two or more dimensions has, and the tightest pattern
+            that they follow.
+        reference: the same model, quantized alike, without masks. With it, zeros beyond those that
+            quantizing alone makes are found, and kept values are compared. Without it, only a float
+            weight's further zeros are found.
+        meant: FQNs of the weights that were meant to be quantized.
+    """
+    if record is None:
+        return Verification(tuple(_found(model, meant)))
+    names = {fqn: mask.aliases for fqn, mask in record.items()}
+    found = by_name(read_weights(model), names)
+    stored = {fqn: [_fitting(w, record[fqn]) for w in copies] for fqn, copies in found.items()}
+    alone = {} if reference is None else by_name(read_weights(reference), names)
+    rows: list[VerifiedWeight] = []
+    for fqn, mask in record.items():
+        intended = None if meant is None else fqn in meant
+        copies = stored[fqn]
+        holds = _holds(copies, mask)
+        for i, weight in enumerate(copies):
+            counterpart = alone[fqn][i] if fqn in alone and i < len(alone[fqn]) else None
+            wish = None if weight.aside else intended
+            rows.append(_row(fqn, weight, mask, counterpart, wish, holds[i]))
+        if not copies:
+            rows.append(_missing(fqn, mask, intended))
+    return Verification(tuple(rows))
+
+
+def _fitting(weight: StoredWeight, mask: MaskRecord) -> StoredWeight:
+    """A copy as it is; with an obstacle where a mask of this shape cannot be of it."""
+    expected = mask.shape if weight.view is None else weight.view.size
+    if weight.obstacle or tuple(weight.data.shape) == tuple(expected):
+        return weight
+    found = f"stored in shape {tuple(weight.data.shape)}, expected {tuple(expected)}"
+    return replace(weight, obstacle=found)
+
+
+def _found(
+    model: nn.Module | ExportedProgram, meant: Collection[str] | None
+) -> Iterator[VerifiedWeight]:
+    """What a model holds, where nobody recorded what it should."""
+    sites = find_weights(model)
+    roles = {name: site.roles for site in sites.sites for name in (site.fqn, *site.aliases)}
+    for weight in read_weights(model):
+        if weight.data.ndim < 2:
+            continue
+        zeros = weight.data.new_zeros(0) if weight.obstacle else weight.zeros()
+        axes = weight.roles or roles.get(weight.fqn) or roles.get(weight.where)
+        if axes is not None and len(axes) != zeros.ndim:
+            axes = None
+        config = None if axes is None else tightest_pattern(zeros, axes)
+        yield VerifiedWeight(
+            fqn=weight.fqn,
+            where=weight.where,
+            dtype=weight.dtype,
+            scheme=weight.scheme,
+            quantized=weight.quantized,
+            meant=None if meant is None else weight.fqn in meant,
+            elements=zeros.numel(),
+            zeros=int(zeros.count_nonzero()),
+            wanted=0,
+            zero_in_code=0,
+            zero_dequantized=0,
+            extra=None,
+            pattern=None if config is None else str(config),
+            pattern_holds=None if config is None else True,
+            max_change=None,
+            obstacle=weight.obstacle,
+        )
+
+
+def _missing(fqn: str, mask: MaskRecord, meant: bool | None) -> VerifiedWeight:
+    """The row of a weight that the model does not hold."""
+    return VerifiedWeight(
+        fqn=fqn,
+        where="",
+        dtype="",
+        scheme="",
+        quantized=False,
+        meant=meant,
+        elements=0,
+        zeros=0,
+        wanted=int((~mask.keep).count_nonzero()),
+        zero_in_code=0,
+        zero_dequantized=0,
+        extra=None,
+        pattern=mask.pattern,
+        pattern_holds=None,
+        max_change=None,
+    )
+
+
+def _holds(copies: Sequence[StoredWeight], mask: MaskRecord) -> list[bool | None]:
+    """Whether the zeros of each copy obey the pattern; parts of a weight are judged together."""
+    tiling, level = mask.tiling, mask.level
+    if tiling is None or level is None or not mask.keep.numel():
+        return [None] * len(copies)
+    whole = ~mask.keep  # what no part covers is not in question here
+    for part in copies:
+        if part.view is not None and not part.obstacle:
+            part.put(whole, part.zeros())
+    parts = tiling_holds(whole, tiling, level)
+    return [
+        None
+        if copy.obstacle
+        else parts
+        if copy.view is not None
+        else tiling_holds(copy.zeros(), tiling, level)
+        for copy in copies
+    ]
+
+
+def _row(
+    fqn: str,
+    weight: StoredWeight,
+    mask: MaskRecord,
+    alone: StoredWeight | None,
+    meant: bool | None,
+    holds: bool | None,
+) -> VerifiedWeight:
+    device = weight.data.device
+    keep = weight.seen(mask.keep).to(device)
+    extra: int | None = None
+    max_change: float | None = None
+    zero_total = zero_in_code = zero_dequantized = 0
+    if not weight.obstacle:
+        zeros, values = weight.zeros(), weight.dequantize()
+        zero_total = int(zeros.count_nonzero())
+        zero_in_code = int((zeros & ~keep).count_nonzero())
+        zero_dequantized = int(((values == 0) & ~keep).count_nonzero())
+        if alone is not None and not alone.obstacle:
+            extra = int((zeros & keep & ~alone.zeros()).count_nonzero())
+            change = (values - alone.dequantize()).abs()[keep]
+            max_change = float(change.max()) if change.numel() else 0.0
+        elif not weight.quantized:
+            extra = int((zeros & keep & ~weight.seen(mask.kept_zeros).to(device)).count_nonzero())
+    return VerifiedWeight(
+        fqn=fqn,
+        where=weight.where,
+        dtype=weight.dtype,
+        scheme=weight.scheme,
+        quantized=weight.quantized,
+        meant=meant,
+        elements=weight.data.numel(),
+        zeros=zero_total,
+        wanted=int((~keep).count_nonzero()),
+        zero_in_code=zero_in_code,
+        zero_dequantized=zero_dequantized,
+        extra=extra,
+        pattern=mask.pattern,
+        pattern_holds=holds,
+        max_change=max_change,
+        obstacle=weight.obstacle,
+    )

@@ -1,0 +1,105 @@
+"""How a model stores its weights now: as floats, or in ways whose readers are registered here."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+from torch.nn.utils import parametrize
+
+from fx_sparsity.graph.operators import operator_name
+from fx_sparsity.graph.passes import WEIGHT_META
+from fx_sparsity.sparsifier import Mask
+from fx_sparsity.verification.stored import Forms, OwnFormat, StoredWeight, float_weight, is_float
+
+READERS: list[Callable[[nn.Module], Iterable[StoredWeight]]] = []
+"""What finds weights that are not plain floats; whoever stores them so adds its function."""
+WRAPPERS: list[Callable[[nn.Module, str], bool]] = []
+"""Whether a module is only put around its child of that name, whose weights were its own before;
+whoever wraps modules so adds its function."""
+_SCALING = ("quantize_", "dequantize_")
+"""What reads scales and zero points, which are no weights."""
+
+
+def read_weights(model: nn.Module | ExportedProgram) -> list[StoredWeight]:
+    """How a model stores its weights now: quantized, packed by `lower`, or as floats.
+
+    Args:
+        model: a module, compiled or not; a GraphModule, whose weights have their names where
+            `AnnotateWeights` ran before it was quantized; or an ExportedProgram.
+    """
+    if isinstance(model, ExportedProgram):
+        model = model.module()
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wrapped
+    stored = [weight for read in READERS for weight in read(model)]
+    known = {name for weight in stored for name in (weight.where, *weight.made_of)}
+    rest = [weight for weight in _read_float(model) if weight.where not in known]
+    stored, rest = _of_the_place(model, stored), _of_the_place(model, rest)
+    if not isinstance(model, fx.GraphModule) or not any(
+        WEIGHT_META in node.meta for node in model.graph.nodes
+    ):
+        return stored + rest
+    # Convert leaves tensors behind that nothing reads, and others that are not read as weights.
+    reads = {
+        str(node.target)
+        for node in model.graph.find_nodes(op="get_attr")
+        if any(not operator_name(user).startswith(_SCALING) for user in node.users)
+    }
+    calls = tuple(f"{node.target}." for node in model.graph.find_nodes(op="call_module"))
+    stored += [replace(weight, aside=True) for weight in rest if weight.where in reads]
+    return stored + [weight for weight in rest if weight.where.startswith(calls)]
+
+
+def _of_the_place(model: nn.Module, stored: list[StoredWeight]) -> list[StoredWeight]:
+    """Weights of modules that are forms of another, by the names that they had in its place."""
+    places = {
+        f"{path}.{form}.".removeprefix("."): f"{path}.".removeprefix(".")
+        for path, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, Forms)
+        for form in module.forms
+    }
+    named = []
+    for weight in stored:
+        form = next(filter(weight.fqn.startswith, places), "")
+        fqn = places.get(form, "") + weight.fqn.removeprefix(form)
+        named.append(replace(weight, fqn=fqn) if form else weight)
+    return named
+
+
+def _read_float(model: nn.Module) -> Iterator[StoredWeight]:
+    """Floating parameters and buffers under each name; masked ones as the model sees them."""
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, Mask | parametrize.ParametrizationList | OwnFormat):
+            continue
+        for attribute in (*module._parameters, *module._buffers, *_parametrized(module)):
+            tensor = getattr(module, attribute)
+            if is_float(tensor):
+                fqn = f"{prefix}.{attribute}".removeprefix(".")
+                yield replace(
+                    float_weight(fqn, fqn, tensor),
+                    aliases=tuple(_other_names(model, prefix, module, attribute, tensor)),
+                    computed=", ".join(
+                        type(step).__name__ for step in _parametrized(module).get(attribute, ())
+                    ),
+                )
+
+
+def _parametrized(module: nn.Module) -> dict[str, parametrize.ParametrizationList]:
+    """Attribute -> what parametrizes it."""
+    entries: Any = module.parametrizations if parametrize.is_parametrized(module) else {}
+    return dict(entries.items())
+
+
+def _other_names(
+    model: nn.Module, prefix: str, module: nn.Module, attribute: str, tensor: Tensor
+) -> Iterator[str]:
+    """What a float tensor may have been called before a quantizer moved it, or beneath a norm."""
+    path, _, last = prefix.rpartition(".")
+    above = model.get_submodule(path) if prefix else None
+    if above is not None and any(wraps(above, last) for wraps in WRAPPERS):
+        yield f"{path}.{attribute}".removeprefix(".")
+    if (entry := _parametrized(module).get(attribute)) is not None:
+        for name, original in entry.named_parameters(recurse=False):
+            if original.shape == tensor.shape and name != "original":
+                yield f"{prefix}.parametrizations.{attribute}.{name}".removeprefix(".")

@@ -1,4 +1,0 @@
-from fx_sparsity.sparsifier.calibrated.native import LIBRARY
-from tests.native.paths import each_path
-
-path = each_path(LIBRARY)

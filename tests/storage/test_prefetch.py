@@ -1,0 +1,40 @@
+"""An iterator that works while its caller does."""
+
+import contextlib
+import threading
+
+import pytest
+
+from fx_sparsity.storage.prefetch import one_ahead
+
+
+def test_the_next_item_is_made_while_one_is_used():
+    begun = [threading.Event() for _ in range(4)]
+
+    def items():
+        for number in range(3):
+            begun[number].set()
+            yield number
+
+    for number in one_ahead(items()):
+        if number < 2:
+            assert begun[number + 1].wait(5)
+            assert not begun[number + 2].is_set()
+
+
+def test_an_error_comes_after_the_items_before_it_and_the_thread_ends():
+    def items():
+        yield 1
+        raise KeyError("two")
+
+    threads = threading.active_count()
+    with contextlib.closing(one_ahead(items())) as ahead:
+        assert next(ahead) == 1
+        with pytest.raises(KeyError, match="two"):
+            next(ahead)
+    assert threading.active_count() == threads
+
+    taken = one_ahead(items())
+    assert next(taken) == 1
+    taken.close()
+    assert threading.active_count() == threads

@@ -1,11 +1,12 @@
 """Checkpoints larger than memory, from files to files."""
 
-from fx_sparsity.checkpoints.checkpoint import Checkpoint, CheckpointError, find_stored_weights
+from fx_sparsity.checkpoints.checkpoint import Checkpoint, CheckpointError, find_checkpoint_weights
 from fx_sparsity.checkpoints.prune_checkpoint import prune_checkpoint
 from fx_sparsity.checkpoints.sharded import CheckpointFiles, MappedCheckpoint
 from fx_sparsity.checkpoints.sparsify_checkpoint import (
     LAYOUTS,
-    StoredWeight,
+    CheckpointReport,
+    CheckpointWeight,
     convert,
     sparsify_checkpoint,
     stated_patterns,
@@ -16,10 +17,11 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "CheckpointFiles",
+    "CheckpointReport",
+    "CheckpointWeight",
     "MappedCheckpoint",
-    "StoredWeight",
     "convert",
-    "find_stored_weights",
+    "find_checkpoint_weights",
     "prune_checkpoint",
     "sparsify_checkpoint",
     "stated_patterns",

@@ -15,7 +15,7 @@ from torch import Tensor
 from fx_sparsity.checkpoints.sharded import INDEX, OTHER_WEIGHTS, CheckpointFiles
 from fx_sparsity.errors import FxSparsityError
 from fx_sparsity.graph import WeightMap, WeightSite
-from fx_sparsity.graph.weight_map import Reason, Unclaimed
+from fx_sparsity.graph.weight_map import DenseParameter, Reason
 from fx_sparsity.patterns import Role
 from fx_sparsity.storage.compressed_file import CompressedFile
 
@@ -41,7 +41,7 @@ class Checkpoint:
         shards: names of the safetensors files.
         index: name of the index; None where there is none.
         others: names of the files beside them, in subfolders too.
-        left: names of files with weights that are none of this checkpoint, such as other formats.
+        skipped: names of files with weights that are none of this checkpoint, as in other formats.
 
     Raises:
         CheckpointError: an index that does not fit the files.
@@ -57,12 +57,12 @@ class Checkpoint:
         self.shards = list(found.weights)
         self.index = next((name for name in found.others if name.endswith(INDEX)), None)
         self.others = [name for name in found.others if name != self.index]
-        self.left = [name for name in found.ignored if not (found.root / name).is_dir()]
+        self.skipped = [name for name in found.ignored if not (found.root / name).is_dir()]
         for folder in found.ignored:  # such as the pooling of a sentence encoder
             for path in sorted((found.root / folder).rglob("*")):
                 if path.is_file():
                     name = str(path.relative_to(found.root))
-                    (self.left if path.suffix in OTHER_WEIGHTS else self.others).append(name)
+                    (self.skipped if path.suffix in OTHER_WEIGHTS else self.others).append(name)
         self._check_index()
 
     @cached_property
@@ -107,7 +107,7 @@ class Checkpoint:
                 )
 
 
-def find_stored_weights(checkpoint: Checkpoint, roles: Roles | None = None) -> WeightMap:
+def find_checkpoint_weights(checkpoint: Checkpoint, roles: Roles | None = None) -> WeightMap:
     """The weights of a checkpoint, by names and shapes alone.
 
     A floating matrix is an `embedding` (row, dim) where its name says so (`embed`, `wte`, `wpe`),
@@ -119,13 +119,13 @@ def find_stored_weights(checkpoint: Checkpoint, roles: Roles | None = None) -> W
         roles: regular expression -> roles; wins over names and shapes.
     """
     sites: list[WeightSite] = []
-    unclaimed: list[Unclaimed] = []
+    dense: list[DenseParameter] = []
     vectors = 0
     for name, shard in checkpoint.where.items():
         dtype, shape = checkpoint.files[shard].dtype_and_shape(name)
         kind, axes = _axes(name, shape, roles or {})
         if not dtype.is_floating_point:
-            unclaimed.append(Unclaimed(name, shape, Reason.NOT_FLOATING))
+            dense.append(DenseParameter(name, shape, Reason.NOT_FLOATING))
         elif axes is not None:
             owner = name.rpartition(".")[0]
             text = str(dtype)[6:]
@@ -134,8 +134,8 @@ def find_stored_weights(checkpoint: Checkpoint, roles: Roles | None = None) -> W
             vectors += 1
         else:
             detail = f"{len(shape)} axes, whose roles the name does not tell"
-            unclaimed.append(Unclaimed(name, shape, Reason.FRONTEND, detail))
-    return WeightMap(tuple(sites), tuple(unclaimed), vectors, "names and shapes")
+            dense.append(DenseParameter(name, shape, Reason.FRONTEND, detail))
+    return WeightMap(tuple(sites), tuple(dense), vectors, "names and shapes")
 
 
 def _axes(name: str, shape: Sequence[int], roles: Roles) -> tuple[str, tuple[Role, ...] | None]:

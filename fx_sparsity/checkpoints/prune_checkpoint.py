@@ -18,14 +18,14 @@ from torch.utils import _pytree as pytree
 from fx_sparsity.checkpoints.checkpoint import CheckpointError
 from fx_sparsity.checkpoints.sharded import CheckpointFiles, MappedCheckpoint
 from fx_sparsity.graph.example_inputs import ExampleInputs, call_arguments
-from fx_sparsity.graph.mapping import SparsityMapping
+from fx_sparsity.graph.mapping import MappingLike
 from fx_sparsity.graph.named_tensors import named_tensors
 from fx_sparsity.graph.uses import canonical_fqn
 from fx_sparsity.graph.weight_map import WeightMap
 from fx_sparsity.masks.bits import pack_bits
 from fx_sparsity.pruning.methods import CalibratedSparsifier
 from fx_sparsity.pruning.plan import Plan
-from fx_sparsity.pruning.prune import GRADIENTS, Options, calibrate
+from fx_sparsity.pruning.prune import GRADIENTS, PruneOptions, calibrate
 from fx_sparsity.pruning.report import PrunedWeight, PruningReport
 from fx_sparsity.sparsifier import SparsityRecord
 from fx_sparsity.sparsifier.record import MaskRecord
@@ -44,7 +44,7 @@ def prune_checkpoint(
     model: nn.Module,
     sparsifier: CalibratedSparsifier,
     batches: Iterable[ExampleInputs],
-    mapping: SparsityMapping | None = None,
+    mapping: MappingLike | None = None,
     *,
     source: str | Path,
     target: str | Path,
@@ -116,12 +116,12 @@ def prune_checkpoint(
         "source": {name: (files.root / name).stat().st_size for name in files.weights},
     }
     store = _CheckpointStore(files, held, loaded, target, asked, sequential)
-    options = Options(sequential, dynamic_shapes, None, None, correct_bias, progress)
+    options = PruneOptions(sequential, dynamic_shapes, None, None, correct_bias, progress)
     report = calibrate(loaded.model, sparsifier, batches, mapping, store, options)
     store.finish()
     surplus = dict.fromkeys(loaded.surplus, "the model has no such tensor; copied")
-    dense = {fqn: why for fqn, why in report.dense.items() if fqn not in store.done}
-    return replace(report, weights=tuple(store.done.values()), dense={**dense, **surplus})
+    dense = {fqn: reason for fqn, reason in report.dense.items() if fqn not in store.done}
+    return replace(report, rows=tuple(store.done.values()), dense={**dense, **surplus})
 
 
 class _Loaded:
@@ -158,8 +158,8 @@ class _Loaded:
         for tensor in {id(tensor): tensor for _, tensor in tensors}.values():
             mine = fqns[id(tensor)]
             found = [name for fqn in mine if (name := names.get(fqn, fqn)) in held]
-            if why := _misfit(tensor, [held[name] for name in found], id(tensor) in parameters):
-                wrong.append(f"{mine[0]}: {why}")
+            if reason := _misfit(tensor, [held[name] for name in found], id(tensor) in parameters):
+                wrong.append(f"{mine[0]}: {reason}")
             elif found:
                 data = held[found[0]]
                 if id(tensor) in parameters:
@@ -230,7 +230,7 @@ class _CheckpointStore:
         done: FQN -> what was done to it, in all calls so far.
     """
 
-    how_to_go_on = "Make the same call again to go on."
+    how_to_resume = "Make the same call again to go on."
 
     def __init__(
         self,

@@ -18,18 +18,19 @@ from fx_sparsity.checkpoints.checkpoint import (
     Checkpoint,
     CheckpointError,
     Roles,
-    find_stored_weights,
+    find_checkpoint_weights,
 )
 from fx_sparsity.checkpoints.ranking import Criterion
-from fx_sparsity.graph import SparsityMapping, WeightMap
+from fx_sparsity.graph import MappingLike, SparsityMapping, WeightMap
 from fx_sparsity.masks import ScoreError
 from fx_sparsity.patterns import Role, SparsityConfig
+from fx_sparsity.reports import WeightReport, format_table
 from fx_sparsity.sparsifier import BaseDataSparsifier, DataNormSparsifier
 from fx_sparsity.storage.bit_packing import as_integers, keep_only
 from fx_sparsity.storage.compressed_file import CompressedFile
 from fx_sparsity.storage.compressed_tensors import OUTSIDE
 from fx_sparsity.storage.container import elements_of, replacing
-from fx_sparsity.storage.prefetch import one_ahead
+from fx_sparsity.storage.prefetch import prefetch
 from fx_sparsity.storage.sparsity_config import Counts
 from fx_sparsity.storage.writing import (
     CompressedWriter,
@@ -54,39 +55,60 @@ Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
-class StoredWeight:
+class CheckpointWeight:
     """What became of one weight of a checkpoint.
 
     Attributes:
-        pattern: and level, as `SparsityConfig.parse` reads them; None for a weight left dense.
-        why: it was left dense; empty otherwise.
+        fqn: its name.
+        pattern: and level, as `SparsityConfig.parse` reads them; None where it stays dense.
+        reason: why it stays dense; empty otherwise.
         roles: of its axes.
-        elements, zeros: of it, as written; zeros are not counted where it was left dense.
+        elements, zeros: of it, as written; zeros are not counted where it stays dense.
     """
 
+    fqn: str
     pattern: str | None
-    why: str
+    reason: str
     roles: tuple[Role, ...]
     elements: int
     zeros: int | None
+
+
+@dataclass(frozen=True)
+class CheckpointReport(WeightReport[CheckpointWeight]):
+    """Name -> `CheckpointWeight`, for every weight of a checkpoint."""
+
+    rows: tuple[CheckpointWeight, ...]
+
+    @property
+    def dense(self) -> dict[str, str]:  # type: ignore[override]
+        """Name -> the reason why it stays dense."""
+        return {row.fqn: row.reason for row in self.rows if row.pattern is None}
+
+    def __str__(self) -> str:
+        cells = [
+            (row.fqn, row.pattern or "dense", row.zeros, row.elements, row.reason)
+            for row in self.rows
+        ]
+        return format_table(("weight", "pattern", "zeros", "of", "stays dense because"), cells)
 
 
 @torch.no_grad()
 def sparsify_checkpoint(
     src: str | Path,
     dst: str | Path,
-    mapping: SparsityMapping,
+    mapping: MappingLike,
     sparsifier: BaseDataSparsifier | None = None,
     *,
     ranked: Literal["weight", "model"] = "weight",
     layout: Layout = "dense",
     roles: Roles | None = None,
     progress: Progress | None = None,
-) -> dict[str, StoredWeight]:
+) -> CheckpointReport:
     """Sparsify a checkpoint without its model's code, tensor by tensor.
 
     The output has the same shards, an index that fits them, and the files beside them, except
-    weights in other formats (`Checkpoint.left`). Memory holds no
+    weights in other formats (`Checkpoint.skipped`). Memory holds no
     more than three times the largest tensor. What was interrupted goes on when called again with
     the same arguments; finished shards are not done again.
 
@@ -100,11 +122,11 @@ def sparsify_checkpoint(
         ranked: `"model"` ranks the elements of all weights together, whose patterns must be
             `unstructured` at one level; `"weight"` ranks each for itself.
         layout: of the files. All but `"dense"` are for readers that know it.
-        roles: of axes, where names and shapes do not tell, see `find_stored_weights`.
+        roles: of axes, where names and shapes do not tell, see `find_checkpoint_weights`.
         progress: called after every tensor.
 
     Returns:
-        Name -> what became of it, for every weight; also in the file `sparsity.json` of a folder.
+        What became of every weight; also in the file `sparsity.json` of a folder.
 
     Raises:
         MappingError: the mapping does not fit the checkpoint.
@@ -113,8 +135,8 @@ def sparsify_checkpoint(
         ScoreError: a weight that cannot be ranked (NaN). Shards before it are finished.
     """
     source = Checkpoint(src)
-    weights = find_stored_weights(source, roles)
-    assignment = mapping.resolve(weights)
+    weights = find_checkpoint_weights(source, roles)
+    assignment = SparsityMapping.of(mapping).resolve(weights)
     sparsifier = DataNormSparsifier() if sparsifier is None else sparsifier
     criterion = Criterion(source, weights, assignment, sparsifier, ranked)
     run = _Run(source, Path(src), Path(dst), layout, criterion, progress)
@@ -203,7 +225,7 @@ class _Run:
         self._check_place(src, dst)
         self._state: dict[str, Any] = {"plan": self._plan, "known": None, "shards": {}}
 
-    def finish(self) -> dict[str, StoredWeight]:
+    def finish(self) -> CheckpointReport:
         """Do what is left to do."""
         self._folder.mkdir(parents=True, exist_ok=True)
         if self._log.exists():
@@ -214,7 +236,7 @@ class _Run:
         self._state["known"] = self._criterion.prepare(self._state["known"])
         self._save_log()
         todo = [s for s in self._source.shards if not (self._folder / self._names[s]).exists()]
-        with contextlib.closing(one_ahead(self._pieces(todo))) as pieces:
+        with contextlib.closing(prefetch(self._pieces(todo))) as pieces:
             for shard in todo:
                 self._write_shard(shard, pieces)
         results = self._results()
@@ -315,26 +337,29 @@ class _Run:
         kept = keep_only(as_integers(tensor).view(-1), keep.contiguous().view(-1))
         return tensor.numel() - kept
 
-    def _results(self) -> dict[str, StoredWeight]:
+    def _results(self) -> CheckpointReport:
         zeros: dict[str, int] = {}
         for entry in self._state["shards"].values():
             zeros.update(entry["weights"])
-        results = {}
-        for site in self._criterion.weights.sites:
-            config = self._criterion.assignment.configs.get(site.fqn)
-            results[site.fqn] = StoredWeight(
-                pattern=None if config is None else str(config),
-                why=self._criterion.assignment.dense.get(site.fqn, ""),
+        found = self._criterion.assignment
+        rows = [
+            CheckpointWeight(
+                fqn=site.fqn,
+                pattern=str(found[site.fqn]) if site.fqn in found else None,
+                reason=found.dense.get(site.fqn, ""),
                 roles=site.roles,
                 elements=elements_of(site.shape),
                 zeros=zeros.get(site.fqn),
             )
-        for left in self._criterion.weights.unclaimed:
-            why = f"{left.reason}: {left.detail}" if left.detail else str(left.reason)
-            results[left.fqn] = StoredWeight(None, why, (), elements_of(left.shape), None)
-        return results
+            for site in self._criterion.weights.sites
+        ]
+        rows += [
+            CheckpointWeight(other.fqn, None, other.text, (), elements_of(other.shape), None)
+            for other in self._criterion.weights.dense
+        ]
+        return CheckpointReport(tuple(rows))
 
-    def _finish_folder(self, results: Mapping[str, StoredWeight]) -> None:
+    def _finish_folder(self, results: CheckpointReport) -> None:
         anew = {REPORT} if results else set()
         if self._layout in OUTSIDE:
             anew.add("config.json")
@@ -358,7 +383,7 @@ class _Run:
                 counts.merge(Counts(**entry["counts"]))
             self._put("config.json", counts.configured(found, self._layout))
         if results:
-            report = {name: asdict(weight) for name, weight in results.items()}
+            report = {row.pop("fqn"): row for row in results.to_dict()["rows"]}
             self._put(REPORT, {"version": 1, "weights": report})
 
     def _write_index(self, files: Mapping[str, CompressedFile]) -> None:

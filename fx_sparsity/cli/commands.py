@@ -12,7 +12,7 @@ from fx_sparsity.checkpoints import (
     LAYOUTS,
     Checkpoint,
     convert,
-    find_stored_weights,
+    find_checkpoint_weights,
     sparsify_checkpoint,
     stated_patterns,
 )
@@ -49,7 +49,7 @@ def _json_flag(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(command)
 
 
-def _wishes(command: Callable[..., Any]) -> Callable[..., Any]:
+def _mapping_flags(command: Callable[..., Any]) -> Callable[..., Any]:
     """Flags that say which weight gets which pattern."""
     many = functools.partial(click.option, multiple=True)
     for option in reversed(
@@ -105,16 +105,16 @@ def inspect(path: Path, roles: tuple[str, ...], as_json: bool) -> None:
       fx-sparsity inspect gpt2/ --roles '.*c_attn.weight=in,out'
     """
     source = Checkpoint(path)
-    weights = find_stored_weights(source, roles_of(read_recipe(None, {"roles": roles})))
+    weights = find_checkpoint_weights(source, roles_of(read_recipe(None, {"roles": roles})))
     rows: list[dict[str, Any]] = []
     totals: dict[str, int] = dict.fromkeys(("elements", "zeros", "bytes", *FORMATS, "smallest"), 0)
     for name, tensor in _tensors(source, "inspecting"):
-        contents, found = Contents(tensor), tensor == 0
+        contents, where = Contents(tensor), tensor == 0
         each = sizes(contents)
-        zeros = int(found.count_nonzero())
+        zeros = int(where.count_nonzero())
         config = None
         if name in weights:
-            config = tightest_pattern(found, weights[name].roles)
+            config = tightest_pattern(where, weights[name].roles)
         row: dict[str, Any] = {
             "tensor": name,
             "dtype": str(tensor.dtype)[6:],
@@ -148,7 +148,7 @@ def inspect(path: Path, roles: tuple[str, ...], as_json: bool) -> None:
 @commands.command()
 @click.argument("src", type=SOURCE)
 @click.argument("dst", type=TARGET)
-@_wishes
+@_mapping_flags
 @click.option("--norm", type=click.Choice(["L1", "L2"]), help="How weights rank; L1 by default.")
 @click.option(
     "--ranked",
@@ -177,18 +177,18 @@ def sparsify(src: Path, dst: Path, recipe: Path | None, as_json: bool, **flags: 
       norm: L2
       layout: compressed
     """
-    wish = read_recipe(recipe, flags)
-    if not {"pattern", "name", "regex", "kind"} & {key for key, value in wish.items() if value}:
+    found = read_recipe(recipe, flags)
+    if not {"pattern", "name", "regex", "kind"} & {key for key, value in found.items() if value}:
         raise RecipeError("nothing to do: give --pattern, --name, --regex, --kind or --recipe")
     with progress("sparsifying") as tell:
         report = sparsify_checkpoint(
             src,
             dst,
-            mapping_of(wish),
-            DataNormSparsifier(norm=wish.get("norm", "L1")),
-            ranked=wish.get("ranked", "weight"),
-            layout=wish.get("layout", "dense"),
-            roles=roles_of(wish),
+            mapping_of(found),
+            DataNormSparsifier(norm=found.get("norm", "L1")),
+            ranked=found.get("ranked", "weight"),
+            layout=found.get("layout", "dense"),
+            roles=roles_of(found),
             progress=tell,
         )
     rows = [
@@ -196,12 +196,12 @@ def sparsify(src: Path, dst: Path, recipe: Path | None, as_json: bool, **flags: 
             "weight": name,
             "pattern": weight.pattern,
             "sparsity": None if weight.zeros is None else weight.zeros / max(1, weight.elements),
-            "dense because": weight.why or None,
+            "dense because": weight.reason or None,
         }
         for name, weight in report.items()
     ]
     show(rows, as_json=as_json, numeric=("sparsity",))
-    for name in Checkpoint(src).left:
+    for name in Checkpoint(src).skipped:
         say(f"not copied, weights of another kind: {name}", as_json=as_json)
 
 
@@ -231,9 +231,9 @@ def convert_command(src: Path, dst: Path, layout: Any, as_json: bool) -> None:
 
 @commands.command()
 @click.argument("path", type=SOURCE)
-@_wishes
+@_mapping_flags
 @_json_flag
-def verify(path: Path, recipe: Path | None, as_json: bool, **flags: Any) -> None:
+def verify_command(path: Path, recipe: Path | None, as_json: bool, **flags: Any) -> None:
     r"""Check that patterns hold and that files are whole; exit code 1 where not.
 
     Patterns are those stated by flags or a recipe, or else by the checkpoint itself, in the
@@ -245,10 +245,10 @@ def verify(path: Path, recipe: Path | None, as_json: bool, **flags: Any) -> None
       fx-sparsity verify model.safetensors --pattern 2:4 --name lm_head=dense
     """
     source = Checkpoint(path)
-    wish = read_recipe(recipe, flags)
-    if any(wish.get(key) for key in ("pattern", "name", "regex", "kind")):
-        weights = find_stored_weights(source, roles_of(wish))
-        stated = dict(mapping_of(wish).resolve(weights).configs)
+    asked = read_recipe(recipe, flags)
+    if any(asked.get(key) for key in ("pattern", "name", "regex", "kind")):
+        weights = find_checkpoint_weights(source, roles_of(asked))
+        stated = dict(mapping_of(asked).resolve(weights).configs)
         roles = {site.fqn: site.roles for site in weights.sites}
     else:
         stated, roles = stated_patterns(source)
@@ -258,10 +258,10 @@ def verify(path: Path, recipe: Path | None, as_json: bool, **flags: Any) -> None
         for fault in file.faults()
     ]
     for name, tensor in _tensors(source, "verifying", stated):
-        found = tensor == 0
+        zeros = tensor == 0
         tiling = stated[name].pattern.tiling(tensor.shape, roles[name])
-        holds = tiling_holds(found, tiling, stated[name].level)
-        sparsity = int(found.count_nonzero()) / max(1, tensor.numel())
+        holds = tiling_holds(zeros, tiling, stated[name].level)
+        sparsity = int(zeros.count_nonzero()) / max(1, tensor.numel())
         verdict = "ok" if holds else "broken"
         rows.append(
             {

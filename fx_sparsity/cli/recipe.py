@@ -62,16 +62,16 @@ def mapping_of(recipe: Mapping[str, Any]) -> SparsityMapping:
     Raises:
         RecipeError: an expression or a pattern that cannot be read.
     """
-    mapping = SparsityMapping().set_global(_wish(recipe.get("pattern")))
+    mapping = SparsityMapping().set_global(_config(recipe.get("pattern")))
     setters = {
         "kind": mapping.set_object_type,
         "regex": mapping.set_module_name_regex,
         "name": mapping.set_module_name,
     }
     for key, setter in setters.items():
-        for name, wish in recipe.get(key, {}).items():
+        for name, config in recipe.get(key, {}).items():
             try:
-                setter(name, _wish(wish))
+                setter(name, _config(config))
             except re.error as error:
                 raise RecipeError(f"{key} {name!r}: {error}") from error
     return mapping
@@ -101,7 +101,7 @@ def _pair(text: str) -> tuple[str, str]:
     return left, right
 
 
-def _wish(value: Any) -> str | None:
+def _config(value: Any) -> str | None:
     if value is None or value == "dense":
         return None
     if not isinstance(value, str):

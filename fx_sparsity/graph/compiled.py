@@ -77,7 +77,7 @@ def is_compiled(gm: fx.GraphModule) -> bool:
     """Whether a graph comes from Dynamo or AOTAutograd, going by the notes on its placeholders.
 
     The module of an exported program that was decomposed has such notes, too, but holds its weights
-    itself; it is told by its signature, which is that of a module and not flat.
+    itself; it is known by its signature, which is that of a module and not flat.
     """
     noted = any(
         "desc" in node.meta or hasattr(node, "_dynamo_source")
@@ -101,7 +101,7 @@ def input_position(node: fx.Node, position: int) -> int | None:
     if hasattr(node, "_dynamo_source"):
         return position
     desc = node.meta.get("desc")
-    return desc.idx if type(desc).__name__ == "PlainAOTInput" else None
+    return getattr(desc, "idx", None) if type(desc).__name__ == "PlainAOTInput" else None
 
 
 def fake_names(gm: fx.GraphModule, tensors: Mapping[str, Tensor]) -> dict[Any, str]:

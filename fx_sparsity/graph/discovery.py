@@ -22,7 +22,7 @@ from fx_sparsity.graph.sources import (
 )
 from fx_sparsity.graph.trace import trace_model
 from fx_sparsity.graph.uses import canonical_fqn, module_uses, uses_of_module, weight_uses
-from fx_sparsity.graph.weight_map import Reason, Unclaimed, Use, WeightMap, WeightSite
+from fx_sparsity.graph.weight_map import DenseParameter, Reason, Use, WeightMap, WeightSite
 
 Model = nn.Module | fx.GraphModule | ExportedProgram
 
@@ -166,7 +166,7 @@ class _Search:
         """
         unseen = (Reason.FRONTEND, incomplete) if incomplete else (Reason.UNREACHABLE, "")
         modules = {} if self.model is None else dict(self.model.named_modules())
-        unclaimed = [
+        dense = [
             self._unclaimed(fqn, unseen)
             for fqn, tensor in self.tensors.items()
             if fqn in self.parameters
@@ -178,7 +178,7 @@ class _Search:
             self.tensors[fqn].ndim < 2 and self.canonical[fqn] == fqn for fqn in self.parameters
         )
         sites = tuple(self._site(fqn, modules) for fqn in self.uses)
-        return WeightMap(sites, tuple(unclaimed), vectors, frontend)
+        return WeightMap(sites, tuple(dense), vectors, frontend)
 
     def _site(self, fqn: str, modules: Mapping[str, nn.Module]) -> WeightSite:
         # A spectral norm multiplies its weight by a vector on the way to the layer that counts.
@@ -198,17 +198,17 @@ class _Search:
             uses=tuple(use for _, use, _ in found),
         )
 
-    def _unclaimed(self, fqn: str, unseen: tuple[Reason, str]) -> Unclaimed:
+    def _unclaimed(self, fqn: str, unseen: tuple[Reason, str]) -> DenseParameter:
         tensor, name = self.tensors[fqn], canonical_fqn(fqn)
         shape = tuple(tensor.shape)
         if not tensor.is_floating_point():
-            return Unclaimed(name, shape, Reason.NOT_FLOATING, str(tensor.dtype))
+            return DenseParameter(name, shape, Reason.NOT_FLOATING, str(tensor.dtype))
         reasons = self.reasons.get(fqn) or {unseen}
         # The reason that leaves most open counts: being scaled here does not settle a use there.
         for reason in (Reason.FRONTEND, Reason.OPERATOR, Reason.SCALE, Reason.ADDED):
             if details := sorted(detail for found, detail in reasons if found is reason):
-                return Unclaimed(name, shape, reason, ", ".join(filter(None, details)))
-        return Unclaimed(name, shape, Reason.UNREACHABLE)
+                return DenseParameter(name, shape, reason, ", ".join(filter(None, details)))
+        return DenseParameter(name, shape, Reason.UNREACHABLE)
 
 
 def _read_module(

@@ -9,13 +9,14 @@ from typing import Any
 from torch import nn
 
 from fx_sparsity.errors import FxSparsityError
+from fx_sparsity.graph.selector import Selector, matches, names_of, type_name
 from fx_sparsity.graph.weight_map import WeightMap, WeightSite
 from fx_sparsity.patterns import PatternError, SparsityConfig
 from fx_sparsity.reports import format_table
 
-Wish = SparsityConfig | str | None
+Config = SparsityConfig | str | None
 """A configuration, a string that `SparsityConfig.parse` reads, or None to leave a weight dense."""
-Rule = Callable[[WeightSite], Wish]
+Rule = Callable[[WeightSite], Config]
 """Says of a weight what its configuration is."""
 
 
@@ -29,7 +30,7 @@ class Assignment(Mapping[str, SparsityConfig]):
 
     Attributes:
         configs: FQN -> configuration of every weight that is to be masked.
-        dense: FQN -> why it is not, for the other weights of the map.
+        dense: FQN -> the reason why it stays dense, for the other weights of the map.
         unmatched: entries of the mapping that speak of no weight, such as `regex 'mlp'`.
     """
 
@@ -48,7 +49,7 @@ class Assignment(Mapping[str, SparsityConfig]):
 
     def __str__(self) -> str:
         rows = [(fqn, str(config)) for fqn, config in self.configs.items()]
-        rows += [(fqn, f"dense: {why}") for fqn, why in self.dense.items()]
+        rows += [(fqn, f"dense: {reason}") for fqn, reason in self.dense.items()]
         text = format_table(("weight", "sparsity"), rows)
         return "\n".join([text, *(f"no weight matches {entry}" for entry in self.unmatched)])
 
@@ -56,19 +57,19 @@ class Assignment(Mapping[str, SparsityConfig]):
 class SparsityMapping:
     """Which weights get which configuration; the most specific entry wins, None excludes.
 
-    From the least to the most specific: `set_global` or `set_rule`, `set_object_type`,
-    `set_module_name_regex` (the first that matches), `set_module_name`. Every setter takes a
-    `SparsityConfig`, a string such as `"2:4"` or `"unstructured 50%"`, or None, and returns the
-    mapping.
+    From the least to the most specific: `set_global` or `set_rule`, `set_object_type` (a class says
+    more than a kind), `set_module_name_regex` (the first that matches), `set_module_name`. Every
+    setter takes a `SparsityConfig`, a string such as `"2:4"` or `"unstructured 50%"`, or None, and
+    returns the mapping.
+
+    Whatever takes a mapping takes a string for every weight, and what `from_dict` reads, too.
     """
 
     def __init__(self) -> None:
         self._rest: SparsityConfig | Rule | None = None
-        self._types: dict[str, SparsityConfig | None] = {}
-        self._regexes: dict[str, SparsityConfig | None] = {}
-        self._names: dict[str, SparsityConfig | None] = {}
+        self._entries: Selector[SparsityConfig | None] = Selector()
 
-    def set_global(self, config: Wish) -> "SparsityMapping":
+    def set_global(self, config: Config) -> "SparsityMapping":
         """For every weight that nothing else speaks of; takes the place of a rule."""
         self._rest = _parse(config)
         return self
@@ -87,21 +88,23 @@ class SparsityMapping:
         self._rest = rule
         return self
 
-    def set_object_type(self, kind: type[nn.Module] | str, config: Wish) -> "SparsityMapping":
+    def set_object_type(self, kind: type[nn.Module] | str, config: Config) -> "SparsityMapping":
         """For weights owned by modules of a class, or of a kind in the `WeightMap` ("linear")."""
-        name = kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}"
-        self._types[name] = _parse(config)
+        self._entries.types[type_name(kind)] = _parse(config)
         return self
 
-    def set_module_name_regex(self, regex: str, config: Wish) -> "SparsityMapping":
-        """For weights whose FQN the expression matches from its start, as `re.match` does."""
+    def set_module_name_regex(self, regex: str, config: Config) -> "SparsityMapping":
+        """For weights whose FQN, or whose owner's, the expression matches from its start.
+
+        As `re.match` does, and `QConfigMapping` with the names of modules.
+        """
         re.compile(regex)
-        self._regexes[regex] = _parse(config)
+        self._entries.regexes[regex] = _parse(config)
         return self
 
-    def set_module_name(self, name: str, config: Wish) -> "SparsityMapping":
+    def set_module_name(self, name: str, config: Config) -> "SparsityMapping":
         """For one weight, by its FQN or that of the module that owns it."""
-        self._names[name] = _parse(config)
+        self._entries.names[name] = _parse(config)
         return self
 
     def to_dict(self) -> dict[str, Any]:
@@ -114,10 +117,29 @@ class SparsityMapping:
             raise MappingError("a mapping with a rule cannot be written down; name the weights")
         return {
             "global": _text(self._rest),
-            "object_type": {kind: _text(config) for kind, config in self._types.items()},
-            "module_name_regex": {regex: _text(c) for regex, c in self._regexes.items()},
-            "module_name": {name: _text(config) for name, config in self._names.items()},
+            "object_type": {kind: _text(config) for kind, config in self._entries.types.items()},
+            "module_name_regex": {regex: _text(c) for regex, c in self._entries.regexes.items()},
+            "module_name": {name: _text(config) for name, config in self._entries.names.items()},
         }
+
+    @classmethod
+    def of(cls, mapping: "MappingLike") -> "SparsityMapping":
+        """A mapping as it is; a string as the configuration of every weight; a dict by `from_dict`.
+
+        Raises:
+            MappingError: an unknown key, or something else.
+            PatternError: a configuration that cannot be read.
+        """
+        if isinstance(mapping, cls):
+            return mapping
+        if isinstance(mapping, str | SparsityConfig):
+            return cls().set_global(mapping)
+        if isinstance(mapping, Mapping):
+            return cls.from_dict(mapping)
+        raise MappingError(
+            "mapping: expected a SparsityMapping, a string such as '2:4' or a dict such as "
+            f"{{'object_type': {{'linear': '2:4'}}}}, found {type(mapping).__name__}"
+        )
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "SparsityMapping":
@@ -159,9 +181,9 @@ class SparsityMapping:
         dense: dict[str, str] = {}
         misfits: list[str] = []
         for site in weights.sites:
-            config, why = self._lookup(site)
+            config, reason = self._lookup(site)
             if config is None:
-                dense[site.fqn] = why
+                dense[site.fqn] = reason
                 continue
             configs[site.fqn] = config
             try:
@@ -174,59 +196,47 @@ class SparsityMapping:
 
     def names(self, site: WeightSite) -> bool:
         """Whether an entry of `set_module_name` speaks of a weight or its owner."""
-        fqns = {site.fqn, *site.aliases}
-        return not self._names.keys().isdisjoint(fqns | {f.rpartition(".")[0] for f in fqns})
+        found = self._entries.select(site.names)
+        return found is not None and found.by_name
 
     def _lookup(self, site: WeightSite) -> tuple[SparsityConfig | None, str]:
-        fqns = {site.fqn, *site.aliases}
-        for names in (fqns, {fqn.rpartition(".")[0] for fqn in fqns}):
-            for name, config in self._names.items():
-                if name in names:
-                    return config, f"excluded by name {name!r}"
-        for regex, config in self._regexes.items():
-            if _has_name(site, regex):
-                return config, f"excluded by regex {regex!r}"
-        for name, config in self._types.items():
-            if _has_type(site, name):
-                return config, f"excluded by type {name!r}"
+        if (found := self._entries.select(site.names, _types(site))) is not None:
+            return found.value, f"excluded by {found.entry}"
         if callable(self._rest):
             return _parse(self._rest(site)), "excluded by the rule"
         return self._rest, "no entry of the mapping speaks of it"
 
     def _unmatched(self, weights: WeightMap) -> Iterator[str]:
-        for what, entries, matches in (
-            ("regex", self._regexes, _has_name),
-            ("type", self._types, _has_type),
-        ):
-            for entry in entries:
-                if not any(matches(site, entry) for site in weights.sites):
-                    yield f"{what} {entry!r}"
+        for regex in self._entries.regexes:
+            if not any(matches(regex, site.names) for site in weights.sites):
+                yield f"regex {regex!r}"
+        for kind in self._entries.types:
+            if not any(kind in _types(site) for site in weights.sites):
+                yield f"type {kind!r}"
 
     def _check_names(self, weights: WeightMap) -> None:
-        fqns = [fqn for site in weights.sites for fqn in (site.fqn, *site.aliases)]
-        known = {*fqns, *(fqn.rpartition(".")[0] for fqn in fqns)}
-        for name in self._names:
-            if name in known:
-                continue
-            left_out = {u.fqn: u.reason for u in weights.unclaimed}
-            if name in left_out:
-                raise MappingError(f"{name!r} is not a weight that can be masked: {left_out[name]}")
-            near = get_close_matches(name, sorted(known), n=3)
+        fqns = [fqn for site in weights.sites for fqn in site.names]
+        for name in self._entries.unknown_names(fqns):
+            reasons = {parameter.fqn: parameter.reason for parameter in weights.dense}
+            if name in reasons:
+                raise MappingError(f"{name!r} is not a weight that can be masked: {reasons[name]}")
+            near = get_close_matches(name, sorted(names_of(fqns)), n=3)
             hint = f"; the nearest are {', '.join(map(repr, near))}" if near else ""
             raise MappingError(f"the model has no weight or owning module {name!r}{hint}")
 
 
-def _has_name(site: WeightSite, regex: str) -> bool:
-    return any(re.match(regex, fqn) for fqn in (site.fqn, *site.aliases))
+MappingLike = SparsityMapping | SparsityConfig | str | Mapping[str, Any]
+"""What `SparsityMapping.of` takes."""
 
 
-def _has_type(site: WeightSite, name: str) -> bool:
-    return name in (site.kind, site.owner_type)
+def _types(site: WeightSite) -> tuple[str, str]:
+    """A class says more than a kind."""
+    return site.owner_type, site.kind
 
 
 def _text(config: SparsityConfig | None) -> str | None:
     return None if config is None else str(config)
 
 
-def _parse(config: Wish) -> SparsityConfig | None:
+def _parse(config: Config) -> SparsityConfig | None:
     return None if config is None else SparsityConfig.parse(config)

@@ -1,7 +1,8 @@
 """The operator table: which argument of which operator is a weight, and what its axes mean.
 
-One row an operator. Arguments are bound by the name that the operator's schema gives them, never by
-position: `F.embedding(indices, weight)` and `aten.embedding(weight, indices)` differ in order only.
+One row an operator, with what discovery, calibration and lowering need to know of it. Arguments are
+bound by the name that the operator's schema gives them, never by position:
+`F.embedding(indices, weight)` and `aten.embedding(weight, indices)` differ in order only.
 A row names the operator without its namespace and overload, so that it serves ATen graphs, traced
 `torch` functions and tensor methods alike.
 """
@@ -11,11 +12,13 @@ import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
 
+from fx_sparsity.graph import weight_inputs as inputs
+from fx_sparsity.graph.weight_inputs import InputsOf
 from fx_sparsity.patterns import Role
 
 Axes = Mapping[int | None, Role]
@@ -35,6 +38,19 @@ CONV: Axes = {0: "out", 1: "in", 2: "kernel", 3: "kernel", 4: "kernel"}
 CONV_TRANSPOSED: Axes = {0: "in", 1: "out", 2: "kernel", 3: "kernel", 4: "kernel"}
 
 
+class LinearForm(NamedTuple):
+    """How an operator computes a linear layer: names of its arguments.
+
+    Attributes:
+        x, weight: of the activations and the weight.
+        transposed: whether it takes the weight as [in, out].
+    """
+
+    x: str
+    weight: str
+    transposed: bool
+
+
 @dataclass(frozen=True)
 class Operator:
     """A row of the table.
@@ -42,15 +58,28 @@ class Operator:
     Attributes:
         kind: what the weight is called in a `WeightMap`.
         find: bound arguments -> (argument name, its value, its axes) of every possible weight.
+        inputs: what calibration needs: the inputs of the weight at a call. None for recurrent
+            operators and fused attention, whose inner activations no argument shows.
+        linear: what lowering needs: which arguments make up a linear layer; None for the others.
+        bias: name of the argument that is added to the product.
     """
 
     kind: str
     find: Finder
+    inputs: InputsOf | None = None
+    linear: LinearForm | None = None
+    bias: str = "bias"
 
 
 def _at(**axes: Axes) -> Finder:
     """Weights are the arguments of these names."""
     return lambda args: [(name, args[name], a) for name, a in axes.items() if name in args]
+
+
+def _product(left: str, right: str) -> tuple[Finder, InputsOf]:
+    """Either factor of a matrix product may be the weight."""
+    find = _at(**{right: RIGHT_FACTOR, left: LEFT_FACTOR})
+    return find, inputs.either(**{right: inputs.right(left), left: inputs.left(right)})
 
 
 def _convolution(args: Arguments) -> Iterable[tuple[str, Any, Axes]]:
@@ -98,34 +127,49 @@ def _gather(args: Arguments) -> Iterable[tuple[str, Any, Axes]]:
 
 
 OPERATORS: dict[str, Operator] = {
-    "linear": Operator("linear", _at(weight=ROW_OUTPUT, input=LEFT_FACTOR)),
-    "addmm": Operator("linear", _at(mat2=RIGHT_FACTOR, mat1=LEFT_FACTOR)),
-    "mm": Operator("matmul", _at(mat2=RIGHT_FACTOR, self=LEFT_FACTOR)),
-    "matmul": Operator("matmul", _at(other=RIGHT_FACTOR, self=LEFT_FACTOR)),
-    "mv": Operator("matmul", _at(self=LEFT_FACTOR)),
-    "bmm": Operator("matmul", _at(mat2=RIGHT_FACTOR, self=LEFT_FACTOR)),
-    "baddbmm": Operator("matmul", _at(batch2=RIGHT_FACTOR, batch1=LEFT_FACTOR)),
-    "bilinear": Operator("bilinear", _at(weight=BILINEAR)),
-    "_trilinear": Operator("bilinear", _at(i2=BILINEAR)),
-    "grouped_mm": Operator("experts", _at(mat_b=RIGHT_FACTOR)),
-    "_grouped_mm": Operator("experts", _at(mat2=RIGHT_FACTOR)),
-    "grouped_mm_fallback": Operator("experts", _at(weight=RIGHT_FACTOR)),
-    "einsum": Operator("einsum", _einsum),
-    "embedding": Operator("embedding", _at(weight=TABLE)),
-    "embedding_bag": Operator("embedding_bag", _at(weight=TABLE)),
-    "_embedding_bag": Operator("embedding_bag", _at(weight=TABLE)),
-    "_embedding_bag_forward_only": Operator("embedding_bag", _at(weight=TABLE)),
-    "index": Operator("lookup", _index),
+    "linear": Operator(
+        "linear",
+        _at(weight=ROW_OUTPUT, input=LEFT_FACTOR),
+        inputs.linear,
+        LinearForm("input", "weight", False),
+    ),
+    "addmm": Operator(
+        "linear", *_product("mat1", "mat2"), LinearForm("mat1", "mat2", True), bias="self"
+    ),
+    "mm": Operator("matmul", *_product("self", "mat2"), LinearForm("self", "mat2", True)),
+    "matmul": Operator("matmul", *_product("self", "other"), LinearForm("self", "other", True)),
+    "mv": Operator("matmul", _at(self=LEFT_FACTOR), inputs.left("vec")),
+    "bmm": Operator("matmul", *_product("self", "mat2")),
+    "baddbmm": Operator("matmul", *_product("batch1", "batch2"), bias="self"),
+    "bilinear": Operator("bilinear", _at(weight=BILINEAR), inputs.bilinear),
+    "_trilinear": Operator("bilinear", _at(i2=BILINEAR), inputs.trilinear),
+    "grouped_mm": Operator("experts", _at(mat_b=RIGHT_FACTOR), inputs.grouped("mat_a", "offs")),
+    "_grouped_mm": Operator("experts", _at(mat2=RIGHT_FACTOR), inputs.grouped("self", "offs")),
+    "grouped_mm_fallback": Operator(
+        "experts", _at(weight=RIGHT_FACTOR), inputs.grouped("input", "offs")
+    ),
+    "einsum": Operator("einsum", _einsum, inputs.einsum),
+    "embedding": Operator("embedding", _at(weight=TABLE), inputs.embedding),
+    "embedding_bag": Operator("embedding_bag", _at(weight=TABLE), inputs.bag),
+    "_embedding_bag": Operator("embedding_bag", _at(weight=TABLE), inputs.bag),
+    "_embedding_bag_forward_only": Operator("embedding_bag", _at(weight=TABLE), inputs.bag),
+    "index": Operator("lookup", _index, inputs.index),
     "getitem": Operator("lookup", _index),
-    "index_select": Operator("lookup", _gather),
-    "gather": Operator("lookup", _gather),
-    "conv1d": Operator("conv", _at(weight=CONV)),
-    "conv2d": Operator("conv", _at(weight=CONV)),
-    "conv3d": Operator("conv", _at(weight=CONV)),
-    "conv_transpose1d": Operator("conv_transpose", _at(weight=CONV_TRANSPOSED)),
-    "conv_transpose2d": Operator("conv_transpose", _at(weight=CONV_TRANSPOSED)),
-    "conv_transpose3d": Operator("conv_transpose", _at(weight=CONV_TRANSPOSED)),
-    "convolution": Operator("conv", _convolution),
+    "index_select": Operator("lookup", _gather, inputs.index_select),
+    "gather": Operator("lookup", _gather, inputs.gather),
+    "conv1d": Operator("conv", _at(weight=CONV), inputs.convolution_of(transposed=False)),
+    "conv2d": Operator("conv", _at(weight=CONV), inputs.convolution_of(transposed=False)),
+    "conv3d": Operator("conv", _at(weight=CONV), inputs.convolution_of(transposed=False)),
+    "conv_transpose1d": Operator(
+        "conv_transpose", _at(weight=CONV_TRANSPOSED), inputs.convolution_of(transposed=True)
+    ),
+    "conv_transpose2d": Operator(
+        "conv_transpose", _at(weight=CONV_TRANSPOSED), inputs.convolution_of(transposed=True)
+    ),
+    "conv_transpose3d": Operator(
+        "conv_transpose", _at(weight=CONV_TRANSPOSED), inputs.convolution_of(transposed=True)
+    ),
+    "convolution": Operator("conv", _convolution, inputs.convolution),
     "lstm": Operator("recurrent", _recurrent),
     "gru": Operator("recurrent", _recurrent),
     "rnn_tanh": Operator("recurrent", _recurrent),
@@ -205,6 +249,18 @@ Elementwise arithmetic is not listed: torch tags it (see `is_elementwise`).
 
 _PYTHON_NAMES = {"truediv": "div", "iadd": "add_", "isub": "sub_", "imul": "mul_"}
 _TRANSPOSES = ("T", "mT", "H", "mH")
+
+
+def shows_inputs(op: str) -> bool:
+    """Whether a call of an operator shows the inputs of its weights."""
+    return op in OPERATORS and OPERATORS[op].inputs is not None
+
+
+def groups_of(op: str, args: Arguments) -> tuple[Role, int]:
+    """(role of the axis that a convolution splits, into how many groups); 1 for all others."""
+    transposed = OPERATORS[op].kind == "conv_transpose" or args.get("transposed", False)
+    convolves = OPERATORS[op].kind in ("conv", "conv_transpose")
+    return "in" if transposed else "out", args.get("groups", 1) if convolves else 1
 
 
 def operator_name(node: fx.Node) -> str:

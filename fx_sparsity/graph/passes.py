@@ -94,9 +94,7 @@ class AnnotateWeights(PassBase):
 
     def __init__(self, weights: WeightMap) -> None:
         super().__init__()
-        self.canonical = {
-            name: site.fqn for site in weights.sites for name in (site.fqn, *site.aliases)
-        }
+        self.canonical = {name: site.fqn for site in weights.sites for name in site.names}
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """See `PassBase.call`."""

@@ -1,4 +1,4 @@
-"""The verbs `prepare` and `squash`: from a wish to masks on a model, and to baked-in zeros."""
+"""The verbs `prepare` and `squash`: from a mapping to masks on a model, and to baked-in zeros."""
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 from fx_sparsity.graph.compiled import has_backward, is_compiled, real_tensors
 from fx_sparsity.graph.discovery import find_weights
 from fx_sparsity.graph.example_inputs import ExampleInputs
-from fx_sparsity.graph.mapping import SparsityMapping
+from fx_sparsity.graph.mapping import MappingLike, SparsityMapping
 from fx_sparsity.graph.passes import InsertMasks, RemoveMasks, is_masked, mask_path
 from fx_sparsity.graph.program_editor import insert_masks, remove_masks
 from fx_sparsity.graph.received import Received
@@ -31,7 +31,7 @@ def prepare(
     subject: _Subject,
     sparsifier: BaseSparsifier,
     example_inputs: ExampleInputs | None = None,
-    mapping: SparsityMapping | None = None,
+    mapping: MappingLike | None = None,
     *,
     dynamic_shapes: Any = None,
     model: nn.Module | None = None,
@@ -84,22 +84,22 @@ def prepare(
             "the graph are; pass model=, the compiled module"
         )
     weights = find_weights(subject, example_inputs, dynamic_shapes=dynamic_shapes, model=model)
-    assignment = None if mapping is None else mapping.resolve(weights)
+    assignment = None if mapping is None else SparsityMapping.of(mapping).resolve(weights)
     if not weights and weights.frontend != "torch.compile":  # some graphs of a backend have none
-        left_out = ", ".join(f"{u.fqn} ({u.reason})" for u in weights.unclaimed) or "none"
+        found = ", ".join(f"{p.fqn} ({p.reason})" for p in weights.dense) or "none"
         raise MaskError(
             f"this {type(subject).__name__} has no weight to mask; parameters of two or more "
-            f"dimensions: {left_out}. The codes of a model that is quantized already are masked by "
+            f"dimensions: {found}. The codes of a model that is quantized already are masked by "
             "quantization.sparsify_codes"
         )
     if assignment is not None:
-        for fqn, why in assignment.dense.items():
-            _log.info("%s stays dense: %s", fqn, why)
+        for fqn, reason in assignment.dense.items():
+            _log.info("%s stays dense: %s", fqn, reason)
         for entry in assignment.unmatched:
             _log.warning("no weight matches %s of the mapping", entry)
-    for unclaimed in weights.unclaimed:
-        level = logging.INFO if unclaimed.reason.explained else logging.WARNING
-        _log.log(level, "%s stays dense: %s %s", unclaimed.fqn, unclaimed.reason, unclaimed.detail)
+    for parameter in weights.dense:
+        level = logging.INFO if parameter.reason.explained else logging.WARNING
+        _log.log(level, "%s stays dense: %s", parameter.fqn, parameter.text)
     return mask_weights(subject, sparsifier, weights, assignment, example_inputs, model)
 
 

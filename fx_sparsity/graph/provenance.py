@@ -41,7 +41,7 @@ class Origin:
             `parameter` is the parameter itself.
         exact: whether what arrives is this view and nothing else: neither picked from it by an
             index, nor placed beside other tensors.
-        through: an operator on the way that mixes elements, so that no axis can be told any more.
+        through: an operator on the way that mixes elements, so that no axis can be known any more.
     """
 
     fqn: str
@@ -283,7 +283,7 @@ def _axes_along(origin: Origin, dim: int) -> list[int]:
 def slice_of_parameter(origin: Origin) -> tuple[int, int, int] | None:
     """(dimension, start, stop) of the part of the parameter that the view covers; None for all.
 
-    What is cut off after a copy is not told: the part is then a larger one, never a smaller.
+    What is cut off after a copy is not known: the part is then a larger one, never a smaller.
     """
     while origin.before is not None:
         origin = origin.before

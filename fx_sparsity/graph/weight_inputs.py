@@ -1,9 +1,9 @@
-"""What meets a weight at one call of an operator: the columns of activations that it multiplies.
+"""The inputs of a weight at one call of an operator: the columns of activations that it multiplies.
 
-One small function an operator. Each is given the call's arguments, and in the place of the weight a
-tensor of the same shape that tells of every element which column of the weight's matrix form it
-belongs to. Whatever the operator does with the weight's axes is done with that tensor, so that
-packed, transposed, stacked and picked weights need no code of their own.
+One small function an operator, a column of the operator table. Each is given the call's arguments,
+and in the place of the weight a tensor of the same shape that tells of every element which column
+of the weight's matrix form it belongs to. Whatever the operator does with the weight's axes is done
+with that tensor, so that packed, transposed, stacked and picked weights need no code of their own.
 """
 
 import string
@@ -15,13 +15,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fx_sparsity.errors import FxSparsityError
-from fx_sparsity.patterns import Role
 
 Arguments = Mapping[str, Any]
 
 
-class Met(NamedTuple):
-    """Inputs that met a weight.
+class WeightInputs(NamedTuple):
+    """Activations that a weight was multiplied with, or rows of it that were looked up.
 
     Attributes:
         columns: which columns of the weight's matrix form: int64, [groups, in]; -1 is none of them.
@@ -29,7 +28,7 @@ class Met(NamedTuple):
         counts: for a lookup, the sums of its coefficients and of their squares: float32,
             [2, groups, in]; [i, g, j] belongs to column [g, j].
         tokens: how many there were.
-        out: how many outputs of the weight they met; a slice of it has fewer than the whole.
+        out: how many outputs of the weight had them; a slice of it has fewer than the whole.
     """
 
     columns: Tensor
@@ -39,46 +38,19 @@ class Met(NamedTuple):
     out: int
 
 
-Meeting = Callable[[Arguments, str, Tensor], Iterator[Met]]
+InputsOf = Callable[[Arguments, str, Tensor], Iterator[WeightInputs]]
+"""(the call's arguments by name, the argument that receives the weight, columns) -> its inputs.
+
+The columns are int64, of the shape of what the operator receives as the weight. Raises
+`UnsupportedUse` where the inputs of this call cannot be known.
+"""
 
 
 class UnsupportedUse(FxSparsityError, ValueError):
-    """No function here tells what meets a weight in this use."""
+    """No function here tells the inputs of a weight in this use."""
 
 
-def meet(op: str, arg: str, args: Arguments, columns: Tensor) -> Iterator[Met]:
-    """What meets a weight.
-
-    Args:
-        op: name of the operator, a row of the table in `fx_sparsity.graph.operators`.
-        arg: the argument that receives the weight.
-        args: the call's arguments, by name.
-        columns: int64, of the shape of what the operator receives as the weight.
-
-    Raises:
-        UnsupportedUse: this operator's inputs cannot be told, or not of this call.
-    """
-    return MEETINGS[op](args, arg, columns)
-
-
-def supports(op: str) -> bool:
-    """Whether `meet` knows an operator."""
-    return op in MEETINGS
-
-
-def groups_of(op: str, args: Arguments) -> tuple[Role, int]:
-    """(role of the axis that a convolution splits, into how many groups); 1 for all others."""
-    transposed = op.startswith("conv_transpose") or args.get("transposed", False)
-    groups = args.get("groups", 1) if op in _CONVOLUTIONS else 1
-    return "in" if transposed else "out", groups
-
-
-def bias_argument(op: str) -> str:
-    """Name of the argument that an operator adds to its product."""
-    return "self" if op in ("addmm", "baddbmm") else "bias"
-
-
-def _product(x: Tensor, columns: Tensor) -> Iterator[Met]:
+def _product(x: Tensor, columns: Tensor) -> Iterator[WeightInputs]:
     """`x @ W`, as `torch.matmul` broadcasts it.
 
     Args:
@@ -89,12 +61,12 @@ def _product(x: Tensor, columns: Tensor) -> Iterator[Met]:
     columns, out = _outputs(columns.unsqueeze(-1) if columns.ndim == 1 else columns)
     if columns.ndim == 1:
         flat = x.reshape(1, -1, x.shape[-1])
-        yield Met(columns.unsqueeze(0), flat, None, flat.shape[1], out)
+        yield WeightInputs(columns.unsqueeze(0), flat, None, flat.shape[1], out)
         return
     batch = torch.broadcast_shapes(x.shape[:-2], columns.shape[:-1])
     flat = x.expand(*batch, *x.shape[-2:]).reshape(-1, *x.shape[-2:])
     columns = columns.expand(*batch, columns.shape[-1]).reshape(-1, columns.shape[-1])
-    yield Met(columns, flat, None, flat.shape[1], out)
+    yield WeightInputs(columns, flat, None, flat.shape[1], out)
 
 
 def _outputs(columns: Tensor) -> tuple[Tensor, int]:
@@ -108,67 +80,68 @@ def _outputs(columns: Tensor) -> tuple[Tensor, int]:
     return found, int((columns >= 0).sum(-1).max())
 
 
-def _right(other: str) -> Meeting:
+def right(other: str) -> InputsOf:
     """The weight is the right factor; `other` names the left one."""
     return lambda args, arg, columns: _product(args[other], columns)
 
 
-def _left(other: str) -> Meeting:
+def left(other: str) -> InputsOf:
     """The weight is the left factor; `other` names the right one."""
 
-    def meeting(args: Arguments, arg: str, columns: Tensor) -> Iterator[Met]:
+    def inputs(args: Arguments, arg: str, columns: Tensor) -> Iterator[WeightInputs]:
         x = args[other]
         return _product(x.unsqueeze(0) if x.ndim == 1 else x.mT, _transposed(columns))
 
-    return meeting
+    return inputs
 
 
 def _transposed(columns: Tensor) -> Tensor:
     return columns if columns.ndim == 1 else columns.mT
 
 
-def _either(**others: Meeting) -> Meeting:
+def either(**others: InputsOf) -> InputsOf:
     """By the argument that receives the weight."""
     return lambda args, arg, columns: others[arg](args, arg, columns)
 
 
-def _linear(args: Arguments, arg: str, columns: Tensor) -> Iterator[Met]:
+def linear(args: Arguments, arg: str, columns: Tensor) -> Iterator[WeightInputs]:
     """Either argument may be the weight; the operator reduces the last axis of both."""
     return _product(args["input" if arg == "weight" else "weight"], _transposed(columns))
 
 
-def _grouped(x: str, weight_offsets: str) -> Meeting:
-    """Each matrix of a stack meets the rows of `x` up to its offset."""
+def grouped(x: str, weight_offsets: str) -> InputsOf:
+    """Each matrix of a stack has the rows of `x` up to its offset."""
 
-    def meeting(args: Arguments, arg: str, columns: Tensor) -> Iterator[Met]:
+    def inputs(args: Arguments, arg: str, columns: Tensor) -> Iterator[WeightInputs]:
         rows, offsets = args[x], args.get(weight_offsets)
         if columns.ndim != 3 or rows.ndim != 2 or offsets is None:
             raise UnsupportedUse(f"a grouped product of {rows.ndim} and {columns.ndim} dimensions")
         start = 0
         for expert, end in enumerate(offsets.tolist()):
-            met = rows[start:end].unsqueeze(0)
+            routed = rows[start:end].unsqueeze(0)
             mine, out = _outputs(columns[expert])
-            yield Met(mine.unsqueeze(0), met, None, end - start, out)
+            yield WeightInputs(mine.unsqueeze(0), routed, None, end - start, out)
             start = end
 
-    return meeting
+    return inputs
 
 
-def _bilinear(args: Arguments, arg: str, columns: Tensor) -> Iterator[Met]:
+def bilinear(args: Arguments, arg: str, columns: Tensor) -> Iterator[WeightInputs]:
+    """Each pair of an element of one input and an element of the other is a column."""
     pairs = args["input1"].unsqueeze(-1) * args["input2"].unsqueeze(-2)
     flat = pairs.reshape(1, -1, pairs.shape[-1] * pairs.shape[-2])
     mine, out = _outputs(columns.flatten(1).t())
-    yield Met(mine.unsqueeze(0), flat, None, flat.shape[1], out)
+    yield WeightInputs(mine.unsqueeze(0), flat, None, flat.shape[1], out)
 
 
-def _trilinear(args: Arguments, arg: str, columns: Tensor) -> Iterator[Met]:
+def trilinear(args: Arguments, arg: str, columns: Tensor) -> Iterator[WeightInputs]:
     """What `bilinear` consists of; any other sum of three factors is unknown here."""
     if [args[f"expand{i}"] for i in (1, 2, 3)] != [[1, 3], [0], [1, 2]]:
         raise UnsupportedUse("a product of three factors that is not bilinear")
-    return _bilinear({"input1": args["i1"], "input2": args["i3"]}, arg, columns)
+    return bilinear({"input1": args["i1"], "input2": args["i3"]}, arg, columns)
 
 
-def _einsum(args: Arguments, arg: str, columns: Tensor) -> Iterator[Met]:
+def einsum(args: Arguments, arg: str, columns: Tensor) -> Iterator[WeightInputs]:
     """The other operands, multiplied and arranged as [batch, tokens, in] of the weight."""
     place = int(arg.removeprefix("tensors[").removesuffix("]"))
     equation, operands = args["equation"].replace(" ", ""), args["tensors"]
@@ -189,7 +162,7 @@ def _einsum(args: Arguments, arg: str, columns: Tensor) -> Iterator[Met]:
     columns = columns.reshape(groups, _count(size[c] for c in out), -1)
     mine, outputs = _outputs(columns.mT)
     x = x.reshape(groups, -1, mine.shape[1])
-    yield Met(mine, x, None, x.shape[1], outputs)
+    yield WeightInputs(mine, x, None, x.shape[1], outputs)
 
 
 def _count(sizes: Iterator[int]) -> int:
@@ -216,7 +189,7 @@ def _without_ellipsis(equation: str, ranks: Sequence[int], weight: int) -> tuple
     return [term.replace("...", letters) for term in terms], result.replace("...", letters)
 
 
-def _convolution(args: Arguments, arg: str, columns: Tensor) -> Iterator[Met]:
+def convolution(args: Arguments, arg: str, columns: Tensor) -> Iterator[WeightInputs]:
     """Windows of the padded input, one for each position of the result.
 
     A transposed convolution is one over its input spread out by the stride, kernel reversed
@@ -250,11 +223,12 @@ def _convolution(args: Arguments, arg: str, columns: Tensor) -> Iterator[Met]:
     x = x.unflatten(1, (groups, -1)).movedim(1, 0).movedim(2, 2 + dims)
     mine, out = _outputs(columns)  # of [groups, in, kernel..., out]
     x = x.reshape(groups, -1, mine[0].numel())
-    yield Met(mine.flatten(1), x, None, x.shape[1], out)
+    yield WeightInputs(mine.flatten(1), x, None, x.shape[1], out)
 
 
-def _forward_or_transposed(transposed: bool) -> Meeting:
-    return lambda args, arg, columns: _convolution({**args, "transposed": transposed}, arg, columns)
+def convolution_of(transposed: bool) -> InputsOf:
+    """A convolution whose operator says by its name whether it is transposed."""
+    return lambda args, arg, columns: convolution({**args, "transposed": transposed}, arg, columns)
 
 
 def _each(value: Any, default: int, dims: int) -> list[int]:
@@ -271,7 +245,7 @@ def _spread(x: Tensor, stride: Sequence[int]) -> Tensor:
     return spread
 
 
-def _lookup(columns: Tensor, rows: Tensor, coefficients: Tensor | None = None) -> Met:
+def _lookup(columns: Tensor, rows: Tensor, coefficients: Tensor | None = None) -> WeightInputs:
     """Rows of a table that were looked up, each once, or with a coefficient.
 
     Args:
@@ -289,14 +263,15 @@ def _lookup(columns: Tensor, rows: Tensor, coefficients: Tensor | None = None) -
     counts = flat.new_zeros(2, 1, len(mine))
     counts[0, 0].index_add_(0, rows, flat)
     counts[1, 0].index_add_(0, rows, flat.square())
-    return Met(mine.unsqueeze(0), None, counts, rows.numel(), out)
+    return WeightInputs(mine.unsqueeze(0), None, counts, rows.numel(), out)
 
 
-def _embedding(args: Arguments, arg: str, columns: Tensor) -> Iterator[Met]:
+def embedding(args: Arguments, arg: str, columns: Tensor) -> Iterator[WeightInputs]:
+    """A row of the table for each index."""
     yield _lookup(columns.t(), args["indices"])
 
 
-def _bag(args: Arguments, arg: str, columns: Tensor) -> Iterator[Met]:
+def bag(args: Arguments, arg: str, columns: Tensor) -> Iterator[WeightInputs]:
     """A bag is one input: it holds each of its rows as often, and with the weight, that it says.
 
     Of a bag of maxima, each row counts as once looked up.
@@ -317,11 +292,12 @@ def _bag(args: Arguments, arg: str, columns: Tensor) -> Iterator[Met]:
     rows = len(columns)
     pairs, where = (bag * rows + indices).unique(return_inverse=True)
     merged = coefficients.new_zeros(len(pairs)).index_add_(0, where, coefficients)
-    met = _lookup(columns.t(), pairs % rows, merged if mode != 2 else merged.clamp(max=1))
-    yield met._replace(tokens=len(offsets))
+    found = _lookup(columns.t(), pairs % rows, merged if mode != 2 else merged.clamp(max=1))
+    yield found._replace(tokens=len(offsets))
 
 
-def _index(args: Arguments, arg: str, columns: Tensor) -> Iterator[Met]:
+def index(args: Arguments, arg: str, columns: Tensor) -> Iterator[WeightInputs]:
+    """Rows of the one dimension that is indexed by a tensor."""
     found = [(place, index) for place, index in enumerate(args["indices"]) if index is not None]
     if len(found) != 1 or not isinstance(found[0][1], Tensor):
         raise UnsupportedUse("a lookup by several indices")
@@ -333,44 +309,13 @@ def _index(args: Arguments, arg: str, columns: Tensor) -> Iterator[Met]:
     yield _lookup(columns.movedim(place, -1).flatten(0, -2), index)
 
 
-def _index_select(args: Arguments, arg: str, columns: Tensor) -> Iterator[Met]:
+def index_select(args: Arguments, arg: str, columns: Tensor) -> Iterator[WeightInputs]:
+    """Rows of one dimension."""
     yield _lookup(columns.movedim(args["dim"], -1).flatten(0, -2), args["index"])
 
 
-def _gather(args: Arguments, arg: str, columns: Tensor) -> Iterator[Met]:
+def gather(args: Arguments, arg: str, columns: Tensor) -> Iterator[WeightInputs]:
     """Every element of a row has an index of its own; a row counts by their mean."""
-    (met,) = _index_select(args, arg, columns)
-    assert met.counts is not None
-    yield met._replace(counts=met.counts / met.out, tokens=met.tokens // met.out)
-
-
-_CONVOLUTIONS: dict[str, Meeting] = {
-    "convolution": _convolution,
-    **{f"conv{d}d": _forward_or_transposed(False) for d in (1, 2, 3)},
-    **{f"conv_transpose{d}d": _forward_or_transposed(True) for d in (1, 2, 3)},
-}
-MEETINGS: dict[str, Meeting] = {
-    "linear": _linear,
-    "addmm": _either(mat2=_right("mat1"), mat1=_left("mat2")),
-    "mm": _either(mat2=_right("self"), self=_left("mat2")),
-    "matmul": _either(other=_right("self"), self=_left("other")),
-    "mv": _left("vec"),
-    "bmm": _either(mat2=_right("self"), self=_left("mat2")),
-    "baddbmm": _either(batch2=_right("batch1"), batch1=_left("batch2")),
-    "bilinear": _bilinear,
-    "_trilinear": _trilinear,
-    "grouped_mm": _grouped("mat_a", "offs"),
-    "_grouped_mm": _grouped("self", "offs"),
-    "grouped_mm_fallback": _grouped("input", "offs"),
-    "einsum": _einsum,
-    "embedding": _embedding,
-    "embedding_bag": _bag,
-    "_embedding_bag": _bag,
-    "_embedding_bag_forward_only": _bag,
-    "index": _index,
-    "index_select": _index_select,
-    "gather": _gather,
-    **_CONVOLUTIONS,
-}
-"""Operator -> what meets its weights. Rows of the operator table that are missing: recurrent ones,
-and fused attention, whose inner activations no argument shows."""
+    (found,) = index_select(args, arg, columns)
+    assert found.counts is not None
+    yield found._replace(counts=found.counts / found.out, tokens=found.tokens // found.out)

@@ -1,9 +1,9 @@
 """What discovery returns: the weights of a model, and what it left out with the reason."""
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
+from typing import Any
 
 from fx_sparsity.patterns import Role
 from fx_sparsity.reports import format_table
@@ -54,6 +54,11 @@ class WeightSite:
     dtype: str
     uses: tuple[Use, ...]
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every name, the canonical one first."""
+        return self.fqn, *self.aliases
+
 
 class Reason(StrEnum):
     """Why a parameter of two or more dimensions is not a weight. The list is closed."""
@@ -72,7 +77,7 @@ class Reason(StrEnum):
 
 
 @dataclass(frozen=True)
-class Unclaimed:
+class DenseParameter:
     """A parameter of two or more dimensions that got no role.
 
     Attributes:
@@ -87,6 +92,11 @@ class Unclaimed:
     reason: Reason
     detail: str = ""
 
+    @property
+    def text(self) -> str:
+        """Reason and detail."""
+        return f"{self.reason}: {self.detail}" if self.detail else str(self.reason)
+
 
 @dataclass(frozen=True)
 class WeightMap(Mapping[str, WeightSite]):
@@ -94,13 +104,13 @@ class WeightMap(Mapping[str, WeightSite]):
 
     Attributes:
         sites: every weight found.
-        unclaimed: every parameter of two or more dimensions that got no role.
+        dense: every parameter of two or more dimensions that got no role.
         vectors: number of parameters of fewer dimensions, which are never weights.
         frontend: which capture the map was read from.
     """
 
     sites: tuple[WeightSite, ...]
-    unclaimed: tuple[Unclaimed, ...] = ()
+    dense: tuple[DenseParameter, ...] = ()
     vectors: int = 0
     frontend: str = ""
     _by_name: dict[str, WeightSite] = field(init=False, repr=False, compare=False)
@@ -133,14 +143,11 @@ class WeightMap(Mapping[str, WeightSite]):
             for site in self.sites
         ]
         text = format_table(("weight", "kind", "axes", "dtype", "uses", "tied to"), rows)
-        if self.unclaimed:
-            left = [
-                (u.fqn, str(u.shape), f"{u.reason}: {u.detail}" if u.detail else str(u.reason))
-                for u in self.unclaimed
-            ]
-            text += "\n\n" + format_table(("left out", "shape", "reason"), left)
+        if self.dense:
+            rest = [(p.fqn, str(p.shape), p.text) for p in self.dense]
+            text += "\n\n" + format_table(("stays dense", "shape", "reason"), rest)
         else:
-            text += "\n\nnothing of two or more dimensions was left out"
+            text += "\n\nnothing of two or more dimensions stays dense"
         return f"{text}\n({self.vectors} one-dimensional parameters; read from {self.frontend})"
 
     def renamed(self, names: Mapping[str, str]) -> "WeightMap":
@@ -158,14 +165,11 @@ class WeightMap(Mapping[str, WeightSite]):
             sites.append(replace(site, fqn=fqn, aliases=aliases, owner=owner))
         return replace(self, sites=tuple(sites))
 
-    def to_json(self) -> str:
-        """The map as a JSON object with `sites`, `unclaimed`, `vectors` and `frontend`."""
-        return json.dumps(
-            {
-                "frontend": self.frontend,
-                "sites": [asdict(site) for site in self.sites],
-                "unclaimed": [asdict(unclaimed) for unclaimed in self.unclaimed],
-                "vectors": self.vectors,
-            },
-            indent=2,
-        )
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON: `frontend`, `sites`, `dense` and `vectors`."""
+        return {
+            "frontend": self.frontend,
+            "sites": [asdict(site) for site in self.sites],
+            "dense": [asdict(parameter) for parameter in self.dense],
+            "vectors": self.vectors,
+        }

@@ -48,7 +48,7 @@ def activation_gradient(activation: str, grad: Tensor, y: Tensor) -> Tensor:
     return _GRADIENTS[activation](grad, y)
 
 
-def quantize(x: Tensor, how: str) -> Quantized:
+def quantize(x: Tensor, quantizer: str) -> Quantized:
     """Quantize activations to 8 bits, as the libraries do whose models are lowered.
 
     `token_float8` is that of torchao's Float8DynamicActivationFloat8Weight with PerRow: a scale a
@@ -61,15 +61,15 @@ def quantize(x: Tensor, how: str) -> Quantized:
 
     Args:
         x: [..., in], fp32 or bf16, on CUDA also fp16, not empty.
-        how: one of `QUANTIZERS`.
+        quantizer: one of `QUANTIZERS`.
     """
-    if how == "token_float8":
+    if quantizer == "token_float8":
         return _quantize_float8(x)
-    if how == "tensor_affine":
+    if quantizer == "tensor_affine":
         return _quantize_tensor(x.float())
     low, high = -128, 127
     smallest, largest = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
-    if how == "token_symmetric":
+    if quantizer == "token_symmetric":
         reach = torch.maximum(smallest.clamp(max=0).neg(), largest.clamp(min=0))
         scale = (reach / ((high - low) / 2)).clamp(min=torch.finfo(torch.float32).eps)
         zero_point = torch.zeros_like(scale)

@@ -15,7 +15,7 @@ from fx_sparsity.kernels.native import pack_natively, packs_natively
 from fx_sparsity.kernels.panels import PackingError
 
 
-class Bitmask:
+class BitmaskPacking:
     """Panels of 16 outputs; for each step of a panel as many mask bits as it has elements.
 
     Parts:

@@ -23,7 +23,7 @@ _SLACK = 1.02
 _INDEX_BYTES = 4
 
 
-class Block:
+class BlockPacking:
     """Panels of 16 outputs cut into blocks of steps; those with a non-zero are kept, densely.
 
     Parts:

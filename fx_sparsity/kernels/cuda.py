@@ -9,7 +9,7 @@ from torch.nn.functional import linear, pad
 from fx_sparsity.kernels.activations import ACTIVATIONS, quantize
 from fx_sparsity.kernels.ops import NAMESPACE, expect_input, plain_linear
 from fx_sparsity.kernels.packings import PACKINGS
-from fx_sparsity.kernels.semi_structured import SemiStructured, code_product, torch_tensor
+from fx_sparsity.kernels.semi_structured import SemiStructuredPacking, code_product, torch_tensor
 
 _TOKENS = 16
 """The libraries take codes of a multiple of 16 tokens."""
@@ -34,7 +34,7 @@ def semi_structured_linear(
     coded = scale is not None
     if not x.numel() or (coded and quantize_input == "none"):
         rest = (scale, row_sums, bias, in_features, out_features, quantize_input, activation)
-        return plain_linear(PACKINGS[SemiStructured.name], x, values, positions, *rest)
+        return plain_linear(PACKINGS[SemiStructuredPacking.name], x, values, positions, *rest)
     rows = x.reshape(-1, in_features)
     if scale is None:
         y = _product(rows, parts, shape, bias)
@@ -62,4 +62,4 @@ def _code_product(codes: Tensor, parts: Mapping[str, Tensor], shape: torch.Size)
     return code_product(parts, columns)[: shape[0], :tokens].t()
 
 
-torch.library.impl(f"{NAMESPACE}::{SemiStructured.operator}", "CUDA", semi_structured_linear)
+torch.library.impl(f"{NAMESPACE}::{SemiStructuredPacking.operator}", "CUDA", semi_structured_linear)

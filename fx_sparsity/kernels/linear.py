@@ -81,7 +81,7 @@ class SparseLinear(PackedModule):
             bias: [out], or None.
             packing: a key of `PACKINGS`.
             scale: [out], what each row's codes are multiplied by; for codes only.
-            quantize_input: how activations meet codes.
+            quantize_input: how activations are quantized for codes.
             activation: applied to the result.
 
         Raises:
@@ -127,7 +127,7 @@ class SparseLinear(PackedModule):
         """[..., in] -> [..., out], in the dtype of x.
 
         Raises:
-            TypeError: x has a dtype that the weight cannot meet.
+            TypeError: x has a dtype that does not go with the weight's.
             ValueError: its last dimension is not `in_features`, or it lies on another device.
         """
         expect_input(x, self.in_features)

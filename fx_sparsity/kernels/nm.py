@@ -18,7 +18,7 @@ PATTERNS = ((1, 4), (2, 8), (2, 4), (4, 8))
 """N and M of the patterns that are packed, what stores less first; others are for bitmask."""
 
 
-class NM:
+class NMPacking:
     """Panels of 16 outputs as in bitmask, with the same number of values in each.
 
     Parts:

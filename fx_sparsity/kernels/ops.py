@@ -74,9 +74,9 @@ def _define(packing: Packing) -> None:
 
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         x, *parts, scale, row_sums, bias = ctx.saved_tensors
-        inputs, outputs, how, activation = ctx.rest
+        inputs, outputs, quantizer, activation = ctx.rest
         if activation != "none":
-            rest = (scale, row_sums, bias, inputs, outputs, how, "none")
+            rest = (scale, row_sums, bias, inputs, outputs, quantizer, "none")
             grad = activation_gradient(activation, grad, linear_operator(packing)(x, *parts, *rest))
         needs = ctx.needs_input_grad
         to_x = to_bias = None
@@ -96,13 +96,13 @@ def _define(packing: Packing) -> None:
 def plain_linear(packing: Packing, x: Tensor, *rest: Any) -> Tensor:
     """What the operator of `packing` does, in plain torch and on any device."""
     count = len(packing.parts)
-    parts, (scale, _, bias, inputs, outputs, how, activation) = rest[:count], rest[count:]
+    parts, (scale, _, bias, inputs, outputs, quantizer, activation) = rest[:count], rest[count:]
     expect_input(x, inputs)
     shape = torch.Size((outputs, inputs))
-    if how == "none" or not x.numel():
+    if quantizer == "none" or not x.numel():
         y = linear(x.float(), _dense(packing, parts, scale, shape))
     else:
-        codes, x_scale, zero_point = quantize(x, how)
+        codes, x_scale, zero_point = quantize(x, quantizer)
         weight = _unpacked(packing, parts, shape)
         # Exact: sums of products of 8-bit numbers fit into the 53 bits of a double.
         product = linear(codes.double() - zero_point, weight.double())

@@ -6,11 +6,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fx_sparsity.kernels.bitmask import Bitmask
-from fx_sparsity.kernels.block import Block
-from fx_sparsity.kernels.nm import NM
+from fx_sparsity.kernels.bitmask import BitmaskPacking
+from fx_sparsity.kernels.block import BlockPacking
+from fx_sparsity.kernels.nm import NMPacking
 from fx_sparsity.kernels.panels import PackingError
-from fx_sparsity.kernels.semi_structured import SemiStructured
+from fx_sparsity.kernels.semi_structured import SemiStructuredPacking
 
 __all__ = ["PACKINGS", "Packing", "PackingError", "packing_for"]
 
@@ -61,10 +61,11 @@ class Packing(Protocol):
 
 
 PACKINGS: dict[str, Packing] = {
-    packing.name: packing for packing in (Bitmask(), NM(), Block(), SemiStructured())
+    packing.name: packing
+    for packing in (BitmaskPacking(), NMPacking(), BlockPacking(), SemiStructuredPacking())
 }
 
 
 def packing_for(name: str, device: torch.device) -> str:
     """The packing that `name` means where a weight lies: "nm" has a layout of its own on CUDA."""
-    return SemiStructured.name if name == NM.name and device.type == "cuda" else name
+    return SemiStructuredPacking.name if name == NMPacking.name and device.type == "cuda" else name

@@ -36,7 +36,7 @@ _SUMS = {torch.int8: torch.int32, _FLOAT8: torch.float32}
 """Dtype of codes -> dtype in which products of them are summed up."""
 
 
-class SemiStructured:
+class SemiStructuredPacking:
     """The packing "semi_structured": 2:4 as the libraries on CUDA want it; 9 bits a weight in bf16.
 
     Parts:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fx_sparsity.graph import SparsityMapping, WeightSite, find_weights
+from fx_sparsity.graph import MappingLike, SparsityMapping, WeightSite, find_weights
 from fx_sparsity.graph.compiled import inductor, real_tensors
 from fx_sparsity.graph.sources import Source, compiled_source
 from fx_sparsity.lowering.layers import DenseLinear
@@ -31,7 +31,7 @@ _MASKED = "fx_sparsity_masked"
 
 
 @dataclass(frozen=True)
-class Options:
+class BackendOptions:
     """What `options=` of `torch.compile` may say.
 
     Attributes:
@@ -45,7 +45,7 @@ class Options:
         inductor: options of Inductor, such as `{"freezing": True}`.
     """
 
-    mapping: SparsityMapping | Mapping[str, Any] | None = None
+    mapping: MappingLike | None = None
     policy: str | Rules = AUTO
     tokens: Sequence[int] | None = None
     model: nn.Module | None = None
@@ -53,7 +53,7 @@ class Options:
     inductor: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, options: Mapping[str, Any] | None) -> "Options":
+    def of(cls, options: Mapping[str, Any] | None) -> "BackendOptions":
         """Read the dict that `torch.compile` was given.
 
         Raises:
@@ -77,19 +77,19 @@ def backend(
     """Compile a graph for inference: prune by `mapping`, lower by `policy`, and let Inductor do it.
 
     Masks are computed and weights are packed once a parameter, and kept as long as it lives: graph
-    breaks and recompilations meet the same ones. A parameter that was edited in place gets new ones
+    breaks and recompilations find the same ones. A parameter that was edited in place gets new ones
     when its graph is compiled again; until then what was compiled sees none of the edit.
 
     Args:
         graph: from Dynamo.
         example_inputs: of the graph, parameters among them.
-        options: see `Options`.
+        options: see `BackendOptions`.
 
     Raises:
         LoweringError: gradients are wanted, or an option that cannot be read.
         MappingError: a weight cannot take its pattern.
     """
-    chosen = Options.of(options)
+    chosen = BackendOptions.of(options)
     _check_inference(example_inputs)
     with real_tensors(), torch.no_grad():
         lowered = _lowered(graph, example_inputs, chosen)
@@ -169,17 +169,14 @@ def _known(parameter: Tensor) -> _Known:
 
 
 def _lowered(
-    graph: fx.GraphModule, example_inputs: Sequence[Any], options: Options
+    graph: fx.GraphModule, example_inputs: Sequence[Any], options: BackendOptions
 ) -> fx.GraphModule:
     """The graph, with masks and kernels."""
     source = compiled_source(graph, example_inputs, options.model)
     weights = find_weights(graph, tuple(example_inputs), model=options.model)
     configs: Mapping[str, SparsityConfig] = {}
     if options.mapping is not None:
-        mapping = options.mapping
-        if not isinstance(mapping, SparsityMapping):
-            mapping = SparsityMapping.from_dict(mapping)
-        configs = mapping.resolve(weights, partial=True)
+        configs = SparsityMapping.of(options.mapping).resolve(weights, partial=True)
     parameters = dict(filter(None, map(source, graph.graph.nodes)))
     masked = {
         fqn: _known(parameters[fqn]).masked(config, weights[fqn].roles, parameters[fqn])

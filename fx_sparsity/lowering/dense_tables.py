@@ -62,7 +62,7 @@ class DenseTable:
         return torch.int64
 
     @property
-    def how(self) -> str:
+    def mode(self) -> str:
         """`lookup`, or what bags do with the rows that they look up."""
         return str(getattr(self.module, "mode", "lookup"))
 

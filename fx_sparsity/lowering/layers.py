@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 
 from fx_sparsity.kernels.activations import QUANTIZERS
 from fx_sparsity.kernels.packings import PACKINGS
-from fx_sparsity.kernels.semi_structured import SemiStructured
+from fx_sparsity.kernels.semi_structured import SemiStructuredPacking
 from fx_sparsity.lowering.lowered import LoweredLinear
 from fx_sparsity.patterns import Role
 from fx_sparsity.quantization.torch_ao.embeddings import FORWARD_HOOKS
@@ -31,7 +31,7 @@ class DenseLinear:
         weight: [out, in]: floating, or int8 or float8 codes of which 0 means zero.
         bias: [out], or None.
         scale: of the codes, float32 [out]; None where the weight is floating.
-        quantize_input: how codes meet their activations, as `SparseLinear.from_dense` takes it.
+        quantize_input: how its activations are quantized, as `SparseLinear.from_dense` takes it.
         activation: that the layer applies to its result, as `SparseLinear.from_dense` takes it.
         input_dtype: of the activations, as far as the weight tells.
     """
@@ -80,8 +80,8 @@ class DenseLinear:
         return str(self.weight.dtype).removeprefix("torch.")
 
     @property
-    def how(self) -> str:
-        """How codes meet their activations; empty for floating weights."""
+    def mode(self) -> str:
+        """How activations of codes are quantized; empty for floating weights."""
         return "" if self.scale is None else self.quantize_input
 
     def takes(self, dtype: torch.dtype) -> bool:
@@ -99,8 +99,9 @@ class DenseLinear:
     def refusal(self, packing: str) -> str | None:
         """Why a packing cannot hold it, or has no kernel where it lies; None if it can."""
         if self.device.type == "cuda":
-            if packing != SemiStructured.name:
-                return f"no kernel for CUDA, where {SemiStructured.name!r} is the packing of 2:4"
+            if packing != SemiStructuredPacking.name:
+                known = SemiStructuredPacking.name
+                return f"no kernel for CUDA, where {known!r} is the packing of 2:4"
             if self.scale is not None and self.quantize_input == "none":
                 return f"no kernel for weight-only {self.dtype}"
         return PACKINGS[packing].refusal(self.weight)
@@ -167,11 +168,11 @@ class Kind(ABC):
         """The layer that a module is; or, in words, why it cannot be replaced."""
 
     @abstractmethod
-    def shell(self, module: Any) -> Any:
+    def template(self, module: Any) -> Any:
         """What `restore` needs besides the layer; holds none of its tensors."""
 
     @abstractmethod
-    def restore(self, shell: Any, layer: DenseLinear) -> nn.Module:
+    def restore(self, template: Any, layer: DenseLinear) -> nn.Module:
         """A module like the one that was read, with the weight of `layer`."""
 
 
@@ -190,13 +191,13 @@ class FloatLinear(Kind):
             return f"{type(module).__name__} has a forward of its own"
         return _float_layer(module.weight, module.bias)
 
-    def shell(self, module: Any) -> Any:
+    def template(self, module: Any) -> Any:
         """See `Kind`: the module without its parameters."""
         return _emptied(module)
 
-    def restore(self, shell: Any, layer: DenseLinear) -> nn.Module:
+    def restore(self, template: Any, layer: DenseLinear) -> nn.Module:
         """See `Kind`."""
-        module = _emptied(shell)
+        module = _emptied(template)
         tied = isinstance(layer.weight, nn.Parameter)
         module.weight = layer.weight if tied else nn.Parameter(layer.weight, requires_grad=False)
         module.bias = layer.bias
@@ -217,9 +218,9 @@ class TransposedLinear(FloatLinear):
         """See `Kind`."""
         return _float_layer(module.weight.t().contiguous(), module.bias)
 
-    def restore(self, shell: Any, layer: DenseLinear) -> nn.Module:
+    def restore(self, template: Any, layer: DenseLinear) -> nn.Module:
         """See `Kind`."""
-        return super().restore(shell, replace(layer, weight=layer.weight.t().contiguous()))
+        return super().restore(template, replace(layer, weight=layer.weight.t().contiguous()))
 
 
 class TorchAOLinear(FloatLinear):
@@ -236,14 +237,14 @@ class TorchAOLinear(FloatLinear):
         layer = read_torchao(module.weight)
         return layer if isinstance(layer, str) else replace(layer, bias=module.bias)
 
-    def shell(self, module: Any) -> Any:
+    def template(self, module: Any) -> Any:
         """See `Kind`: the module, and the weight's description."""
-        return super().shell(module), describe_torchao(module.weight)
+        return super().template(module), describe_torchao(module.weight)
 
-    def restore(self, shell: Any, layer: DenseLinear) -> nn.Module:
+    def restore(self, template: Any, layer: DenseLinear) -> nn.Module:
         """See `Kind`."""
         assert layer.scale is not None
-        module, description = shell
+        module, description = template
         weight = restore_torchao(description, layer.weight, layer.scale)
         return super().restore(module, replace(layer, weight=weight))
 
@@ -272,13 +273,13 @@ class DynamicLinear(Kind):
             "relu" if isinstance(module, nniqd.LinearReLU) else "none",
         )
 
-    def shell(self, module: Any) -> Any:
+    def template(self, module: Any) -> Any:
         """See `Kind`: class, quantization scheme and mode."""
         return type(module), module.weight().qscheme(), module.training
 
-    def restore(self, shell: Any, layer: DenseLinear) -> nn.Module:
+    def restore(self, template: Any, layer: DenseLinear) -> nn.Module:
         """See `Kind`."""
-        kind, scheme, training = shell
+        kind, scheme, training = template
         assert layer.scale is not None
         outputs, inputs = layer.weight.shape
         zeros = torch.zeros(outputs, dtype=torch.int64)

@@ -57,7 +57,7 @@ def lower(
         model: sparse already, and quantized or not; changed in place. An ExportedProgram is not
             changed, nor is the model that it came from.
         example_inputs: as the model will be called: a tuple of positional, or a dict of keyword
-            arguments. They tell the number of tokens that meet each layer, and which layers are
+            arguments. They tell the number of tokens in each layer's inputs, and which layers are
             used otherwise than by calling them. Without them modules are judged by their classes.
         policy: `"auto"` lowers where it measured faster than dense on this machine, beyond the
             noise; `"always"` wherever a kernel takes fewer bytes; the name of a packing, of which
@@ -74,7 +74,7 @@ def lower(
         for every weight.
 
     Raises:
-        LoweringError: live masks, an unknown wish, a rule that names nothing, a packing that a
+        LoweringError: live masks, an unknown rule, one that names nothing, a packing that a
             weight cannot have, or a model that does not run lowered.
         SparsityLostError: the model does not match `record`.
         InputError: the model rejects `example_inputs`.
@@ -150,16 +150,16 @@ def _restored(packed: LoweredLinear, tied: dict[int, DenseLinear]) -> nn.Module:
     layer = DenseLinear.unpack(packed)
     if part in tied:
         layer = replace(layer, weight=tied[part].weight)
-    origin = packed.origin
-    if origin is None:
+    original = packed.original
+    if original is None:
         values = packed.dense_weight()
         linear = nn.Linear(packed.in_features, packed.out_features, device="meta")
         linear.weight = nn.Parameter(values, requires_grad=False)
         linear.register_parameter("bias", packed.bias)
         return linear.train(packed.training)
-    if origin.tied is not None and torch.equal(origin.tied.detach(), layer.weight):
-        layer = replace(layer, weight=origin.tied)
-    module = KINDS[origin.kind].restore(origin.shell, layer)
+    if original.tied is not None and torch.equal(original.tied.detach(), layer.weight):
+        layer = replace(layer, weight=original.tied)
+    module = KINDS[original.kind].restore(original.template, layer)
     restored = module._parameters.get("weight")
     tied[part] = layer if restored is None else replace(layer, weight=restored)
     return module.train(packed.training)
@@ -201,7 +201,7 @@ def _put(
     for place in lowered:
         shared = place.tensor if id(place.tensor) in held else None
         if isinstance(new := packed[place], LoweredLinear):
-            new.origin = place.origin(shared)
+            new.original = place.original(shared)
     try:
         if lowered and example_inputs is not None:
             args, kwargs = call_arguments(example_inputs)

@@ -10,17 +10,17 @@ from fx_sparsity.kernels.linear import SparseLinear
 
 
 @dataclass(frozen=True)
-class Origin:
+class OriginalModule:
     """The module in whose place a packed layer stands.
 
     Attributes:
         kind: of `layers.KINDS`.
-        shell: what that kind needs to build it again, without its tensors.
+        template: what that kind needs to build it again, without its tensors.
         tied: its weight, where another module holds it, too.
     """
 
     kind: str
-    shell: Any
+    template: Any
     tied: nn.Parameter | None
 
 
@@ -28,11 +28,11 @@ class LoweredLinear(SparseLinear):
     """What `lower` puts into models.
 
     Attributes:
-        origin: None where it was no module, but a node of a graph.
+        original: None where it was no module, but a node of a graph.
         transposed: whether the model stored the weight, or what it saw of it, as [in, out].
         view: what a node saw of its weight; None where that was the weight itself.
     """
 
-    origin: Origin | None = None
+    original: OriginalModule | None = None
     transposed: bool = False
     view: SeenWeight | None = None

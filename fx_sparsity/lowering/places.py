@@ -13,7 +13,7 @@ from fx_sparsity.graph.example_inputs import ExampleInputs, call_arguments, run_
 from fx_sparsity.graph.passes import SeenWeight
 from fx_sparsity.lowering.dense_tables import DenseTable, holds_table, read_table
 from fx_sparsity.lowering.layers import KINDS, DenseLinear, computed_or_hooked, kind_of, read_module
-from fx_sparsity.lowering.lowered import Origin
+from fx_sparsity.lowering.lowered import OriginalModule
 
 TABLE = "table"
 """Kind of the modules that hold embedding tables, besides `layers.KINDS`."""
@@ -121,13 +121,13 @@ class ModulePlace(Place):
             return read_table(self.module)
         return read_module(self.module, self.kind)
 
-    def origin(self, tied: nn.Parameter | None = None) -> Origin:
+    def original(self, tied: nn.Parameter | None = None) -> OriginalModule:
         """What a packed layer keeps of the module, so that `unlower` can build it again.
 
         Args:
             tied: its weight, where another module holds it, too.
         """
-        return Origin(self.kind, KINDS[self.kind].shell(self.module), tied)
+        return OriginalModule(self.kind, KINDS[self.kind].template(self.module), tied)
 
     def put(self, model: nn.Module, module: nn.Module) -> nn.Module:
         """Put `module` here in the model, under every path.
@@ -161,7 +161,7 @@ _READS_ITS_CHILDREN = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 
 def watch(model: nn.Module, places: list[ModulePlace], example_inputs: ExampleInputs) -> None:
-    """Run a model on its example inputs, and note at each place what meets it.
+    """Run a model on its example inputs, and note the inputs of each place.
 
     Modules that are not called, or whose weight other code reads, get an obstacle.
 

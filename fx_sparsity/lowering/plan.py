@@ -52,17 +52,17 @@ def choose(
     total = sum(layer.nbytes for layer in layers.values() if not isinstance(layer, str))
     planned = []
     for place, layer in layers.items():
-        wish, why = rules.wish(place.names, place.owner)
+        rule, reason = rules.rule(place.names, place.owner)
         if isinstance(layer, str):
             planned.append(Planned(place, None, Choice(None, reason=place.obstacle or layer)))
             continue
-        choice = Choice(None, reason=place.against(layer) or why)
-        if wish is not None and not place.against(layer):
+        choice = Choice(None, reason=place.against(layer) or reason)
+        if rule is not None and not place.against(layer):
             dtype = min(place.dtypes, key=str) if place.dtypes else layer.input_dtype
             choice = rules.choose(
                 place.fqn,
                 layer,
-                wish,
+                rule,
                 tokens=tokens or tuple(sorted(place.tokens)) or (1,),
                 input_dtype=dtype,
                 model_bytes=total,
@@ -101,7 +101,7 @@ def ties(planned: Iterable[Planned], weights: WeightMap) -> Iterator[str]:
     packing = {n: p.choice.packing for p in planned for n in p.place.names}
     for site in weights.sites:
         forms: dict[str | None, list[str]] = {}
-        for name in (site.fqn, *site.aliases):
+        for name in site.names:
             forms.setdefault(packing.get(name), []).append(name)
         if len(forms) > 1:
             parts = [f"{', '.join(names)} {form or 'dense'}" for form, names in forms.items()]
@@ -180,8 +180,8 @@ def other_rows(
     """
     rows = []
     named = {name for plan in planned for name in plan.place.names}
-    sites = {name: site for site in weights.sites for name in (site.fqn, *site.aliases)}
-    unclear = {u.fqn: u for u in weights.unclaimed if not u.reason.explained}
+    sites = {name: site for site in weights.sites for name in site.names}
+    unclear = {u.fqn: u for u in weights.dense if not u.reason.explained}
     for stored in read_weights(model):
         if stored.data.ndim < 2 or not named.isdisjoint((stored.where, stored.fqn)):
             continue

@@ -1,6 +1,5 @@
 """Which layer is lowered, and with which kernel."""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -8,6 +7,7 @@ import torch
 from torch import nn
 
 from fx_sparsity.errors import FxSparsityError
+from fx_sparsity.graph.selector import Selector, matches, type_name
 from fx_sparsity.kernels.packings import PACKINGS, packing_for
 from fx_sparsity.lowering import timing
 from fx_sparsity.lowering.dense_tables import ROWS, DenseTable, Lookup
@@ -15,14 +15,15 @@ from fx_sparsity.lowering.layers import DenseLinear
 from fx_sparsity.lowering.lowered import LoweredLinear
 
 AUTO, ALWAYS = "auto", "always"
-Wish = str | None
+Rule = str | None
 """`"auto"`, `"always"`, the name of a packing, or None to leave a weight as it is."""
-Rules = Mapping[str | type[nn.Module], Wish]
-"""A name of a weight or its owner, `"re:..."`, or a class of modules -> what is wished for."""
+Rules = Mapping[str | type[nn.Module], Rule]
+"""A name of a weight or its owner, `"re:..."`, or a class of modules -> its rule."""
+_REGEX = "re:"
 
 
 class LoweringError(FxSparsityError, ValueError):
-    """A model, or what is wished for it, cannot be lowered. Nothing was changed."""
+    """A model cannot be lowered, or not by these rules. Nothing was changed."""
 
 
 def checked_tokens(tokens: Sequence[int] | None) -> tuple[int, ...] | None:
@@ -58,72 +59,71 @@ class Choice:
 
 
 class Policy:
-    """What to do with each layer; the most specific rule wins.
+    """What to do with each layer; the most specific rule wins, see `Selector`.
 
     Args:
-        policy: one wish for all layers; or rules: names first, then regular expressions that match
-            a name in full, then classes of owners, the most derived first. What no rule names
-            stays as it is.
+        policy: one rule for all layers; or rules by names of weights and their owners, by regular
+            expressions, and by classes of owners, the most derived first. What no rule names stays
+            as it is.
 
     Raises:
-        LoweringError: a wish that is neither a policy nor a packing.
+        LoweringError: a rule that is neither a policy nor a packing.
     """
 
     def __init__(self, policy: str | Rules) -> None:
-        self.rules: Rules = {nn.Module: policy} if isinstance(policy, str) else dict(policy)
+        rules: Rules = {nn.Module: policy} if isinstance(policy, str) else policy
+        known = (AUTO, ALWAYS, *PACKINGS, ROWS)
+        for key, rule in rules.items():
+            if not (rule is None or rule in known):
+                where = "policy" if isinstance(policy, str) else f"policy for {type_name(key)!r}"
+                raise LoweringError(
+                    f"{where}: expected {', '.join(map(repr, known))} or None, found {rule!r}"
+                )
+        texts = {key: rule for key, rule in rules.items() if isinstance(key, str)}
+        self._rules: Selector[Rule] = Selector(
+            {key: rule for key, rule in texts.items() if not key.startswith(_REGEX)},
+            {k.removeprefix(_REGEX): rule for k, rule in texts.items() if k.startswith(_REGEX)},
+            {key: rule for key, rule in rules.items() if isinstance(key, type)},
+        )
+        self._asked: set[str] = set()
         self.table = timing.read_table()
         self._read = set(self.table)
-        self._used: set[str | type[nn.Module]] = set()
-        known = (AUTO, ALWAYS, *PACKINGS, ROWS)
-        for key, wish in self.rules.items():
-            if not (wish is None or wish in known):
-                where = "policy" if isinstance(policy, str) else f"policy for {_text(key)}"
-                raise LoweringError(
-                    f"{where}: expected {', '.join(map(repr, known))} or None, found {wish!r}"
-                )
 
-    def wish(self, names: Sequence[str], owner: type[nn.Module]) -> tuple[Wish, str]:
-        """What is wished for a weight, and why nothing is.
+    def rule(self, fqns: Sequence[str], owner: type[nn.Module]) -> tuple[Rule, str]:
+        """The rule for a weight; and where that is None, the reason.
 
         Args:
-            names: every FQN of the weight.
+            fqns: every name of the weight.
             owner: class of the module that holds it.
         """
-        called = [*names, *(name.rpartition(".")[0] for name in names)]
-        texts = [key for key in self.rules if isinstance(key, str)]
-        keys: list[str | type[nn.Module]] = [key for key in texts if key in called]
-        keys += [
-            key
-            for key in texts
-            if key.startswith("re:") and any(re.fullmatch(key[3:], name) for name in called)
-        ]
-        keys += [base for base in owner.__mro__ if base in self.rules]
-        if not keys:
+        self._asked.update(fqns)
+        found = self._rules.select(fqns, owner.__mro__)
+        if found is None:
             return None, "no rule names it"
-        self._used.update(keys)
-        return self.rules[keys[0]], f"excluded by rule {_text(keys[0])}"
+        return found.value, f"excluded by {found.entry}"
 
     def unused(self) -> list[str]:
         """Names and expressions that no weight has had so far."""
-        return [key for key in self.rules if isinstance(key, str) and key not in self._used]
+        regexes = (regex for regex in self._rules.regexes if not matches(regex, self._asked))
+        return [*self._rules.unknown_names(self._asked), *(_REGEX + regex for regex in regexes)]
 
     def choose(
         self,
         fqn: str,
         layer: DenseLinear | DenseTable,
-        wish: str,
+        rule: str,
         *,
         tokens: Sequence[int],
         input_dtype: torch.dtype,
         model_bytes: int,
         keep_dense: bool,
     ) -> Choice:
-        """What becomes of a layer that something is wished for.
+        """What becomes of a layer that has a rule.
 
         Args:
             fqn: of its weight.
             layer: the layer.
-            wish: not None.
+            rule: not None.
             tokens: rows of activations in its calls, in ascending order.
             input_dtype: of the activations.
             model_bytes: of all weights of the model.
@@ -133,10 +133,10 @@ class Policy:
             LoweringError: a packing was asked for by name that this weight cannot have.
         """
         linear = isinstance(layer, DenseLinear)
-        if wish not in (AUTO, ALWAYS):
-            if linear != (wish in PACKINGS):
-                return Choice(None, reason=f"{wish!r} is no packing for it")
-            packing = packing_for(wish, layer.device)
+        if rule not in (AUTO, ALWAYS):
+            if linear != (rule in PACKINGS):
+                return Choice(None, reason=f"{rule!r} is no packing for it")
+            packing = packing_for(rule, layer.device)
             if (refusal := layer.refusal(packing)) is not None:
                 raise LoweringError(f"{fqn}: packing {packing!r} cannot hold it: {refusal}")
             return Choice(packing)
@@ -149,9 +149,9 @@ class Policy:
             least = fitting[names[0]].nbytes
             reason = f"not sparse enough: {names[0]} takes {least} bytes, dense {layer.nbytes}"
             return Choice(None, reason=reason)
-        if wish == ALWAYS:
+        if rule == ALWAYS:
             return Choice(smaller[0], packed=fitting[smaller[0]])
-        if layer.device.type == "cuda" and layer.how:
+        if layer.device.type == "cuda" and layer.mode:
             reason = f"{layer.dtype} is not timed on CUDA: name the packing, or 'always'"
             return Choice(None, reason=reason)
         timed = timing.measure(
@@ -207,7 +207,3 @@ def _fastest(timed: Mapping[str, Mapping[int, timing.Timing]], keep_dense: bool)
 
 def _gains(timed: Mapping[int, timing.Timing]) -> dict[int, float]:
     return {tokens: t.gain for tokens, t in timed.items()}
-
-
-def _text(key: str | type[nn.Module]) -> str:
-    return repr(key) if isinstance(key, str) else key.__name__

@@ -1,10 +1,9 @@
 """What lowering has done, weight by weight."""
 
-import json
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 
-from fx_sparsity.reports import format_table
+from fx_sparsity.reports import WeightReport, format_table
 
 
 @dataclass(frozen=True)
@@ -15,12 +14,12 @@ class LoweredWeight:
         fqn: of the weight.
         pattern: the tightest that its zeros follow; None without zeros, or where it was not read.
         density: share of values that are not zero; None where it was not read.
-        kernel: name of the packing that it has now; None where it was left as it was.
+        kernel: name of the packing that it has now; None where it stays dense.
         gain: tokens a call -> how many times faster than dense this was measured here, of the
             chosen packing, or of the best where none paid; empty where nothing was measured.
         up_to: most tokens a call that the kernel takes, where the dense form was kept for others.
         bytes_before, bytes_after: of the weight with its scales, and of its packed form.
-        reason: why it was left as it was; empty where it was lowered.
+        reason: why it stays dense; empty where it was lowered.
     """
 
     fqn: str
@@ -41,53 +40,36 @@ class LoweredWeight:
 
 
 @dataclass(frozen=True)
-class LoweringReport(Mapping[str, LoweredWeight]):
+class LoweringReport(WeightReport[LoweredWeight]):
     """FQN -> `LoweredWeight`, in the order of the model: every weight has its row.
 
     Attributes:
-        weights: the rows.
+        rows: of all weights, lowered or not.
         notes: what a user should know of the whole.
     """
 
-    weights: tuple[LoweredWeight, ...]
+    rows: tuple[LoweredWeight, ...]
     notes: tuple[str, ...] = ()
 
     @property
     def lowered(self) -> tuple[str, ...]:
         """FQNs of the weights that have a kernel now."""
-        return tuple(row.fqn for row in self.weights if row.kernel is not None)
+        return tuple(row.fqn for row in self.rows if row.kernel is not None)
 
     @property
-    def left(self) -> dict[str, str]:
-        """FQN -> why it was left as it was, for the others."""
-        return {row.fqn: row.reason for row in self.weights if row.kernel is None}
+    def dense(self) -> dict[str, str]:  # type: ignore[override]
+        """FQN -> the reason why it stays as it was, for the others."""
+        return {row.fqn: row.reason for row in self.rows if row.kernel is None}
 
     @property
     def bytes_before(self) -> int:
         """Of all weights of the report."""
-        return sum(row.bytes_before for row in self.weights)
+        return sum(row.bytes_before for row in self.rows)
 
     @property
     def bytes_after(self) -> int:
         """Of all weights of the report."""
-        return sum(row.bytes_after for row in self.weights)
-
-    def to_json(self) -> str:
-        """A JSON object with `weights`, a list of objects, and `notes`."""
-        rows = [asdict(row) for row in self.weights]
-        return json.dumps({"weights": rows, "notes": self.notes}, indent=2)
-
-    def __getitem__(self, fqn: str) -> LoweredWeight:
-        for row in self.weights:
-            if row.fqn == fqn:
-                return row
-        raise KeyError(fqn)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(row.fqn for row in self.weights)
-
-    def __len__(self) -> int:
-        return len(self.weights)
+        return sum(row.bytes_after for row in self.rows)
 
     def __str__(self) -> str:
         done = [
@@ -100,25 +82,25 @@ class LoweringReport(Mapping[str, LoweredWeight]):
                 row.bytes_before,
                 row.bytes_after,
             )
-            for row in self.weights
+            for row in self.rows
             if row.kernel is not None
         ]
-        left = [
+        rest = [
             (
                 row.fqn,
                 row.pattern,
                 None if row.density is None else _percent(row.density),
                 row.reason,
             )
-            for row in self.weights
+            for row in self.rows
             if row.kernel is None
         ]
         parts = []
         if done:
             header = ("lowered", "pattern", "density", "kernel", "gain at tokens")
             parts.append(format_table((*header, "bytes before", "after"), done))
-        if left:
-            parts.append(format_table(("left as it was", "pattern", "density", "reason"), left))
+        if rest:
+            parts.append(format_table(("stays dense", "pattern", "density", "reason"), rest))
         before, after = self.bytes_before / 2**20, self.bytes_after / 2**20
         parts.append(
             "\n".join(

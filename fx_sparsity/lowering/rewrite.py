@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from fx_sparsity.graph.operators import bind, operator_name
+from fx_sparsity.graph.operators import OPERATORS, LinearForm, Operator, bind, operator_name
 from fx_sparsity.graph.passes import WEIGHT_META, SeenWeight, seen_weights
 from fx_sparsity.graph.program_editor import replace_nodes
 from fx_sparsity.graph.sources import Source, exported_source, module_source
@@ -25,30 +25,6 @@ KERNELS = "fx_sparsity_kernels"
 """Submodule of a rewritten GraphModule that holds the packed layers, by the names of weights."""
 
 
-@dataclass(frozen=True)
-class _Form:
-    """How an operator computes a linear layer: names of its arguments.
-
-    Attributes:
-        x, weight, bias: of the activations, the weight, and the bias; empty where there is none.
-        transposed: whether it takes the weight as [in, out].
-    """
-
-    x: str
-    weight: str
-    bias: str
-    transposed: bool
-
-
-_FORMS = {
-    "linear": _Form("input", "weight", "bias", False),
-    "addmm": _Form("mat1", "mat2", "self", True),
-    "mm": _Form("self", "mat2", "", True),
-    "matmul": _Form("self", "other", "", True),
-}
-"""Operator -> form. `linear`, and what it is decomposed into."""
-
-
 @dataclass(eq=False)
 class NodePlace(Place):
     """A node that computes a linear layer.
@@ -56,13 +32,16 @@ class NodePlace(Place):
     Attributes:
         node: the node.
         x: node of its activations.
+        operator: its row in the operator table.
+        form: how it computes a linear layer.
         seen: what it sees of the weight.
         source: tells the tensors that nodes stand for.
     """
 
     node: fx.Node = field(kw_only=True)
     x: fx.Node = field(kw_only=True)
-    form: _Form = field(kw_only=True)
+    operator: Operator = field(kw_only=True)
+    form: LinearForm = field(kw_only=True)
     seen: SeenWeight = field(kw_only=True)
     source: Source = field(kw_only=True)
 
@@ -92,7 +71,7 @@ class NodePlace(Place):
         return replace(layer, bias=bias)
 
     def _bias(self, args: Mapping[str, Any]) -> Tensor | str | None:
-        value = args.get(self.form.bias)
+        value = args.get(self.operator.bias)
         if value is None:
             return None
         found = self.source(value) if isinstance(value, fx.Node) else None
@@ -145,8 +124,8 @@ def program_places(program: ExportedProgram) -> Iterator[NodePlace]:
 def places_by(graph_module: fx.GraphModule, source: Source) -> Iterator[NodePlace]:
     """The nodes of a graph that compute a linear layer, with the weights that `source` tells."""
     for node, arg, seen in seen_weights(graph_module, source):
-        form = _FORMS.get(operator_name(node))
-        args = bind(node)
+        row, args = OPERATORS[operator_name(node)], bind(node)
+        form = row.linear
         if form is None or arg != form.weight or not isinstance(args[form.x], fx.Node):
             continue
         x = args[form.x]
@@ -166,6 +145,7 @@ def places_by(graph_module: fx.GraphModule, source: Source) -> Iterator[NodePlac
             dtypes,
             node=node,
             x=x,
+            operator=row,
             form=form,
             seen=seen,
             source=source,

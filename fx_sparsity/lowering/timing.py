@@ -50,7 +50,7 @@ class Case:
     Attributes:
         dtype: of the weight.
         outputs, inputs: of the layer; rows and columns of a table.
-        how: codes meet their activations, or bags reduce rows; empty where there is one way.
+        mode: how activations are quantized, or bags reduce rows; empty where there is one way.
         input_dtype: of the activations, or the indices.
         packing: what was measured against dense.
         device: name of the GPU; empty for the processor.
@@ -65,7 +65,7 @@ class Case:
     dtype: str
     outputs: int
     inputs: int
-    how: str
+    mode: str
     input_dtype: str
     packing: str
     device: str
@@ -93,7 +93,7 @@ class Case:
             dtype=layer.dtype,
             outputs=layer.shape[0],
             inputs=layer.shape[1],
-            how=layer.how,
+            mode=layer.mode,
             input_dtype=_name(input_dtype),
             packing=packing,
             device=torch.cuda.get_device_name(layer.device) if layer.device.type == "cuda" else "",
@@ -107,10 +107,10 @@ class Case:
     def key(self) -> str:
         """In the table."""
         form = f"{self.packing} {self.blocks}".rstrip()
-        how = f" {self.how}" if self.how else ""
+        mode = f" {self.mode}" if self.mode else ""
         where = f" on {self.device}" if self.device else ""
         return (
-            f"{form} {self.percent}% {self.dtype}{how} {self.outputs}x{self.inputs}, "
+            f"{form} {self.percent}% {self.dtype}{mode} {self.outputs}x{self.inputs}, "
             f"{self.tokens} x {self.input_dtype}, in {self.footprint} MiB{where}"
         )
 
@@ -237,7 +237,7 @@ def _inputs(layer: DenseLinear | DenseTable, tokens: int, dtype: torch.dtype) ->
     if isinstance(layer, DenseLinear):
         return [torch.randn(tokens, layer.shape[1], dtype=dtype, device=layer.device)]
     inputs = [torch.randint(layer.shape[0], (tokens,), dtype=dtype) for _ in range(16)]
-    if layer.how == "lookup":
+    if layer.mode == "lookup":
         return inputs
     return [indices.view(-1, _BAG if tokens % _BAG == 0 else 1) for indices in inputs]
 
@@ -405,12 +405,12 @@ def _qlinear(output_dtype: torch.dtype) -> Make:
 def machine() -> str:
     """What the table is about: processor, torch, threads, and the kernels that were measured."""
     digest = hashlib.sha256(instruction_set().encode()).hexdigest()[:8]
-    ready, how = KERNELS.state()
+    ready, where = KERNELS.state()
     parts = [
         f"{_processor()} {digest}",
         f"torch {torch.__version__}",
         f"{torch.get_num_threads()} threads",
-        Path(how).stem if ready else "plain torch",  # the file's name tells kernels apart
+        Path(where).stem if ready else "plain torch",  # the file's name tells kernels apart
         *filter(None, [os.environ.get("FX_SPARSITY_CPU")]),
     ]
     return ", ".join(parts)

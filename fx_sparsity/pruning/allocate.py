@@ -41,7 +41,7 @@ def measure(measuring: Measuring, pruner: Pruner, steps: Iterable[str]) -> dict[
     Args:
         measuring: the rule and the method.
         pruner: that shows it the weights, see `Pruner.looking`.
-        steps: FQN after FQN, when the pruner has all that meets the weight.
+        steps: FQN after FQN, when the pruner has all inputs of the weight.
 
     Returns:
         FQN -> what was measured; weights that cannot be pruned are left out.

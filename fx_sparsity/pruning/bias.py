@@ -7,15 +7,14 @@ import torch
 from torch import Tensor, fx, nn
 
 from fx_sparsity.graph.example_inputs import call_arguments
-from fx_sparsity.graph.operators import bind
-from fx_sparsity.graph.weight_inputs import bias_argument
+from fx_sparsity.graph.operators import OPERATORS, bind
 from fx_sparsity.pruning.batches import Batch
 from fx_sparsity.pruning.plan import Plan
-from fx_sparsity.pruning.walk import Meeting
+from fx_sparsity.pruning.walk import GraphUse
 
 
 def find_biases(
-    graph: fx.GraphModule, uses: Sequence[Meeting], plans: Mapping[str, Plan]
+    graph: fx.GraphModule, uses: Sequence[GraphUse], plans: Mapping[str, Plan]
 ) -> dict[str, Tensor]:
     """FQN of a weight -> the parameter that its one consumer adds, one value an output.
 
@@ -26,7 +25,7 @@ def find_biases(
         mine = [use for use in uses if use.fqn == fqn]
         if len(mine) != 1 or plan.table or mine[0].use.slice is not None:
             continue
-        node = bind(mine[0].node).get(bias_argument(mine[0].use.op))
+        node = bind(mine[0].node).get(OPERATORS[mine[0].use.op].bias)
         if not isinstance(node, fx.Node) or node.op != "get_attr" or len(node.users) > 1:
             continue
         bias = operator.attrgetter(str(node.target))(graph)

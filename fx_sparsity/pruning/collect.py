@@ -1,4 +1,4 @@
-"""Sums over everything that meets one weight."""
+"""Sums over all inputs of one weight."""
 
 from collections.abc import Iterator, Set
 from dataclasses import replace
@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fx_sparsity.graph.weight_inputs import Met
+from fx_sparsity.graph.weight_inputs import WeightInputs
 from fx_sparsity.pruning.matrix_form import MatrixForm
 from fx_sparsity.pruning.methods import Statistic, Statistics
 
@@ -53,31 +53,31 @@ class Collector:
         """Bytes that the sums take."""
         return sum(t.nbytes for t in vars(self._sums).values() if t is not None)
 
-    def add(self, met: Met) -> None:
+    def add(self, inputs: WeightInputs) -> None:
         """Take in one call."""
-        if torch.equal(met.columns.reshape(-1), self._numbers):
-            self._add(slice(None), slice(None), met)
+        if torch.equal(inputs.columns.reshape(-1), self._numbers):
+            self._add(slice(None), slice(None), inputs)
             return
-        for columns, rows in _alike(met.columns):
+        for columns, rows in _alike(inputs.columns):
             mine = columns >= 0
             if not bool(mine.any()):
                 continue
             held, places = columns[mine] // self.form.sizes[2], columns[mine] % self.form.sizes[2]
             assert bool((held == held[0]).all())  # one product reduces one group of the weight
             group = int(held[0])
-            self._add(slice(group, group + 1), places, _part(met, rows, mine))
+            self._add(slice(group, group + 1), places, _part(inputs, rows, mine))
 
-    def _add(self, group: slice, places: slice | Tensor, met: Met) -> None:
-        """Add what met some groups, and only these of their columns.
+    def _add(self, group: slice, places: slice | Tensor, inputs: WeightInputs) -> None:
+        """Add inputs of some groups, and only these of their columns.
 
-        What meets a part of the outputs counts for that part: three slices of one weight that meet
-        the same inputs make up the whole that meets them once.
+        Inputs of a part of the outputs count for that part: three slices of one weight with the
+        same inputs make up the whole that has them once.
         """
         stats, (_, outputs, size) = self._sums, self.form.sizes
-        share = met.out / outputs
+        share = inputs.out / outputs
         found = size if isinstance(places, slice) else len(places)
-        stats.tokens[group] += met.tokens * share * found / size
-        x, counts = None if met.x is None else met.x.float(), met.counts
+        stats.tokens[group] += inputs.tokens * share * found / size
+        x, counts = None if inputs.x is None else inputs.x.float(), inputs.counts
         if stats.squares is not None:
             squares = x.square().sum(1) if x is not None else counts[1]  # type: ignore[index]
             stats.squares[group, places] += share * squares
@@ -92,7 +92,7 @@ class Collector:
 
 
 def _alike(columns: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """(columns, which rows have them): one expert meets many of the inputs that picked it."""
+    """(columns, which rows have them): one expert has many of the inputs that picked it."""
     if len(columns) == 1:
         yield columns[0], columns.new_zeros(1)
         return
@@ -101,10 +101,10 @@ def _alike(columns: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         yield found, (which == i).nonzero().flatten()
 
 
-def _part(met: Met, rows: Tensor, mine: Tensor) -> Met:
-    """Rows of what was met as the inputs of one group, and some of their columns."""
-    if met.x is None:
-        assert met.counts is not None
-        return met._replace(counts=met.counts[:, rows].sum(1, keepdim=True)[..., mine])
-    x = met.x[rows].flatten(0, 1)[:, mine].unsqueeze(0)
-    return met._replace(x=x, tokens=x.shape[1])
+def _part(inputs: WeightInputs, rows: Tensor, mine: Tensor) -> WeightInputs:
+    """Rows of inputs as the inputs of one group, and some of their columns."""
+    if inputs.x is None:
+        assert inputs.counts is not None
+        return inputs._replace(counts=inputs.counts[:, rows].sum(1, keepdim=True)[..., mine])
+    x = inputs.x[rows].flatten(0, 1)[:, mine].unsqueeze(0)
+    return inputs._replace(x=x, tokens=x.shape[1])

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fx_sparsity.graph.example_inputs import InputError, call_arguments
 from fx_sparsity.graph.operators import OPERATORS, SAME_VALUES, Axes
-from fx_sparsity.graph.weight_inputs import UnsupportedUse, bias_argument, meet, supports
+from fx_sparsity.graph.weight_inputs import InputsOf, UnsupportedUse
 from fx_sparsity.graph.weight_map import WeightSite
 from fx_sparsity.patterns import Role
 from fx_sparsity.pruning.batches import Batch
@@ -29,10 +29,10 @@ def observe(
     take: Take,
     refuse: Refuse,
 ) -> dict[str, nn.Parameter]:
-    """Run a model, and take in whatever meets its weights.
+    """Run a model, and take in the inputs of its weights.
 
-    A weight is told by its memory, also through views, and is followed through casts, copies, masks
-    and picks. What is computed from it in any other way is not seen.
+    A weight is known by its memory, also through views, and is followed through casts, copies,
+    masks and picks. What is computed from it in any other way is not seen.
 
     Args:
         model: in the mode that it is to run in.
@@ -40,8 +40,8 @@ def observe(
         weights: FQN -> tensor beneath any mask, of every weight that is wanted.
         tables: those that count as looked up; lookups in others pick matrices of a stack.
         columns: FQN -> the column of every element of a weight (`MatrixForm.columns`).
-        take: receives what meets the weights.
-        refuse: is told of each weight where that is not possible.
+        take: receives inputs of the weights.
+        refuse: called for each weight whose inputs cannot be known.
 
     Returns:
         FQN -> the parameter that its product adds, for weights with one product a batch, of
@@ -150,21 +150,26 @@ class _Observer(TorchDispatchMode):
         name = func._schema.name.rpartition("::")[2]
         row = OPERATORS.get(name)
         self._biases.read((args, kwargs))
-        for arg, value, axes in row.find(bound) if row is not None and supports(name) else ():
-            found = self._find(value)
-            if found is None or not _varies(found[1], axes):
-                continue
-            self._biases.add(found[0], bound.get(bias_argument(name)))
-            try:
-                for met in meet(name, arg, bound, found[1]):
-                    if (met.x is None) == (found[0] in self._tables):
-                        self._take(found[0], met)
-            except UnsupportedUse as reason:
-                self._refuse(found[0], str(reason))
+        if row is not None and row.inputs is not None:
+            for arg, value, axes in row.find(bound):
+                found = self._find(value)
+                if found is not None and _varies(found[1], axes):
+                    self._biases.add(found[0], bound.get(row.bias))
+                    self._collect(found[0], row.inputs, bound, arg, found[1])
         result = func(*args, **kwargs)
         if name in _FOLLOWED and isinstance(result, Tensor):
             self._follow(func, name, args, kwargs, result)
         return result
+
+    def _collect(
+        self, fqn: str, inputs_of: InputsOf, args: Mapping[str, Any], arg: str, columns: Tensor
+    ) -> None:
+        try:
+            for inputs in inputs_of(args, arg, columns):
+                if (inputs.x is None) == (fqn in self._tables):
+                    self._take(fqn, inputs)
+        except UnsupportedUse as reason:
+            self._refuse(fqn, str(reason))
 
     def _find(self, value: Any) -> tuple[str, Tensor] | None:
         """(FQN, columns) of a tensor that lies in the memory of a weight."""

@@ -7,18 +7,17 @@ from itertools import pairwise
 from torch import fx
 
 from fx_sparsity.errors import FxSparsityError
-from fx_sparsity.graph.operators import bind, writes
-from fx_sparsity.graph.weight_inputs import bias_argument, groups_of, supports
+from fx_sparsity.graph.operators import OPERATORS, bind, groups_of, shows_inputs, writes
 from fx_sparsity.graph.weight_map import Use, WeightSite
 from fx_sparsity.patterns import PatternError, Role, SparsityConfig
 from fx_sparsity.pruning.matrix_form import MatrixForm
-from fx_sparsity.pruning.walk import Meeting
+from fx_sparsity.pruning.walk import GraphUse
 
 _TABLE: frozenset[Role] = frozenset({"row", "dim"})
 
 
 class Unreachable(FxSparsityError, ValueError):
-    """What meets a weight cannot be told; the message is the reason."""
+    """The inputs of a weight cannot be known; the message is the reason."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ def make_plan(site: WeightSite, config: SparsityConfig, groups: tuple[Role, int]
         Unreachable: an operator that consumes it does not show its inputs.
         PatternError: the pattern fits the storage but no matrix form; the weight is named.
     """
-    hidden = sorted({use.op for use in site.uses if not supports(use.op)})
+    hidden = sorted({use.op for use in site.uses if not shows_inputs(use.op)})
     if hidden:
         raise Unreachable(f"the inputs of its uses in {', '.join(hidden)} are not seen")
     roles, notes = _roles(site)
@@ -74,7 +73,7 @@ def make_plan(site: WeightSite, config: SparsityConfig, groups: tuple[Role, int]
     return Plan(site.fqn, config, form, roles, notes)
 
 
-def groups_in(uses: Sequence[Meeting]) -> tuple[Role, int]:
+def groups_in(uses: Sequence[GraphUse]) -> tuple[Role, int]:
     """What convolutions make of the groups of a weight.
 
     Raises:
@@ -88,28 +87,28 @@ def groups_in(uses: Sequence[Meeting]) -> tuple[Role, int]:
 
 
 def shared_inputs(
-    order: Sequence[str], uses: Sequence[Meeting], plans: Mapping[str, Plan]
+    order: Sequence[str], uses: Sequence[GraphUse], plans: Mapping[str, Plan]
 ) -> dict[str, str]:
-    """FQN -> the weight right before it, where both are used once and meet the same inputs.
+    """FQN -> the weight right before it, where both are used once and have the same inputs.
 
     So do the projections of one attention, and the gate of an MLP beside it.
     """
-    met: dict[str, list[Meeting]] = {}
+    by_weight: dict[str, list[GraphUse]] = {}
     for use in uses:
-        met.setdefault(use.fqn, []).append(use)
+        by_weight.setdefault(use.fqn, []).append(use)
     return {
         fqn: before
         for before, fqn in pairwise(order)
-        if len(met[before]) == len(met[fqn]) == 1
-        and _key(met[before][0], plans[before]) == _key(met[fqn][0], plans[fqn])
+        if len(by_weight[before]) == len(by_weight[fqn]) == 1
+        and _key(by_weight[before][0], plans[before]) == _key(by_weight[fqn][0], plans[fqn])
     }
 
 
-def _key(use: Meeting, plan: Plan) -> tuple[object, ...]:
+def _key(use: GraphUse, plan: Plan) -> tuple[object, ...]:
     """What the statistics of a weight follow from, for one use of a whole weight."""
     bound = bind(use.node)
     weight = bound.pop(use.use.arg, None)
-    bound.pop(bias_argument(use.use.op), None)
+    bound.pop(OPERATORS[use.use.op].bias, None)
     whole = isinstance(weight, fx.Node) and weight.op == "get_attr"
     others = (node for node in use.node.all_input_nodes if node is not weight)
     whole = whole and not any(writes(user) for node in others for user in node.users)
@@ -119,8 +118,8 @@ def _key(use: Meeting, plan: Plan) -> tuple[object, ...]:
     return (use.use.op, use.use.arg, sorted(bound.items(), key=str), form, whole or use.fqn)
 
 
-def only_scales(uses: Sequence[Meeting]) -> bool:
-    """Whether a weight only ever meets constants, as a factor of another weight does."""
+def only_scales(uses: Sequence[GraphUse]) -> bool:
+    """Whether a weight is only ever multiplied with constants, as a factor of another one is."""
     return all(use.constant and not _is_lookup(use.use.roles) for use in uses)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fx_sparsity.graph.discovery import find_weights, read_graph
 from fx_sparsity.graph.example_inputs import ExampleInputs
 from fx_sparsity.graph.export import CaptureError
-from fx_sparsity.graph.mapping import SparsityMapping
+from fx_sparsity.graph.mapping import MappingLike, SparsityMapping
 from fx_sparsity.graph.named_tensors import named_tensors
 from fx_sparsity.graph.prepare import group_entry
 from fx_sparsity.graph.uses import canonical_fqn
@@ -38,7 +38,7 @@ from fx_sparsity.pruning.progress import progress as show_progress
 from fx_sparsity.pruning.pruner import CalibrationError, Pruner
 from fx_sparsity.pruning.report import PruningReport
 from fx_sparsity.pruning.store import MaskStore, Store
-from fx_sparsity.pruning.walk import Meeting, Walk, canonical_names, find_meetings
+from fx_sparsity.pruning.walk import GraphUse, Walk, canonical_names, find_uses
 from fx_sparsity.sparsifier import Mask
 from fx_sparsity.sparsifier.target import MaskError, check_maskable, check_memory, mask_on
 
@@ -51,7 +51,7 @@ def prune(
     model: _Model,
     sparsifier: CalibratedSparsifier,
     batches: Iterable[ExampleInputs],
-    mapping: SparsityMapping | None = None,
+    mapping: MappingLike | None = None,
     *,
     sequential: bool = True,
     dynamic_shapes: Any = None,
@@ -60,9 +60,9 @@ def prune(
     correct_bias: bool = False,
     progress: bool | None = None,
 ) -> tuple[_Model, PruningReport]:
-    """Prune a model in one shot, each weight by what really meets it.
+    """Prune a model in one shot, each weight by its real inputs.
 
-    The batches walk through the model's graph. Where all that meets a weight is known, the
+    The batches walk through the model's graph. Where all inputs of a weight are known, the
     sparsifier chooses its mask and the values of what it keeps, both are written, and the batches
     go on with what the pruned layer gives out. A weight that is used several times sums over its
     uses and is pruned at the last. In memory are the activations that are needed later and the
@@ -105,17 +105,17 @@ def prune(
         MappingError: an unknown name, or a weight that cannot take its pattern.
         PatternError: a pattern without a matrix form for a weight.
         MaskError: a weight that cannot be masked, or that holds NaN or no data.
-        CalibrationError: NaN or infinite inputs of a weight, or shapes whose graphs meet the
+        CalibrationError: NaN or infinite inputs of a weight, or shapes whose graphs use the
             weights in different orders.
         ValueError: the method or the allocation needs gradients and there is no loss, or a pattern
             such as 2:4 fixes the level that an allocation would choose.
     """
     store = MaskStore(model, sparsifier)
-    options = Options(sequential, dynamic_shapes, loss, allocation, correct_bias, progress)
+    options = PruneOptions(sequential, dynamic_shapes, loss, allocation, correct_bias, progress)
     return model, calibrate(model, sparsifier, batches, mapping, store, options)
 
 
-class Options(NamedTuple):
+class PruneOptions(NamedTuple):
     """What `prune` takes beside model, method and data; see there."""
 
     sequential: bool
@@ -130,9 +130,9 @@ def calibrate(
     model: nn.Module,
     sparsifier: CalibratedSparsifier,
     batches: Iterable[ExampleInputs],
-    mapping: SparsityMapping | None,
+    mapping: MappingLike | None,
     store: Store,
-    options: Options,
+    options: PruneOptions,
 ) -> PruningReport:
     """What `prune` does, wherever the pruned weights go.
 
@@ -148,6 +148,7 @@ def calibrate(
         What `prune` does.
     """
     start = time.perf_counter()
+    mapping = None if mapping is None else SparsityMapping.of(mapping)
     sequential, dynamic_shapes, loss, allocation, correct_bias, progress = options
     if not isinstance(sparsifier, CalibratedSparsifier):
         raise TypeError(
@@ -188,10 +189,10 @@ def calibrate(
             try:
                 with torch.no_grad(), show_progress(len(todo.plans), progress) as advance:
                     for fqn in complete:
-                        why = pruner.prune(fqn)
-                        if why is not None:
-                            todo.dense[fqn] = why
-                            _log.warning("%s is not pruned: %s", fqn, why)
+                        reason = pruner.prune(fqn)
+                        if reason is not None:
+                            todo.dense[fqn] = reason
+                            _log.warning("%s stays dense: %s", fqn, reason)
                         advance(fqn)
             except BaseException as error:
                 _tell(error, pruner, len(todo.plans), store)
@@ -200,10 +201,10 @@ def calibrate(
             estimate_batch_norms(model, read)
     walked = bool(frame.captured)
     return PruningReport(
-        weights=tuple(pruner.pruned),
+        rows=tuple(pruner.pruned),
         dense=todo.dense,
         sequential=walked and sequential,
-        why=frame.why if sequential or not walked else "asked for",
+        reason=frame.reason if sequential or not walked else "asked for",
         batches=len(read),
         statistics_bytes=pruner.peak,
         activation_bytes=sum(walk.peak for walk in walks),
@@ -219,14 +220,14 @@ class _Frame(NamedTuple):
         weights: of the model.
         captured: graphs; none where no graph can be captured.
         uses: of the weights, graph by graph.
-        why: how the statistics come about.
+        reason: how the statistics come about.
     """
 
     model: nn.Module
     weights: WeightMap
     captured: Sequence[Captured]
-    uses: Sequence[Sequence[Meeting]]
-    why: str
+    uses: Sequence[Sequence[GraphUse]]
+    reason: str
 
 
 class _Todo(NamedTuple):
@@ -234,7 +235,7 @@ class _Todo(NamedTuple):
 
     Attributes:
         plans: FQN -> how.
-        dense: FQN -> why not.
+        dense: FQN -> the reason why not.
         done: FQN -> how it was pruned, of those that were before.
     """
 
@@ -252,7 +253,7 @@ def _capture(model: nn.Module, batches: Sequence[Batch], dynamic_shapes: Any) ->
         cause = type(error.__cause__ or error).__name__
         return _Frame(model, weights, (), (), f"no graph ({cause}), the running model was observed")
     weights = read_graph(model, captured[0].graph)
-    uses = [find_meetings(found.graph, weights) for found in captured]
+    uses = [find_uses(found.graph, weights) for found in captured]
     count = len(captured)
     return _Frame(model, weights, captured, uses, f"{count} graph{'' if count == 1 else 's'}")
 
@@ -264,16 +265,16 @@ def _decide(
     mapping: SparsityMapping | None,
     store: Store,
 ) -> _Todo:
-    dense = {u.fqn: f"{u.reason} {u.detail}".strip() for u in frame.weights.unclaimed}
-    wishes: Mapping[str, SparsityConfig | None] = dict.fromkeys(frame.weights)
+    dense = {parameter.fqn: parameter.text for parameter in frame.weights.dense}
+    configs: Mapping[str, SparsityConfig | None] = dict.fromkeys(frame.weights)
     if mapping is not None:
-        wishes = assignment = mapping.resolve(frame.weights)
+        configs = assignment = mapping.resolve(frame.weights)
         dense |= assignment.dense
         for entry in assignment.unmatched:
             _log.warning("no weight matches %s of the mapping", entry)
     plans: dict[str, Plan] = {}
     done: dict[str, Plan] = {}
-    for fqn, wish in wishes.items():
+    for fqn, config in configs.items():
         site = frame.weights[fqn]
         uses = [use for use in frame.uses[0] if use.fqn == fqn] if frame.uses else []
         try:
@@ -282,15 +283,15 @@ def _decide(
             if any(use.node.graph is not frame.captured[0].graph.graph for use in uses):
                 raise Unreachable("used in a subgraph, whose inputs are not seen")
             groups = groups_in(uses) if frame.uses else groups_of_module(model, site)
-            plan = make_plan(site, _config(sparsifier, fqn, wish), groups)
+            plan = make_plan(site, _config(sparsifier, fqn, config), groups)
             if store.is_done(plan):
                 done[fqn] = plan
                 raise Unreachable("pruned already by this sparsifier")
             plans[fqn] = plan
-        except Unreachable as reason:
-            dense[fqn] = str(reason)
-    for fqn, why in dense.items():
-        _log.info("%s is not pruned: %s", fqn, why)
+        except Unreachable as error:
+            dense[fqn] = str(error)
+    for fqn, reason in dense.items():
+        _log.info("%s stays dense: %s", fqn, reason)
     return _Todo(plans, dense, done)
 
 
@@ -302,10 +303,10 @@ def _biases(frame: _Frame, todo: _Todo) -> dict[str, Tensor]:
 
 
 def _config(
-    sparsifier: CalibratedSparsifier, fqn: str, wish: SparsityConfig | None
+    sparsifier: CalibratedSparsifier, fqn: str, config: SparsityConfig | None
 ) -> SparsityConfig:
     """Pattern and level as the sparsifier reads them."""
-    entry = {} if wish is None else group_entry(wish)
+    entry = {} if config is None else group_entry(config)
     found = sparsifier.pattern_of({**sparsifier.defaults, **entry})
     if found is None:
         raise MaskError(
@@ -358,7 +359,7 @@ def _complete(
     batches: Sequence[Batch],
     sequential: bool,
 ) -> Iterator[str]:
-    """FQN after FQN, each when all that meets the weight has been taken in."""
+    """FQN after FQN, each when all inputs of the weight have been taken in."""
     if not frame.captured:
         return _observe(frame.model, pruner, weights, batches)
     steps = (fqns[0] for fqns in zip(*walks, strict=True))
@@ -372,7 +373,7 @@ def _at_once(steps: Iterator[str]) -> Iterator[str]:
 def _observe(
     model: nn.Module, pruner: Pruner, weights: Mapping[str, Tensor], batches: Sequence[Batch]
 ) -> Iterator[str]:
-    """FQN after FQN, when all that meets any weight of the running model has been taken in."""
+    """FQN after FQN, when all inputs of all weights of the running model have been taken in."""
     plans = pruner.plans
     tables = {fqn for fqn, plan in plans.items() if plan.table}
     found = observe(model, batches, weights, tables, pruner.columns, pruner.take, pruner.refuse)
@@ -417,7 +418,7 @@ def _check_orders(walks: Sequence[Walk], captured: Sequence[Captured]) -> None:
             ]
             raise CalibrationError(
                 f"batches {captured[0].batches[0].number} and {found.batches[0].number} take "
-                f"graphs that meet the weights differently, from {differ[0]} on; "
+                f"graphs that use the weights in another order, from {differ[0]} on; "
                 "calibrate with batches of one shape"
             )
 
@@ -428,7 +429,7 @@ def _tell(error: BaseException, pruner: Pruner, total: int, store: Store) -> Non
     if done:
         note = (
             f"{done} of {total} weights are pruned, the last of them {pruner.pruned[-1].fqn}; "
-            f"the others are untouched. {store.how_to_go_on}"
+            f"the others are untouched. {store.how_to_resume}"
         )
         error.add_note(note)
         _log.warning("%s", note)

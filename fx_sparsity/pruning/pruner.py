@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fx_sparsity.errors import FxSparsityError
-from fx_sparsity.graph.weight_inputs import Met
+from fx_sparsity.graph.weight_inputs import WeightInputs
 from fx_sparsity.pruning.collect import Collector
 from fx_sparsity.pruning.gradients import Gradients
 from fx_sparsity.pruning.methods import CalibratedSparsifier, Solution, Statistic, Statistics
@@ -23,7 +23,7 @@ class CalibrationError(FxSparsityError, ValueError):
 
 
 class Pruner:
-    """Collects statistics of weights, and prunes each when it is told to.
+    """Collects statistics of weights, and prunes each when it is asked to.
 
     Args:
         sparsifier: the method.
@@ -34,7 +34,7 @@ class Pruner:
 
     Attributes:
         biases: FQN -> the bias that makes up for the mean error of the weight; None for none.
-        shares: FQN -> the one right before it, which meets the same inputs.
+        shares: FQN -> the one right before it, which has the same inputs.
         pruned: what has been done.
         peak: the most bytes that statistics took at a time.
     """
@@ -74,21 +74,21 @@ class Pruner:
         """See `MatrixForm.columns`."""
         return self.plans[fqn].form.columns(self._weights[fqn].device)
 
-    def take(self, fqn: str, met: Met) -> None:
-        """Take in what met a weight, unless it shares the statistics of the one before."""
+    def take(self, fqn: str, inputs: WeightInputs) -> None:
+        """Take in inputs of a weight, unless it shares the statistics of the one before."""
         if fqn not in self.shares:
-            self._collector(fqn).add(met)
+            self._collector(fqn).add(inputs)
 
-    def refuse(self, fqn: str, why: str) -> None:
-        """Leave a weight dense: what meets it cannot be told."""
-        self._refused[fqn] = why
+    def refuse(self, fqn: str, reason: str) -> None:
+        """Leave a weight dense: its inputs cannot be known."""
+        self._refused[fqn] = reason
 
     @torch.no_grad()
     def prune(self, fqn: str) -> str | None:
         """Solve one weight and write it, or leave everything as it was.
 
         Returns:
-            Why the weight is left dense; None where it is pruned.
+            The reason why the weight stays dense; None where it is pruned.
 
         Raises:
             CalibrationError: the statistics are not finite, or the solution is none.

@@ -20,10 +20,10 @@ class Store(Protocol):
     """Holds what has been done, and writes what is.
 
     Attributes:
-        how_to_go_on: after an interruption, for whoever reads of it.
+        how_to_resume: after an interruption, for whoever reads of it.
     """
 
-    how_to_go_on: str
+    how_to_resume: str
 
     def is_done(self, plan: Plan) -> bool:
         """Whether a weight has been pruned before."""
@@ -62,7 +62,7 @@ class Untouched:
         store: to read from.
     """
 
-    how_to_go_on = "Nothing was changed."
+    how_to_resume = "Nothing was changed."
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -94,7 +94,7 @@ class MaskStore:
         sparsifier: holds the masks.
     """
 
-    how_to_go_on = "Call prune again with the same sparsifier to go on."
+    how_to_resume = "Call prune again with the same sparsifier to go on."
 
     def __init__(self, model: nn.Module, sparsifier: CalibratedSparsifier) -> None:
         self._model, self._sparsifier = model, sparsifier

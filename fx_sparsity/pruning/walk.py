@@ -1,4 +1,4 @@
-"""Walks batches through a graph, and stops wherever all that meets a weight is known."""
+"""Walks batches through a graph, and stops wherever all inputs of a weight are known."""
 
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 from fx_sparsity.graph.context_blocks import run_node
 from fx_sparsity.graph.operators import (
     COMBINATIONS,
+    OPERATORS,
     SAME_VALUES,
     bind,
     is_elementwise,
@@ -22,19 +23,19 @@ from fx_sparsity.graph.operators import (
 from fx_sparsity.graph.provenance import shape_of
 from fx_sparsity.graph.sources import module_source
 from fx_sparsity.graph.uses import canonical_fqn, live_nodes, weight_uses
-from fx_sparsity.graph.weight_inputs import Met, UnsupportedUse, meet
+from fx_sparsity.graph.weight_inputs import UnsupportedUse, WeightInputs
 from fx_sparsity.graph.weight_map import Use, WeightMap
 from fx_sparsity.pruning.batches import Batch
 
 Read = Callable[[str, Tensor], Tensor]
 """(FQN, tensor of the graph) -> its value now."""
-Take = Callable[[str, Met], None]
-"""(FQN, what met that weight) -> nothing."""
+Take = Callable[[str, WeightInputs], None]
+"""(FQN, inputs of that weight) -> nothing."""
 Refuse = Callable[[str, str], None]
-"""(FQN, why what meets that weight cannot be told) -> nothing."""
+"""(FQN, why the inputs of that weight cannot be known) -> nothing."""
 
 
-class Meeting(NamedTuple):
+class GraphUse(NamedTuple):
     """One use of a weight in a graph.
 
     Attributes:
@@ -50,7 +51,7 @@ class Meeting(NamedTuple):
     constant: bool
 
 
-def find_meetings(graph: fx.GraphModule, weights: WeightMap) -> list[Meeting]:
+def find_uses(graph: fx.GraphModule, weights: WeightMap) -> list[GraphUse]:
     """Every use of the weights of a map, in graph order; those in subgraphs, too."""
     named = canonical_names(weights)
     found = []
@@ -58,13 +59,13 @@ def find_meetings(graph: fx.GraphModule, weights: WeightMap) -> list[Meeting]:
         fqn = named.get(canonical_fqn(consumption.origin.fqn))
         use = consumption.use()
         if fqn is not None and use is not None:
-            found.append(Meeting(fqn, consumption.node, use, consumption.constant))
+            found.append(GraphUse(fqn, consumption.node, use, consumption.constant))
     return found
 
 
 def canonical_names(weights: WeightMap) -> dict[str, str]:
     """Every name of every weight -> its canonical one."""
-    return {name: site.fqn for site in weights.sites for name in (site.fqn, *site.aliases)}
+    return {name: site.fqn for site in weights.sites for name in site.names}
 
 
 class Walk:
@@ -80,8 +81,8 @@ class Walk:
         named: every name of a weight -> its FQN.
         columns: FQN -> the column of every element of the weight (`MatrixForm.columns`).
         read: gives tensors of the model.
-        take: receives what meets the weights.
-        refuse: is told where that is not possible.
+        take: receives inputs of the weights.
+        refuse: called for a weight whose inputs cannot be known.
 
     Attributes:
         order: FQNs of the weights in the order in which they are complete.
@@ -92,7 +93,7 @@ class Walk:
         self,
         graph: fx.GraphModule,
         batches: Sequence[Batch],
-        uses: Sequence[Meeting],
+        uses: Sequence[GraphUse],
         named: Mapping[str, str],
         columns: Callable[[str], Tensor],
         read: Read,
@@ -109,14 +110,14 @@ class Walk:
         for fqn, node in last.items():
             self._stops.setdefault(node, []).append(fqn)
         places = [i for i, node in enumerate(nodes) if node in self._stops]
-        self._nodes = nodes[: places[-1] + 1] if places else []  # what follows meets no weight
+        self._nodes = nodes[: places[-1] + 1] if places else []  # what follows uses no weight
         self.order = [fqn for i in places for fqn in self._stops[nodes[i]]]
-        self._uses: dict[fx.Node, list[Meeting]] = {}
+        self._uses: dict[fx.Node, list[GraphUse]] = {}
         for use in uses:
             self._uses.setdefault(use.node, []).append(use)
         self._fixed = _of_state_alone(self._nodes)
         self._state: dict[fx.Node, Any] = {}
-        self._followed: dict[Meeting, Tensor] = {}
+        self._followed: dict[GraphUse, Tensor] = {}
         self.peak = 0
         self._dying = _last_uses(self._nodes, self._fixed)
         inputs = graph.graph.find_nodes(op="placeholder")
@@ -125,7 +126,7 @@ class Walk:
         ]
 
     def __iter__(self) -> Iterator[str]:
-        """FQN after FQN, each when all that meets the weight is taken, and before its last use."""
+        """FQN after FQN, each when all inputs of the weight are taken, and before its last use."""
         start = 0
         for stop, node in enumerate(self._nodes):
             if node not in self._stops:
@@ -144,7 +145,7 @@ class Walk:
         return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
     def _run(self, start: int, stop: int, batch: Batch, values: dict[fx.Node, Any]) -> None:
-        """Take one batch from a stop, whose node has met its inputs already, to the next."""
+        """Take one batch from a stop, whose node has taken its inputs already, to the next."""
 
         def value(node: fx.Node) -> Any:
             return values[node] if node in values else self._of_state(node)
@@ -154,7 +155,7 @@ class Walk:
             try:
                 if position > start:
                     for use in self._uses.get(node, ()):
-                        self._meet(use, value)
+                        self._collect(use, value)
                 if position < stop and node.op == "call_function" and node not in self._fixed:
                     args, kwargs = fx.map_arg((node.args, node.kwargs), value)
                     values[node] = run_node(node, args, kwargs)
@@ -179,7 +180,7 @@ class Walk:
                 self._state[node] = run_node(node, args, kwargs)
         return self._state[node]
 
-    def _meet(self, use: Meeting, value: Callable[[fx.Node], Any]) -> None:
+    def _collect(self, use: GraphUse, value: Callable[[fx.Node], Any]) -> None:
         bound = bind(use.node)
         name, _, place = use.use.arg.partition("[")
         weight = bound[name][int(place.removesuffix("]"))] if place else bound[name]
@@ -189,10 +190,12 @@ class Walk:
             columns = self._follow(weight, use.fqn, value)
             if weight in self._fixed:
                 self._followed[use] = columns
+        inputs_of = OPERATORS[use.use.op].inputs
+        assert inputs_of is not None  # no other weight has a plan
         args = fx.map_arg(bound, lambda node: columns if node is weight else value(node))
         try:
-            for met in meet(use.use.op, use.use.arg, args, columns):
-                self._take(use.fqn, met)
+            for inputs in inputs_of(args, use.use.arg, columns):
+                self._take(use.fqn, inputs)
         except UnsupportedUse as reason:
             self._refuse(use.fqn, str(reason))
 

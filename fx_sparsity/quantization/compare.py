@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fx_sparsity.graph import SparsityMapping, find_weights
+from fx_sparsity.graph import MappingLike, find_weights
 from fx_sparsity.graph.example_inputs import ExampleInputs, call_arguments
 from fx_sparsity.quantization.backend import Backend, Calibrate, get_backend
 from fx_sparsity.quantization.flow import Order, sparsify_and_quantize
@@ -79,7 +79,7 @@ def compare_orders(
     example_inputs: ExampleInputs,
     *,
     backend: str | Backend,
-    mapping: SparsityMapping | None = None,
+    mapping: MappingLike | None = None,
     data: Iterable[ExampleInputs] | None = None,
     orders: Sequence[Order] = ("sparsify_first", "quantize_first"),
     calibrate: Calibrate | None = None,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fx_sparsity.graph import (
     Assignment,
     MappingError,
+    MappingLike,
     SparsityMapping,
     WeightMap,
     find_weights,
@@ -44,7 +45,7 @@ def sparsify_and_quantize(
     *,
     order: Order,
     backend: str | Backend,
-    mapping: SparsityMapping | None = None,
+    mapping: MappingLike | None = None,
     calibrate: Calibrate | None = None,
     config: Any = None,
     dynamic_shapes: Any = None,
@@ -133,13 +134,13 @@ def sparsify_and_quantize(
         return result, verify(result, record, reference=alone.model, meant=alone.meant)
 
 
-def _resolve(mapping: SparsityMapping, weights: WeightMap) -> Assignment:
+def _resolve(mapping: MappingLike, weights: WeightMap) -> Assignment:
     """What the mapping comes to.
 
     Raises:
         MappingError: as `SparsityMapping.resolve`, or it masks nothing.
     """
-    assignment = mapping.resolve(weights)
+    assignment = SparsityMapping.of(mapping).resolve(weights)
     if not assignment:
         unmatched = f"; nothing matches {', '.join(assignment.unmatched)}"
         raise MappingError(
@@ -188,7 +189,7 @@ def sparsify_codes(
     model: nn.Module,
     sparsifier: BaseSparsifier,
     weights: WeightMap,
-    mapping: SparsityMapping | None = None,
+    mapping: MappingLike | None = None,
 ) -> SparsityRecord:
     """Mask a quantized model: rank what its codes stand for, write the code that means zero.
 

@@ -195,7 +195,7 @@ def _one_name(prepared: fx.GraphModule, weights: WeightMap) -> Iterator[tuple[st
     """FQN of a tied weight -> the one of its names that export kept, for the others."""
     held = {name for name, _ in prepared.named_parameters(remove_duplicate=False)}
     for site in weights.sites:
-        names = (site.fqn, *site.aliases)
+        names = site.names
         kept = next((name for name in names if name in held), None)
         for name in names:
             if kept is not None and name not in held:

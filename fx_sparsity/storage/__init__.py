@@ -12,7 +12,7 @@ from fx_sparsity.storage.formats import (
     smallest_format,
 )
 from fx_sparsity.storage.load_sparse import load_sparse
-from fx_sparsity.storage.loading import load, verify
+from fx_sparsity.storage.loading import faults, load
 from fx_sparsity.storage.mapped import MappedFile, create_file
 from fx_sparsity.storage.meta import parameters_on_meta
 from fx_sparsity.storage.saving import export, save
@@ -29,6 +29,7 @@ __all__ = [
     "SafetensorsWriter",
     "create_file",
     "export",
+    "faults",
     "load",
     "load_sparse",
     "parameters_on_meta",
@@ -36,5 +37,4 @@ __all__ = [
     "save",
     "sizes",
     "smallest_format",
-    "verify",
 ]

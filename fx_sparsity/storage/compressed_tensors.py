@@ -13,7 +13,7 @@ from torch import Tensor
 from fx_sparsity.masks.bits import pack_bits, unpack_bits
 from fx_sparsity.storage.bit_packing import as_integers, count_bits, pack, unpack
 from fx_sparsity.storage.container import FileFormatError
-from fx_sparsity.storage.formats import Contents, Format, TwoFour, expect_part
+from fx_sparsity.storage.formats import Contents, Format, TwoFourFormat, expect_part
 
 
 class SparseBitmask:
@@ -65,14 +65,14 @@ class Sparse24Bitmask:
 
     def size(self, contents: Contents) -> int | None:
         """See `Format.size`."""
-        if len(contents.shape) != 2 or TwoFour().size(contents) is None:
+        if len(contents.shape) != 2 or TwoFourFormat().size(contents) is None:
             return None
         rows, columns = contents.shape
         return 16 + contents.nbytes // 2 + rows * -(-columns // 8)
 
     def encode(self, contents: Contents) -> dict[str, Tensor]:
         """See `Format.encode`."""
-        parts = TwoFour().encode(contents)
+        parts = TwoFourFormat().encode(contents)
         return {
             "shape": torch.tensor(contents.shape).view(-1, 1),
             "compressed": parts["values"],

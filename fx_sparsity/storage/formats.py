@@ -124,11 +124,11 @@ class Format(Protocol):
         Args:
             parts: as `check` had them.
             counted: what it returned.
-            out: of the shape and dtype that it was told.
+            out: of the shape and dtype that it is given.
         """
 
 
-class Dense:
+class DenseFormat:
     """The tensor as it is."""
 
     parts: Sequence[str] = ("",)
@@ -152,7 +152,7 @@ class Dense:
         copy(parts[""], out)
 
 
-class Bitmask:
+class BitmaskFormat:
     """One bit an element, row-major and low bit first, and the values whose bit is set.
 
     Zeros fill the values up to a multiple of eight bytes, so that what follows is aligned.
@@ -193,7 +193,7 @@ class Bitmask:
         unpack(parts["bitmask"], counted, values, as_integers(out).view(-1))
 
 
-class TwoFour:
+class TwoFourFormat:
     """Two values of every four neighbours along the last axis, and their bits.
 
     The bits are those of `Bitmask`, always two of four, so that every value has its place; zeros
@@ -243,7 +243,7 @@ class TwoFour:
         unpack(parts["bitmask"], counts, values, as_integers(out).view(-1))
 
 
-class Block:
+class BlockFormat:
     """Block-sparse rows: the blocks that are not empty, row by row, and one bit for every block.
 
     The matrix is the last axis against all others. `values` is [blocks, height, width].
@@ -287,7 +287,7 @@ class Block:
         scatter_blocks(parts["blocks"], as_integers(parts["values"]), matrix)
 
 
-class Rows:
+class RowsFormat:
     """The rows (indices of the first axis) that are not empty, and one bit for every row.
 
     `remap` turns the bits into what lookups take.
@@ -332,11 +332,11 @@ def remap(kept: Tensor, rows: int) -> Tensor:
 
 
 FORMATS: dict[str, Format] = {
-    "dense": Dense(),
-    "two_four": TwoFour(),
-    "rows": Rows(),
-    "block": Block(),
-    "bitmask": Bitmask(),
+    "dense": DenseFormat(),
+    "two_four": TwoFourFormat(),
+    "rows": RowsFormat(),
+    "block": BlockFormat(),
+    "bitmask": BitmaskFormat(),
 }
 """Name in the file -> format, the more regular first; nothing else is ever decoded."""
 

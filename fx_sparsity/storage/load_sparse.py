@@ -3,7 +3,7 @@
 import copy
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from fx_sparsity.lowering.layers import DenseLinear
 from fx_sparsity.lowering.lowered import LoweredLinear
 from fx_sparsity.lowering.places import ModulePlace, module_places
 from fx_sparsity.quantization.codes import CodedWeight
+from fx_sparsity.reports import WeightReport, format_table
 from fx_sparsity.storage.compressed_file import CompressedFile
 from fx_sparsity.storage.container import elements_of
 from fx_sparsity.storage.loading import check_fits, check_sums
@@ -28,8 +29,39 @@ _CODED = (nnq.Embedding, CodedWeight)
 """Tables whose format tells little: their zero points are floats, and pruned codes may be any."""
 
 
+@dataclass(frozen=True)
+class LoadedWeight:
+    """A matrix that is stored sparse, or a quantized table.
+
+    Attributes:
+        fqn: of the weight.
+        module: class of the module that holds it compressed; None where it stays dense.
+        reason: why it stays dense; empty otherwise.
+    """
+
+    fqn: str
+    module: str | None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class LoadReport(WeightReport[LoadedWeight]):
+    """FQN -> `LoadedWeight`, for each matrix that is stored sparse, and each quantized table."""
+
+    rows: tuple[LoadedWeight, ...]
+
+    @property
+    def dense(self) -> dict[str, str]:  # type: ignore[override]
+        """FQN -> the reason why it stays dense."""
+        return {row.fqn: row.reason for row in self.rows if row.module is None}
+
+    def __str__(self) -> str:
+        cells = [(row.fqn, row.module or f"dense: {row.reason}") for row in self.rows]
+        return format_table(("weight", "loaded as"), cells)
+
+
 @torch.no_grad()
-def load_sparse(path: str | Path, model: nn.Module, *, check: bool = False) -> dict[str, str]:
+def load_sparse(path: str | Path, model: nn.Module, *, check: bool = False) -> LoadReport:
     """Load what `save` wrote, keeping sparse weights compressed: their modules are replaced.
 
     A linear layer whose weight is stored sparse becomes a `SparseLinear`, an embedding or bag with
@@ -45,8 +77,7 @@ def load_sparse(path: str | Path, model: nn.Module, *, check: bool = False) -> d
         check: compare every tensor with its checksum, too.
 
     Returns:
-        For each matrix that is stored sparse, and each quantized table: the name of the weight ->
-        what holds it now, or `dense: ` and why.
+        What holds each matrix that is stored sparse, and each quantized table, now.
 
     Raises:
         FileFormatError: the file contradicts itself; the model is as it was.
@@ -60,26 +91,26 @@ def load_sparse(path: str | Path, model: nn.Module, *, check: bool = False) -> d
     matrices = _matrices(file)
     weights = _weights(file, matrices, module_places(model))
     uses = Counter(id(p) for module in model.modules() for p in module._parameters.values())
-    report: dict[str, str] = {}
+    rows: list[LoadedWeight] = []
     made: dict[ModulePlace, LoweredLinear | Lookup] = {}
     for place, names in weights.items():
         name = names[-1]  # as the last one is loaded into a module that several share
         if uses[id(place.tensor)] > 1:
-            if name in file.forms and file.form(name) != "dense":  # told once, of all names
-                report[place.fqn] = "dense: tied to another weight"
+            if name in file.forms and file.form(name) != "dense":  # said once, of all names
+                rows.append(LoadedWeight(place.fqn, None, "tied to another weight"))
         elif file.form(name) != "dense" or isinstance(place.module, _CODED):
             packed = _packed(file, place, file.form(name))
             if isinstance(packed, str):
-                report[place.fqn] = f"dense: {packed}"
+                rows.append(LoadedWeight(place.fqn, None, packed))
             else:
                 made[place] = packed
-                report[place.fqn] = _class_of(packed)
+                rows.append(LoadedWeight(place.fqn, _class_of(packed)))
     known = {name for names in weights.values() for name in names}
-    report |= _others(file, model, matrices, known)
+    rows += _others(file, model, matrices, known)
     fill_modules(file, model, but={inner for place in made for inner in place.module.modules()})
     for place, packed in made.items():
         place.put(model, packed.train(place.module.training))
-    return report
+    return LoadReport(tuple(rows))
 
 
 def _matrices(file: CompressedFile) -> dict[str, str]:
@@ -141,8 +172,8 @@ def _packed(file: CompressedFile, place: ModulePlace, form: str) -> LoweredLinea
     layer = filled.look()
     if isinstance(layer, str):
         return layer
-    if why := place.against(layer):
-        return why
+    if reason := place.against(layer):
+        return reason
     packings = [ROWS]
     if isinstance(layer, DenseLinear):
         packings = [packing_for(name, layer.device) for name in _PACKINGS.get(form, ("bitmask",))]
@@ -155,13 +186,13 @@ def _packed(file: CompressedFile, place: ModulePlace, form: str) -> LoweredLinea
     except ValueError as error:  # such as scales that are not finite
         return str(error)
     if isinstance(packed, LoweredLinear):
-        packed.origin, packed.transposed = filled.origin(), place.transposed
+        packed.original, packed.transposed = filled.original(), place.transposed
     return packed
 
 
 def _others(
     file: CompressedFile, model: nn.Module, matrices: Mapping[str, str], known: set[str]
-) -> dict[str, str]:
+) -> list[LoadedWeight]:
     """Rows of the report for sparse matrices that no layer of a known kind holds.
 
     Args:
@@ -170,7 +201,7 @@ def _others(
         matrices: entry of the state -> tensor.
         known: tensors that are weights of layers.
     """
-    rows = {}
+    rows = []
     for entry, name in matrices.items():
         columns = file.dtype_and_shape(name)[1][1]  # scales and zero points stand in one
         if name in known or name not in file.forms or columns < 2 or file.form(name) == "dense":
@@ -179,7 +210,8 @@ def _others(
         if path.endswith("._packed_params"):  # where torch.ao's modules keep their weight
             path, attribute = path.removesuffix("._packed_params"), "weight"
         owner = model.get_submodule(path)
-        rows[f"{path}.{attribute}".removeprefix(".")] = f"dense: held by a {owner._get_name()}"
+        fqn = f"{path}.{attribute}".removeprefix(".")
+        rows.append(LoadedWeight(fqn, None, f"held by a {owner._get_name()}"))
     return rows
 
 

@@ -50,7 +50,7 @@ def load(
     return state
 
 
-def verify(path: str | Path) -> list[str]:
+def faults(path: str | Path) -> list[str]:
     """What is wrong with a file: a sentence that names the tensor for every fault, or nothing.
 
     Checks its structure and, where `save` wrote it, every checksum.

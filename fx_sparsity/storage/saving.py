@@ -12,7 +12,7 @@ from fx_sparsity.storage import described_state as states
 from fx_sparsity.storage.compressed_tensors import OUTSIDE
 from fx_sparsity.storage.container import replacing
 from fx_sparsity.storage.formats import FORMATS
-from fx_sparsity.storage.prefetch import one_ahead
+from fx_sparsity.storage.prefetch import prefetch
 from fx_sparsity.storage.sparsity_config import Counts
 from fx_sparsity.storage.writing import (
     CompressedWriter,
@@ -60,7 +60,7 @@ def save(
         for name, tensor in tensors.items()
         if name not in ties
     )
-    with replacing(path) as file, contextlib.closing(one_ahead(pieces)) as ahead:
+    with replacing(path) as file, contextlib.closing(prefetch(pieces)) as ahead:
         writer = CompressedWriter(file, shapes_of(tensors), extra)
         for encoded in ahead:
             writer.write(encoded)
@@ -97,7 +97,7 @@ def export(
         for name, tensor in tensors.items()
         if name not in ties
     )
-    with replacing(path) as file, contextlib.closing(one_ahead(pieces)) as ahead:
+    with replacing(path) as file, contextlib.closing(prefetch(pieces)) as ahead:
         writer = PlainWriter(file, shapes_of(tensors))
         for encoded in ahead:
             writer.write(encoded)

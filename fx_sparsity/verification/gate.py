@@ -1,9 +1,8 @@
 """The gate: what is true now, weight by weight, of a model that was sparsified and quantized."""
 
-import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import overload
+from dataclasses import dataclass, replace
+from typing import Any, overload
 
 from torch import nn
 from torch.export import ExportedProgram
@@ -11,7 +10,7 @@ from torch.export import ExportedProgram
 from fx_sparsity.errors import FxSparsityError
 from fx_sparsity.graph import find_weights
 from fx_sparsity.masks import tightest_pattern, tiling_holds
-from fx_sparsity.reports import format_table
+from fx_sparsity.reports import Report, format_table
 from fx_sparsity.sparsifier import MaskRecord
 from fx_sparsity.verification.read import read_weights
 from fx_sparsity.verification.stored import StoredWeight, by_name
@@ -96,7 +95,7 @@ class VerifiedWeight:
 
 
 @dataclass(frozen=True)
-class Verification(Sequence[VerifiedWeight]):
+class Verification(Report, Sequence[VerifiedWeight]):
     """What `verify` found: a row for every stored copy of every masked weight."""
 
     rows: tuple[VerifiedWeight, ...]
@@ -123,9 +122,11 @@ class Verification(Sequence[VerifiedWeight]):
             raise SparsityLostError("\n".join(lost))
         return self
 
-    def to_json(self) -> str:
-        """The rows as a JSON list of objects, each with its `faults`."""
-        return json.dumps([{**asdict(row), "faults": row.faults} for row in self.rows], indent=2)
+    def to_dict(self) -> dict[str, Any]:
+        """See `Report`; each row has its `faults`, too."""
+        rows = super().to_dict()["rows"]
+        found = zip(rows, self.rows, strict=True)
+        return {"rows": [{**plain, "faults": list(row.faults)} for plain, row in found]}
 
     @overload
     def __getitem__(self, index: int) -> VerifiedWeight: ...
@@ -206,8 +207,8 @@ def verify(
         holds = _holds(copies, mask)
         for i, weight in enumerate(copies):
             counterpart = alone[fqn][i] if fqn in alone and i < len(alone[fqn]) else None
-            wish = None if weight.aside else intended
-            rows.append(_row(fqn, weight, mask, counterpart, wish, holds[i]))
+            expected = None if weight.incidental else intended
+            rows.append(_row(fqn, weight, mask, counterpart, expected, holds[i]))
         if not copies:
             rows.append(_missing(fqn, mask, intended))
     return Verification(tuple(rows))
@@ -227,7 +228,7 @@ def _found(
 ) -> Iterator[VerifiedWeight]:
     """What a model holds, where nobody recorded what it should."""
     sites = find_weights(model)
-    roles = {name: site.roles for site in sites.sites for name in (site.fqn, *site.aliases)}
+    roles = {name: site.roles for site in sites.sites for name in site.names}
     for weight in read_weights(model):
         if weight.data.ndim < 2:
             continue

@@ -47,7 +47,7 @@ def read_weights(model: nn.Module | ExportedProgram) -> list[StoredWeight]:
         if any(not operator_name(user).startswith(_SCALING) for user in node.users)
     }
     calls = tuple(f"{node.target}." for node in model.graph.find_nodes(op="call_module"))
-    stored += [replace(weight, aside=True) for weight in rest if weight.where in reads]
+    stored += [replace(weight, incidental=True) for weight in rest if weight.where in reads]
     return stored + [weight for weight in rest if weight.where.startswith(calls)]
 
 

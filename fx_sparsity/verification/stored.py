@@ -39,8 +39,8 @@ class StoredWeight:
         computed: the parametrizations that compute it anew, so that it cannot be written; empty as
             a rule.
         made_of: names of the tensors that hold the weight, where it lies in several.
-        aside: whether only operators read it that take it for no weight, so that no quantizer was
-            meant to touch this copy.
+        incidental: whether only operators read it that take it for no weight, so that no quantizer
+            was meant to touch this copy.
     """
 
     fqn: str
@@ -57,7 +57,7 @@ class StoredWeight:
     roles: tuple[Role, ...] | None = None
     aliases: tuple[str, ...] = ()
     computed: str = ""
-    aside: bool = False
+    incidental: bool = False
     made_of: tuple[str, ...] = ()
 
     def seen(self, whole: Tensor) -> Tensor:

@@ -52,7 +52,7 @@ def large():
     elapsed, weights = seconds(lambda: find_weights(model, inputs))
     growth = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     assert len(weights) == 7 * 80 + 2
-    assert weights.unclaimed == ()
+    assert weights.dense == ()
     return sum(p.numel() for p in model.parameters()), elapsed, growth / 2**20
 
 

@@ -100,7 +100,7 @@ def make(form: Form, dim: int, layers: int) -> tuple[nn.Module, int]:
     model = form.make(model)
     rules = {nn.Linear: "always" if form.level else None}
     model, report = fxs.lower(model, (TOKEN,), rules)
-    linear = [row for row in report.weights if row.fqn != "embed.weight"]
+    linear = [row for row in report.rows if row.fqn != "embed.weight"]
     return model, sum(row.bytes_after for row in linear)
 
 

@@ -19,8 +19,8 @@ from fx_sparsity.graph import InputError, MappingError
 from fx_sparsity.pruning.methods import ExactUpdate, Swaps
 from fx_sparsity.storage import parameters_on_meta
 from tests.models import make
-from tests.pruning.tiny_methods import TinyWanda
 from tests.pruning.test_prune import Fisher, Interrupted
+from tests.pruning.tiny_methods import TinyWanda
 
 
 def save_shards(model, root, count=3, dtype=None):
@@ -135,7 +135,7 @@ def test_bit_for_bit_as_in_memory(tmp_path, make_model, method, sequential):
     assert found.keys() == read(source).keys()
     assert all(same_bits(found[name], state[name]) for name in found)
     assert_same_record(fxs.SparsityRecord.load(target / "sparsity.record"), record)
-    assert [w.error for w in report.weights] == [w.error for w in expected.weights]
+    assert [w.error for w in report.rows] == [w.error for w in expected.rows]
     assert report.dense == expected.dense
     assert report.activation_bytes == expected.activation_bytes > 0
     assert given.names == []
@@ -340,7 +340,7 @@ def test_an_interruption_is_made_up_for(tmp_path, sequential):
     found = read(tmp_path / "t")
     assert all(same_bits(found[name], state[name]) for name in found)
     assert_same_record(fxs.SparsityRecord.load(tmp_path / "t" / "sparsity.record"), record)
-    assert [w.fqn for w in report.weights] == [w.fqn for w in expected.weights]
+    assert [w.fqn for w in report.rows] == [w.fqn for w in expected.rows]
     assert report.dense == {}
     assert sorted(os.listdir(tmp_path)) == ["s", "t"]
 
@@ -369,11 +369,11 @@ KILLED = """
 import os, pickle, signal, sys
 import torch
 import fx_sparsity as fxs
-from fx_sparsity.pruning import checkpoint
 from tests.pruning.tiny_methods import TinyWanda
 from tests.checkpoints.test_prune_checkpoint import mlp, on_meta
 
 calls, at = 0, int(sys.argv[3])
+checkpoint = sys.modules["fx_sparsity.checkpoints.prune_checkpoint"]
 plain = checkpoint._CheckpointStore._save
 
 def save(self):

@@ -15,11 +15,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import fx_sparsity as fxs
-from fx_sparsity.checkpoints import Checkpoint, CheckpointError, convert, find_stored_weights
+from fx_sparsity.checkpoints import Checkpoint, CheckpointError, convert, find_checkpoint_weights
 from fx_sparsity.graph import MappingError
 from fx_sparsity.masks import Rank, global_masks
 from fx_sparsity.patterns import SparsityConfig
-from fx_sparsity.storage import FileFormatError, verify
+from fx_sparsity.storage import FileFormatError, faults
 from tests.storage.test_formats import same_bits
 
 HALF = fxs.SparsityMapping().set_global("unstructured 50%")
@@ -105,8 +105,8 @@ def test_a_sharded_checkpoint_is_masked_as_its_weights_would_be(source, tmp_path
     for name in reference.names:
         assert same_bits(result[name], reference.get_data(name, return_original=False))
         assert report[name].zeros == int((result[name] == 0).sum())
-    assert report["conv.weight"].why == "excluded by type 'conv'"
-    assert "3 axes" in report["model.layers.0.mlp.experts"].why
+    assert report["conv.weight"].reason == "excluded by type 'conv'"
+    assert "3 axes" in report["model.layers.0.mlp.experts"].reason
     assert report["model.embed_tokens.weight"].roles == ("row", "dim")
 
 
@@ -157,13 +157,13 @@ def test_one_level_needs_one_level(source, tmp_path):
 
 def test_roles_may_be_given(source):
     src, _ = source
-    weights = find_stored_weights(
+    weights = find_checkpoint_weights(
         Checkpoint(src), {r".*experts$": ("batch", "in", "out"), r".*down": ("in", "out")}
     )
     assert weights["model.layers.1.mlp.experts"].roles == ("batch", "in", "out")
     assert weights["model.layers.1.mlp.down.weight"].roles == ("in", "out")
     with pytest.raises(CheckpointError, match="experts: expected 3 roles, found in, out"):
-        find_stored_weights(Checkpoint(src), {r".*experts": ("in", "out")})
+        find_checkpoint_weights(Checkpoint(src), {r".*experts": ("in", "out")})
 
 
 def test_a_criterion_of_ones_own(source, tmp_path):
@@ -425,6 +425,6 @@ def test_eight_gigabytes_in_two(ranked, tmp_path):
     assert peak <= 3 * weight.nbytes + (32 << 20)
     assert sum(p.stat().st_size for p in (tmp_path / "dst").glob("*.safetensors")) > 8 * gigabyte
     for path in (tmp_path / "dst").glob("*.safetensors"):
-        assert verify(path) == []
+        assert faults(path) == []
     for path in Path(tmp_path).rglob("*.safetensors"):
         path.unlink()  # pytest keeps folders for a while

@@ -58,9 +58,9 @@ def measure(name):
     return Coverage(
         name,
         claimed=len(weights),
-        explained=sum(u.reason.explained for u in weights.unclaimed),
+        explained=sum(u.reason.explained for u in weights.dense),
         unexplained=tuple(
-            f"{u.fqn}: {u.reason} {u.detail}" for u in weights.unclaimed if not u.reason.explained
+            f"{u.fqn}: {u.reason} {u.detail}" for u in weights.dense if not u.reason.explained
         ),
         wrong=tuple(wrong),
         share=sum(math.prod(site.shape) for site in weights.sites) / elements,

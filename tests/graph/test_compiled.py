@@ -302,7 +302,7 @@ def test_graphs_below_aot_autograd(grad):
             result.sum().backward()
             forward, backward = maps
             assert list(backward) == []
-            assert {u.fqn for u in backward.unclaimed} == set(expected)
+            assert {u.fqn for u in backward.dense} == set(expected)
         else:
             (forward,) = maps
             sparsifier.step()

@@ -7,7 +7,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from fx_sparsity import WeightNormSparsifier, find_weights, prepare
-from fx_sparsity.graph import AnnotateWeights, InputError, Reason, Unclaimed
+from fx_sparsity.graph import AnnotateWeights, DenseParameter, InputError, Reason
 from fx_sparsity.graph.passes import WEIGHT_META
 from tests.coverage.proof import Proof
 from tests.models import MODELS, make, make_bert
@@ -36,7 +36,7 @@ encoder.layer.1.attention.output.dense.weight  linear     out 32 x in 32   float
 encoder.layer.1.intermediate.dense.weight      linear     out 64 x in 32   float32     1
 encoder.layer.1.output.dense.weight            linear     out 32 x in 64   float32     1
 
-nothing of two or more dimensions was left out
+nothing of two or more dimensions stays dense
 (22 one-dimensional parameters; read from torch.export)""",
     )
 
@@ -55,10 +55,10 @@ experts     matmul     batch 2 x in 8 x out 8  float32     1
 heads       einsum     in 8 x out 2 x out 4    float32     1
 table       embedding  row 20 x dim 8          float32     1
 
-left out  shape   reason
---------  ------  -------------------------------------------
-position  (3, 8)  only added
-unused    (4, 4)  does not reach the outputs for these inputs
+stays dense  shape   reason
+-----------  ------  -------------------------------------------
+position     (3, 8)  only added
+unused       (4, 4)  does not reach the outputs for these inputs
 (1 one-dimensional parameters; read from torch.export)""",
     )
 
@@ -71,13 +71,13 @@ def roles(weights):
 def test_every_parameter_is_claimed_or_explained(name):
     model, inputs = make(name)
     weights = find_weights(model, inputs)
-    named = {*weights, *(u.fqn for u in weights.unclaimed)}
+    named = {*weights, *(u.fqn for u in weights.dense)}
     named |= {alias for site in weights.sites for alias in site.aliases}
     matrices = {n for n, p in model.named_parameters(remove_duplicate=False) if p.ndim >= 2}
     assert named == matrices
     vectors = [p for p in model.parameters() if p.ndim < 2]
     assert weights.vectors == len(vectors)
-    assert all(u.reason.explained for u in weights.unclaimed)
+    assert all(u.reason.explained for u in weights.dense)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -130,7 +130,7 @@ def test_weights_inside_called_modules_that_nobody_opens_are_listed():
     model = nn.Sequential(Opaque(), Foreign(4, 4))
     weights = find_weights(fx.GraphModule(model, Tracer().trace(model)))
     assert list(weights) == ["1.weight"]
-    assert weights.unclaimed == (Unclaimed("0.matrix", (4, 4), Reason.FRONTEND, "inside Opaque"),)
+    assert weights.dense == (DenseParameter("0.matrix", (4, 4), Reason.FRONTEND, "inside Opaque"),)
     assert not Reason.FRONTEND.explained
 
 
@@ -143,14 +143,14 @@ def test_an_operator_without_a_row_is_named():
         def forward(self, x):
             return torch.cdist(x, self.weight)
 
-    (left,) = find_weights(Odd(), (torch.randn(2, 4),)).unclaimed
-    assert (left.reason, left.detail) == (Reason.OPERATOR, "cdist")
-    assert not left.reason.explained
+    (parameter,) = find_weights(Odd(), (torch.randn(2, 4),)).dense
+    assert (parameter.reason, parameter.detail) == (Reason.OPERATOR, "cdist")
+    assert not parameter.reason.explained
 
 
 def test_the_map_serialises():
     model, inputs = make("tied")
-    data = json.loads(find_weights(model, inputs).to_json())
+    data = json.loads(json.dumps(find_weights(model, inputs).to_dict()))
     assert data["frontend"] == "torch.export"
     assert data["sites"][0]["roles"] == ["row", "dim"]
     assert data["vectors"] == 1
@@ -230,7 +230,7 @@ stacked.0                                 matmul  in 6 x out 6            float3
 stacked.1                                 matmul  in 6 x out 6            float32     1
 banks                                     matmul  batch 5 x in 6 x out 6  float32     1
 
-left out                                  shape         reason
+stays dense                               shape         reason
 ----------------------------------------  ------------  ---------------------------------------------
 gain                                      (8, 1)        only scales, element by element: mul
 scales                                    (3, 6)        only scales, element by element: mul

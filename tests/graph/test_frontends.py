@@ -32,7 +32,7 @@ def roles(weights):
 
 
 def left_out(weights):
-    return {u.fqn for u in weights.unclaimed}
+    return {u.fqn for u in weights.dense}
 
 
 def compiled(model, args, kwargs, lower=False):
@@ -168,8 +168,8 @@ def test_symbolic_traces_agree(name):
     traced = find_weights(fx.symbolic_trace(model))
     assert roles(traced) == roles(expected)
     # A traced GraphModule holds only what its graph reads.
-    read = [u.fqn for u in expected.unclaimed if u.reason is not Reason.UNREACHABLE]
-    assert [u.fqn for u in traced.unclaimed] == read
+    read = [u.fqn for u in expected.dense if u.reason is not Reason.UNREACHABLE]
+    assert [u.fqn for u in traced.dense] == read
     assert roles(find_weights(fx.symbolic_trace(model), inputs)) == roles(expected)
 
 
@@ -227,9 +227,9 @@ then.weight   linear  out 4 x in 4  float32     1
 bare          matmul  in 4 x out 4  float32     1
 never.weight  linear  out 4 x in 4  float32     1
 
-left out  shape   reason
---------  ------  ---------------------------------------------------------------------
-unused    (4, 4)  the graph does not show it: torch.export: GuardOnDataDependentSymNode
+stays dense  shape   reason
+-----------  ------  ---------------------------------------------------------------------
+unused       (4, 4)  the graph does not show it: torch.export: GuardOnDataDependentSymNode
 (5 one-dimensional parameters; read from Dynamo (2 graphs), no FX trace (TraceError), module classes)""",
     )
     assert torch.equal(torch.get_rng_state(), random)
@@ -250,7 +250,7 @@ def test_a_module_that_hides_from_every_graph():
 
     weights = find_weights(Hidden(), (torch.randn(2, 4),))
     assert list(weights) == ["inner.weight"]
-    assert [(u.fqn, u.reason) for u in weights.unclaimed] == [("bare", Reason.FRONTEND)]
+    assert [(u.fqn, u.reason) for u in weights.dense] == [("bare", Reason.FRONTEND)]
     assert weights.frontend.endswith("module classes")
 
 
@@ -274,7 +274,7 @@ def test_without_inputs_only_classes_are_known():
     weights = find_weights(Branches())
     assert weights.frontend == "module classes, without example inputs"
     assert list(weights) == ["first.weight", "then.weight", "never.weight"]
-    assert {u.fqn: u.reason for u in weights.unclaimed} == dict.fromkeys(
+    assert {u.fqn: u.reason for u in weights.dense} == dict.fromkeys(
         ["bare", "unused"], Reason.FRONTEND
     )
 
@@ -345,4 +345,4 @@ def test_what_prepare_fx_returns(qat):
     assert {re.sub(r"(\.0)+", "", fqn): role for fqn, role in roles(weights).items()} == {
         re.sub(r"(\.0)+", "", fqn): role for fqn, role in roles(expected).items()
     }
-    assert not weights.unclaimed
+    assert not weights.dense

@@ -26,11 +26,13 @@ def run(module, tokens):
 def layers():
     for packing in PACKINGS:
         for dtype in (torch.float32, torch.bfloat16, torch.int8):
-            for how in ["none", "token_affine", "tensor_affine"][: 3 if dtype == torch.int8 else 1]:
+            for quantizer in ["none", "token_affine", "tensor_affine"][
+                : 3 if dtype == torch.int8 else 1
+            ]:
                 for shape in SHAPES:
                     for density in (0.0, 0.5, 1.0):
                         if not PACKINGS[packing].refusal(sparse(shape, density, dtype)):
-                            yield layer(packing, shape, density, dtype, quantize_input=how)
+                            yield layer(packing, shape, density, dtype, quantize_input=quantizer)
 
 
 def corrupt(module, source):

@@ -75,12 +75,12 @@ def assert_close(module, x, y):
 @st.composite
 def cases(draw):
     dtype = draw(st.sampled_from([*FLOATS, torch.int8]))
-    how = draw(st.sampled_from(["none", *QUANTIZED])) if dtype == torch.int8 else "none"
+    quantizer = draw(st.sampled_from(["none", *QUANTIZED])) if dtype == torch.int8 else "none"
     module = layer(
         shape=(draw(st.integers(1, 70)), draw(st.integers(1, 150))),
         density=draw(st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0])),
         dtype=dtype,
-        quantize_input=how,
+        quantize_input=quantizer,
         activation=draw(st.sampled_from(sorted(ACTIVATIONS))),
     )
     x_dtype = draw(st.sampled_from(FLOATS)) if dtype == torch.int8 else dtype
@@ -159,13 +159,13 @@ def test_many_rows_of_any_strides(dtype, rows, seed):
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize(
-    ("how", "mapping"),
+    ("quantizer", "mapping"),
     [("token_symmetric", MappingType.SYMMETRIC), ("token_affine", MappingType.ASYMMETRIC)],
 )
-def test_quantizes_as_torchao(how, mapping, dtype):
+def test_quantizes_as_torchao(quantizer, mapping, dtype):
     x = torch.cat([torch.randn(50, 23), torch.randn(5, 23).abs(), torch.zeros(1, 23)]).to(dtype)
     theirs = Int8Tensor.from_hp(x, PerRow(), mapping)
-    ours = quantize(x, how)
+    ours = quantize(x, quantizer)
     assert torch.equal(ours.codes, theirs.qdata.int())
     assert torch.equal(ours.scale, theirs.scale)
     assert torch.equal(ours.zero_point, theirs.zero_point.int().view(-1, 1))
@@ -185,9 +185,9 @@ def test_multiplies_as_torch_ao(size):
             torch.testing.assert_close(module(x), theirs, rtol=1e-4, atol=1e-5 * size)
 
 
-@pytest.mark.parametrize("how", QUANTIZED)
-def test_unusual_activations(how):
-    module = layer(dtype=torch.int8, quantize_input=how)
+@pytest.mark.parametrize("quantizer", QUANTIZED)
+def test_unusual_activations(quantizer):
+    module = layer(dtype=torch.int8, quantize_input=quantizer)
     rows = {
         "zero": torch.zeros(23),
         "constant": torch.full((23,), 3.0),
@@ -206,7 +206,7 @@ def test_unusual_activations(how):
         x = torch.randn(2, 23)
         x[0, 5] = torch.nan
         assert module(x)[0].isnan().all()
-        assert module(x)[1].isnan().all() == (how == "tensor_affine")
+        assert module(x)[1].isnan().all() == (quantizer == "tensor_affine")
         x[0, 5] = torch.inf
         assert not module(x)[0].isfinite().any()
 
@@ -263,12 +263,12 @@ def test_check_refuses_what_is_corrupt(dtype):
             packing.check(parts, weight.shape, dtype)
 
 
-@pytest.mark.parametrize("how", ["none", *QUANTIZED])
+@pytest.mark.parametrize("quantizer", ["none", *QUANTIZED])
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_opcheck(how, dtype):
-    module = layer(dtype=dtype if how == "none" else torch.int8, quantize_input=how)
+def test_opcheck(quantizer, dtype):
+    module = layer(dtype=dtype if quantizer == "none" else torch.int8, quantize_input=quantizer)
     x = torch.randn(3, 23, dtype=dtype, requires_grad=True)
-    rest = (module.scale, module.row_sums, torch.randn(37, dtype=dtype), 23, 37, how, "gelu")
+    rest = (module.scale, module.row_sums, torch.randn(37, dtype=dtype), 23, 37, quantizer, "gelu")
     torch.library.opcheck(
         linear_operator(PACKINGS["bitmask"]), (x, *module.parts().values(), *rest)
     )
@@ -396,9 +396,9 @@ def test_flipped_bits_are_refused_or_harmless(seed):
         torch.testing.assert_close(module(x), plain, rtol=0.1, atol=0.1, equal_nan=True)
 
 
-@pytest.mark.parametrize("how", ["none", "token_symmetric"])
-def test_compiles_at_most_twice_for_all_batches(how):
-    module = layer(shape=(64, 48), dtype=torch.int8, quantize_input=how, activation="silu")
+@pytest.mark.parametrize("quantizer", ["none", "token_symmetric"])
+def test_compiles_at_most_twice_for_all_batches(quantizer):
+    module = layer(shape=(64, 48), dtype=torch.int8, quantize_input=quantizer, activation="silu")
     counter = CompileCounterWithBackend("aot_eager")
     torch._dynamo.reset()
     compiled = torch.compile(module, fullgraph=True, backend=counter)
@@ -481,14 +481,14 @@ def test_under_the_address_sanitizer(tmp_path):
 
 
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("how", QUANTIZED)
+@pytest.mark.parametrize("quantizer", QUANTIZED)
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_codes_of_activations_are_those_of_plain_torch(monkeypatch, level, how, dtype):
+def test_codes_of_activations_are_those_of_plain_torch(monkeypatch, level, quantizer, dtype):
     """An identity shows them."""
     monkeypatch.setenv("FX_SPARSITY_CPU", level)
     identity = torch.eye(64, dtype=torch.int8)
     module = SparseLinear.from_dense(
-        identity, packing="bitmask", scale=torch.ones(64), quantize_input=how
+        identity, packing="bitmask", scale=torch.ones(64), quantize_input=quantizer
     )
     for seed in range(400):  # some have values in the very middle
         generator = torch.Generator().manual_seed(seed)

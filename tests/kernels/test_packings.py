@@ -45,20 +45,20 @@ def by_blocks(shape, height, width, density, dtype, seed=0):
     return torch.where(kept[: shape[0], : shape[1]], weight, -weight.new_zeros(()))
 
 
-def check_layer(weight, packing, tokens, how, x_dtype):
+def check_layer(weight, packing, tokens, quantizer, x_dtype):
     """Packs exactly, and multiplies as float64 does."""
     coded = weight.dtype == torch.int8
     scale = torch.rand(len(weight)) * 0.01 + 0.001 if coded else None
-    module = SparseLinear.from_dense(weight, packing=packing, scale=scale, quantize_input=how)
+    module = SparseLinear.from_dense(weight, packing=packing, scale=scale, quantize_input=quantizer)
     back = module.dense_codes()
     assert torch.equal(back, weight)
     assert coded or not (back.signbit() & (back == 0)).any()
     PACKINGS[packing].check(module.parts(), weight.shape, weight.dtype)
     x = torch.randn(tokens, weight.shape[1]).to(x_dtype)
-    if how == "none":
+    if quantizer == "none":
         want = x.double() @ module.dense_weight().double().T
     else:
-        codes, x_scale, zero_point = quantize(x, how)
+        codes, x_scale, zero_point = quantize(x, quantizer)
         want = (codes - zero_point).double() @ weight.double().T * x_scale.double() * scale.double()
     size = x.abs().double() @ module.dense_weight().abs().double().T
     rtol = 2**-7 if x_dtype == torch.bfloat16 else 1e-5
@@ -71,21 +71,21 @@ def calls(draw):
     """Shape, dtype, and how activations meet the weight; a level of the processor."""
     dtype = draw(st.sampled_from(DTYPES))
     coded = dtype == torch.int8
-    how = draw(st.sampled_from(["none", *INTEGER_QUANTIZERS])) if coded else "none"
+    quantizer = draw(st.sampled_from(["none", *INTEGER_QUANTIZERS])) if coded else "none"
     x_dtype = draw(st.sampled_from(DTYPES[:2])) if coded else dtype
     shape = (draw(st.integers(1, 100)), draw(st.integers(1, 150)))
     tokens = draw(st.sampled_from([1, 2, 3, 4, 7, 8, 9, 16, 17, 40]))
-    return shape, dtype, tokens, how, x_dtype, draw(st.sampled_from(LEVELS))
+    return shape, dtype, tokens, quantizer, x_dtype, draw(st.sampled_from(LEVELS))
 
 
 @given(call=calls(), pattern=st.sampled_from(PATTERNS))
 @settings(max_examples=50, deadline=None)
 def test_groups(call, pattern):
-    shape, dtype, tokens, how, x_dtype, cpu = call
+    shape, dtype, tokens, quantizer, x_dtype, cpu = call
     weight = by_groups(shape, *pattern, dtype, tokens)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FX_SPARSITY_CPU", cpu)
-        check_layer(weight, "nm", tokens, how, x_dtype)
+        check_layer(weight, "nm", tokens, quantizer, x_dtype)
 
 
 @given(
@@ -122,14 +122,14 @@ def test_groups_are_packed_as_in_plain_torch(shape, dtype, pattern, seed, turned
 )
 @settings(max_examples=60, deadline=None)
 def test_blocks(call, block, density, slack):
-    shape, dtype, tokens, how, x_dtype, cpu = call
+    shape, dtype, tokens, quantizer, x_dtype, cpu = call
     weight = by_blocks(shape, *block, density, dtype, tokens)
     if PACKINGS["block"].refusal(weight):  # every block was drawn, or is cut
         return
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FX_SPARSITY_CPU", cpu)
         patch.setattr("fx_sparsity.kernels.block._SLACK", slack)
-        check_layer(weight, "block", tokens, how, x_dtype)
+        check_layer(weight, "block", tokens, quantizer, x_dtype)
 
 
 def test_the_library_is_what_is_tested():
@@ -213,9 +213,19 @@ def test_corrupt_blocks(dtype, block):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_opcheck(name, dtype):
     make = {"nm": by_groups((37, 24), 2, 4, dtype), "block": by_blocks((37, 24), 16, 4, 0.5, dtype)}
-    how, scale = ("token_affine", torch.rand(37)) if dtype == torch.int8 else ("none", None)
-    module = SparseLinear.from_dense(make[name], packing=name, scale=scale, quantize_input=how)
+    quantizer, scale = ("token_affine", torch.rand(37)) if dtype == torch.int8 else ("none", None)
+    module = SparseLinear.from_dense(
+        make[name], packing=name, scale=scale, quantize_input=quantizer
+    )
     x_dtype = torch.float32 if dtype == torch.int8 else dtype
     x = torch.randn(3, 24, dtype=x_dtype, requires_grad=True)
-    rest = (module.scale, module.row_sums, torch.randn(37, dtype=x_dtype), 24, 37, how, "gelu")
+    rest = (
+        module.scale,
+        module.row_sums,
+        torch.randn(37, dtype=x_dtype),
+        24,
+        37,
+        quantizer,
+        "gelu",
+    )
     torch.library.opcheck(linear_operator(PACKINGS[name]), (x, *module.parts().values(), *rest))

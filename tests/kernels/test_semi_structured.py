@@ -300,7 +300,7 @@ def test_float8_on_the_cpu_stays_dense_with_a_reason():
     made = nn.Sequential(nn.Linear(128, 64, dtype=torch.bfloat16))
     made[0].weight = nn.Parameter(float8_tensor(weight(torch.bfloat16, 2, 2)), requires_grad=False)
     lowered, report = lower(made, policy="always")  # which torch 2.11 cannot run here
-    assert "torch has semi-structured kernels on CUDA alone" in report.left["0.weight"]
+    assert "torch has semi-structured kernels on CUDA alone" in report.dense["0.weight"]
     assert type(lowered[0].weight).__name__ == "Float8Tensor"
 
 
@@ -347,7 +347,7 @@ def test_lowered_on_cuda(dtype, tokens, policy):
     dense = model(dtype)
     x = torch.randn(tokens, 256, dtype=dtype, device="cuda")
     lowered, report = lower(copy.deepcopy(dense), (x,), policy)
-    assert {row.kernel for row in report.weights} == {"semi_structured"}
+    assert {row.kernel for row in report.rows} == {"semi_structured"}
     eps = torch.finfo(dtype).eps
     torch.testing.assert_close(lowered(x), dense(x), rtol=8 * eps, atol=8 * eps)
     compiled = torch.compile(lowered, fullgraph=True)
@@ -386,7 +386,7 @@ def test_float8_on_cuda():
     reason = _float8_refusal(x.device)
     lowered, report = lower(copy.deepcopy(dense), (x,), "always")
     if reason is not None:
-        assert all(reason in why for why in report.left.values())
+        assert all(reason in why for why in report.dense.values())
         return
     assert set(report.lowered) == {"0.weight", "2.weight"}
     torch.testing.assert_close(lowered(x), dense(x), rtol=0.05, atol=0.05)
@@ -405,4 +405,4 @@ def test_auto_times_on_cuda():
     dense = model(torch.bfloat16)
     x = torch.randn(20, 256, dtype=torch.bfloat16, device="cuda")
     _, report = lower(dense, (x,))
-    assert all(row.gain for row in report.weights)
+    assert all(row.gain for row in report.rows)

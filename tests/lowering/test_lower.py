@@ -241,7 +241,7 @@ def test_rules_by_class_hold_for_nodes_too():
     program = torch.export.export(sparse(), (X,))
     _, report = lower(program, policy={nn.Linear: "always", "2": None})
     assert report.lowered == ("0.weight",)
-    assert report["2.weight"].reason == "excluded by rule '2'"
+    assert report["2.weight"].reason == "excluded by name '2'"
 
 
 def test_a_tied_head_is_lowered_and_the_table_stays():
@@ -329,7 +329,7 @@ lowered       pattern               density  kernel   gain at tokens  bytes befo
 ------------  --------------------  -------  -------  --------------  ------------  -----
 plain.weight  unstructured 71.875%  28.1%    bitmask  not measured            1024    400
 
-left as it was             pattern                  density  reason
+stays dense                pattern                  density  reason
 -------------------------  -----------------------  -------  ----------------------------------------------------
 own.weight                 -                        -        Doubled has a forward of its own
 hooked.weight              -                        -        it has hooks
@@ -363,14 +363,14 @@ lowered   pattern  density  kernel                  gain at tokens         bytes
 a.weight  2:4      50.0%    bitmask                 1.9x at 1, 1.5x at 4           4096   2304
 b.weight  2:4      50.0%    bitmask up to 1 tokens  1.9x at 1, 0.5x at 64          4096   6400
 
-left as it was  pattern  density  reason
---------------  -------  -------  -----------------
-c.weight              -  100.0%   not sparse enough
+stays dense  pattern  density  reason
+-----------  -------  -------  -----------------
+c.weight           -  100.0%   not sparse enough
 
 2 of 3 weights lowered; 0.0117 MiB of weights before, 0.0122 MiB after""",
         )
-        read = json.loads(report.to_json())
-        assert read["weights"][0]["gain"] == {"1": 1.93, "4": 1.5}
+        read = json.loads(json.dumps(report.to_dict()))
+        assert read["rows"][0]["gain"] == {"1": 1.93, "4": 1.5}
 
 
 def pruned_rows(module):
@@ -425,16 +425,16 @@ def test_auto_measures_tables_too(table):
     assert report["0.weight"].kernel == "rows"
 
 
-def test_bad_wishes_change_nothing():
+def test_bad_rules_change_nothing():
     model = sparse()
     modules = list(model)
-    for wish, message in (
+    for rule, message in (
         ("fastest", "policy: expected 'auto', 'always', 'bitmask'"),
         ({"3": "always"}, "'3' names no layer"),
         ({"0": "brotli"}, "found 'brotli'"),
     ):
         with pytest.raises(LoweringError, match=message):
-            lower(model, (X,), wish)
+            lower(model, (X,), rule)
     with pytest.raises(LoweringError, match=r"tokens: expected positive integers, found \(0,\)"):
         lower(model, (X,), tokens=(0,))
     with pytest.raises(InputError):
@@ -555,9 +555,9 @@ def test_the_most_specific_rule_wins():
     rules = policy.Policy(
         {"a.b": "bitmask", "re:a.*": None, nn.Linear: "always", nn.Module: "auto"}
     )
-    assert rules.wish(("a.b.weight",), nn.Linear)[0] == "bitmask"
-    assert rules.wish(("a.c.weight",), nn.Linear) == (None, "excluded by rule 're:a.*'")
-    assert rules.wish(("c.weight",), Doubled)[0] == "always"
-    assert rules.wish(("c.weight",), nn.Conv2d)[0] == "auto"
+    assert rules.rule(("a.b.weight",), nn.Linear)[0] == "bitmask"
+    assert rules.rule(("a.c.weight",), nn.Linear) == (None, "excluded by regex 'a.*'")
+    assert rules.rule(("c.weight",), Doubled)[0] == "always"
+    assert rules.rule(("c.weight",), nn.Conv2d)[0] == "auto"
     assert rules.unused() == []
-    assert policy.Policy({"x": None}).wish(("y.weight",), nn.Linear) == (None, "no rule names it")
+    assert policy.Policy({"x": None}).rule(("y.weight",), nn.Linear) == (None, "no rule names it")

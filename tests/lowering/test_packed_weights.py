@@ -164,7 +164,7 @@ def test_tables_are_read_by_their_values(coded):
 def test_what_is_packed_already_has_a_row_that_says_so():
     lowered, _ = lower(masked()[0], (X,), {"0": "always"})
     _, report = lower(lowered, (X,), {"2": "always"})
-    assert report.left == {"0.weight": "it is packed already"}
+    assert report.dense == {"0.weight": "it is packed already"}
     assert report.lowered == ("2.weight",)
 
 

@@ -39,9 +39,7 @@ def test_build_then_run_without_a_compiler(tmp_path):
     out, _ = start(env, "fx_sparsity.env").communicate(timeout=120)
     assert all(f"C++ kernels from {path}" in out for path in paths.values())
     tests = ["tests/masks/test_exact.py", "tests/masks/test_refusals.py"]
-    tests += [
-        f"tests/pruning/methods/test_{room}.py" for room in ("sparsegpt", "refinements")
-    ]
+    tests += [f"tests/pruning/methods/test_{room}.py" for room in ("sparsegpt", "refinements")]
     options = ["-q", "-k", "native", "-p", "no:cacheprovider"]
     process = start(env, "pytest", *options, *tests)
     out, _ = process.communicate(timeout=300)

@@ -77,9 +77,9 @@ def test_the_budget_is_met_to_the_element(rule, method, level):
     zeros = zeros_of(sparsifier)
     assert zeros.keys() == elements.keys()
     assert sum(zeros.values()) == round(level * sum(elements.values()))
-    assert {row.fqn: round(row.level * elements[row.fqn]) for row in report.weights} == zeros
+    assert {row.fqn: round(row.level * elements[row.fqn]) for row in report.rows} == zeros
     if rule != "uniform":
-        assert len({row.level for row in report.weights}) > 1
+        assert len({row.level for row in report.rows}) > 1
 
 
 def test_levels_of_a_mapping_are_pooled():
@@ -112,7 +112,7 @@ def test_rules_see_the_dense_model():
     expected = allocation.owl(weights, 0.6, ratios, 0.2)
     mapping = SparsityMapping().set_object_type("linear", "unstructured 60%")
     _, report = prune(model, fxs.SparseGPTSparsifier(), batches, mapping, allocation=OWL(0.2, 2))
-    assert {row.fqn: row.level for row in report.weights} == {
+    assert {row.fqn: row.level for row in report.rows} == {
         name: config.level for name, config in expected.items()
     }
 
@@ -124,7 +124,7 @@ def test_least_error_lowers_the_sum_of_errors():
         model, batches = mixed()
         sparsifier = fxs.SparseGPTSparsifier()
         _, report = prune(model, sparsifier, batches, mapping, allocation=rule, sequential=False)
-        sums.append(sum(row.error**2 for row in report.weights))
+        sums.append(sum(row.error**2 for row in report.rows))
     assert sums[1] < sums[0]
 
 
@@ -145,7 +145,7 @@ def test_without_a_graph_and_without_weights_that_nothing_meets():
     torch.manual_seed(0)
     model, sparsifier = Decides(), TinyWanda()
     _, report = prune(model, sparsifier, [(torch.randn(9, 8),)], allocation=OWL(multiple=2))
-    assert "observed" in report.why
+    assert "observed" in report.reason
     assert report.dense == {"idle.weight": "no input of it was seen"}
     assert sum(zeros_of(sparsifier).values()) == 96
 

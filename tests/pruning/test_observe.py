@@ -52,7 +52,7 @@ def test_a_model_without_a_graph_is_observed(caplog):
     method = Recorded()
     _, report = prune(model, method, batches)
     assert not report.sequential
-    assert "the running model was observed" in report.why
+    assert "the running model was observed" in report.reason
     assert "all at once" in str(report)
     assert "taken at once" in caplog.text
     seen = {"a": [], "b": [], "c": []}
@@ -86,7 +86,7 @@ def test_what_is_observed_is_what_the_graph_shows(name, no_graph, monkeypatch):
     monkeypatch.undo()
     walked = Everything()
     _, expected = prune(model, walked, [inputs], sequential=False)
-    assert "observed" in report.why
+    assert "observed" in report.reason
     assert set(report) == set(expected)
     assert report.dense.keys() == expected.dense.keys()
     shown = dict(zip(expected, walked.shown, strict=True))
@@ -177,7 +177,7 @@ def test_biases_are_corrected_without_a_graph(no_graph):
         dims = [d for d in range(x.ndim) if d != channels]
         wanted = layer(x).mean(dims)
         _, report = prune(layer, TinyWanda(), [(x[:2],), (x[2:],)], correct_bias=True)
-        assert "observed" in report.why
+        assert "observed" in report.reason
         assert torch.allclose(layer(x).mean(dims), wanted, atol=1e-5), layer
 
 
@@ -200,5 +200,5 @@ def test_biases_that_others_read_are_left_alone(no_graph):
     before = {n: p.clone() for n, p in model.named_parameters() if n.endswith("bias")}
     _, report = prune(model, TinyWanda(), [(x,)], correct_bias=True)
     assert len(report) == 4
-    assert all(w.notes == ("no bias of its own to correct",) for w in report.weights)
+    assert all(w.notes == ("no bias of its own to correct",) for w in report.rows)
     assert all(torch.equal(model.get_parameter(n), value) for n, value in before.items())

@@ -15,7 +15,14 @@ from fx_sparsity.pruning import progress
 from fx_sparsity.pruning.methods import Solution
 from fx_sparsity.sparsifier import MaskError, dense_state_dict
 from tests.models import make
-from tests.pruning.tiny_methods import Everything, LeastSquares, Magnitude, Method, Recorded, TinyWanda
+from tests.pruning.tiny_methods import (
+    Everything,
+    LeastSquares,
+    Magnitude,
+    Method,
+    Recorded,
+    TinyWanda,
+)
 from tests.sparsifier.test_base import assert_unchanged, snapshot
 
 
@@ -107,7 +114,7 @@ def test_statistics_in_memory_are_those_of_one_weight():
     assert report.statistics_bytes == one
     _, report = prune(mlp(6, 16)[0], Recorded(), batches, sequential=False)
     assert report.statistics_bytes == 6 * one
-    assert (report.sequential, report.why) == (False, "asked for")
+    assert (report.sequential, report.reason) == (False, "asked for")
 
 
 def test_weights_that_meet_the_same_inputs_share_statistics(monkeypatch):
@@ -133,7 +140,7 @@ def test_weights_that_meet_the_same_inputs_share_statistics(monkeypatch):
     assert len(added) == 2
     for gram in method.grams[:3]:
         assert torch.allclose(gram[0], x.T @ x, rtol=1e-4, atol=1e-4)
-    assert [w.tokens for w in report.weights] == [30] * 4
+    assert [w.tokens for w in report.rows] == [30] * 4
 
 
 def test_too_few_inputs_for_a_gram_matrix_are_told():

@@ -12,7 +12,13 @@ from fx_sparsity import prune
 from fx_sparsity.pruning import CalibrationError
 from tests.coverage import architectures
 from tests.models import make, make_bert
-from tests.pruning.tiny_methods import Everything, LeastSquares, Recorded, RecordedSquares, TinyWanda
+from tests.pruning.tiny_methods import (
+    Everything,
+    LeastSquares,
+    Recorded,
+    RecordedSquares,
+    TinyWanda,
+)
 
 
 class Deep(nn.Module):
@@ -177,7 +183,7 @@ def test_batches_of_any_shape_sum_up(kind, graphs):
     method = Recorded()
     _, report = prune(model, method, batches)
     assert report.sequential
-    assert report.why == ("1 graph" if graphs == 1 else "2 graphs")
+    assert report.reason == ("1 graph" if graphs == 1 else "2 graphs")
     seen = inputs_of(model, matmul_modules(model), batches)
     for fqn, gram in zip(report, method.grams, strict=True):
         x = seen[fqn]
@@ -202,7 +208,7 @@ def test_batches_of_other_nesting_take_a_graph_of_their_own():
         *({"x": x, "scale": one, "twice": True}, x),
     ]
     _, report = prune(Optional(), method, batches)
-    assert report.why == "4 graphs"
+    assert report.reason == "4 graphs"
     assert report.sequential
     assert torch.allclose(method.grams[0][0], 10 * x.T @ x, rtol=1e-4)
 
@@ -211,7 +217,7 @@ def test_graphs_that_meet_weights_in_other_orders_are_refused():
     model = Swapping()
     before = copy.deepcopy(model.state_dict())
     batches = [(torch.randn(4, 6),), (torch.randn(5, 6),)]
-    with pytest.raises(CalibrationError, match="batches 0 and 1 take graphs that meet"):
+    with pytest.raises(CalibrationError, match="batches 0 and 1 take graphs that use"):
         prune(model, TinyWanda(), batches)
     assert not any("parametriz" in name for name, _ in model.named_modules())
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
@@ -223,7 +229,7 @@ def test_dynamic_shapes_are_taken_as_given():
     _, report = prune(
         model, TinyWanda(), batches, dynamic_shapes=({0: torch.export.Dim("rows", min=2)},)
     )
-    assert report.why == "1 graph"
+    assert report.reason == "1 graph"
 
 
 def test_nothing_else_is_disturbed():

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import fx_sparsity as fxs
-from fx_sparsity.storage import CompressedFile, FileFormatError, verify
+from fx_sparsity.storage import CompressedFile, FileFormatError, faults
 from tests.models import make
 from tests.storage.test_formats import same_bits
 
@@ -36,7 +36,7 @@ def test_a_sparse_model_shrinks_and_loads_back(tmp_path):
     assert other.head.weight is other.embed.weight
     assert {name: p.data_ptr() for name, p in other.named_parameters()} == before
     assert list(tmp_path.iterdir()) == [path]
-    assert verify(path) == []
+    assert faults(path) == []
 
 
 def _umask():
@@ -69,7 +69,7 @@ def test_plain_files_load(tmp_path):
     save_file(tensors, tmp_path / "plain.safetensors")
     loaded = fxs.load(tmp_path / "plain.safetensors")
     assert all(same_bits(loaded[name], tensor) for name, tensor in tensors.items())
-    assert verify(tmp_path / "plain.safetensors") == []
+    assert faults(tmp_path / "plain.safetensors") == []
 
 
 def test_every_tensor_is_aligned(tmp_path):
@@ -266,7 +266,7 @@ def test_a_flipped_payload_is_found_on_request(tmp_path):
     fxs.load(path)
     with pytest.raises(FileFormatError, match="^v: expected checksum"):
         fxs.load(path, check=True)
-    assert [fault.split(":")[0] for fault in verify(path)] == ["v"]
+    assert [fault.split(":")[0] for fault in faults(path)] == ["v"]
 
 
 @pytest.mark.parametrize("kernels", ["1", "0"])

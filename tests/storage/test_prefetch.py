@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from fx_sparsity.storage.prefetch import one_ahead
+from fx_sparsity.storage.prefetch import prefetch
 
 
 def test_the_next_item_is_made_while_one_is_used():
@@ -16,7 +16,7 @@ def test_the_next_item_is_made_while_one_is_used():
             begun[number].set()
             yield number
 
-    for number in one_ahead(items()):
+    for number in prefetch(items()):
         if number < 2:
             assert begun[number + 1].wait(5)
             assert not begun[number + 2].is_set()
@@ -28,13 +28,13 @@ def test_an_error_comes_after_the_items_before_it_and_the_thread_ends():
         raise KeyError("two")
 
     threads = threading.active_count()
-    with contextlib.closing(one_ahead(items())) as ahead:
+    with contextlib.closing(prefetch(items())) as ahead:
         assert next(ahead) == 1
         with pytest.raises(KeyError, match="two"):
             next(ahead)
     assert threading.active_count() == threads
 
-    taken = one_ahead(items())
+    taken = prefetch(items())
     assert next(taken) == 1
     taken.close()
     assert threading.active_count() == threads

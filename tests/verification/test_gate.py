@@ -155,7 +155,7 @@ weight    stored as                                               sparsity  patt
 0.weight  qint8, per-channel affine (integer zero point), axis 0  50.0%     2:4          64  64 (100.0%)                   -           -  ok
 2.weight  qint8, per-channel affine (integer zero point), axis 0  50.0%     2:4          64  64 (100.0%)                   -           -  ok""",
     )
-    assert json.loads(verification.to_json())[0]["zero_in_code"] == 64
+    assert json.loads(json.dumps(verification.to_dict()))["rows"][0]["zero_in_code"] == 64
     assert len(verification) == 2
     assert verification[0].fqn == "0.weight"
 

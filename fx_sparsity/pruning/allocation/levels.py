@@ -1,4 +1,4 @@
-"""How much goes from which weight, so that a whole model loses exactly what it was told to.
+"""How much goes from which weight, so that a whole model loses exactly what was asked for.
 
 Every function takes the weights by FQN and the share of all their elements that goes, and returns
 FQN -> `SparsityConfig`, whose levels meet that share to the element; where only whole blocks go,

@@ -42,7 +42,7 @@ class CalibratedSparsifier(BaseSparsifier):
 
         Args:
             weight: float32, [groups, out, in]. Not changed.
-            stats: with everything that `needs` names. Not changed either: weights that meet the
+            stats: with everything that `needs` names. Not changed either: weights that have the
                 same inputs share them.
             tiling: the pattern for this matrix form.
             level: share to prune, in [0, 1].

@@ -16,7 +16,7 @@ class Statistics:
 
     In matrix form a weight is [groups, out, in]: one group but for experts and other batched
     weights; `in` runs over everything that is reduced, the positions of a convolution's kernel
-    outermost. One column of inputs x, [in], meets the weight of its group as `W @ x`.
+    outermost. One column of inputs x, [in], is multiplied with the weight of its group as `W @ x`.
 
     Attributes:
         tokens: how many inputs each group got: int64, [groups].

@@ -190,7 +190,7 @@ def _qconfig_of(name: str, module: nn.Module, mapping: tq.QConfigMapping) -> tq.
 def _moved(prepared: nn.Module, weights: WeightMap) -> Iterator[tuple[str, str]]:
     """FQN in the float model -> FQN in the prepared one, where the owner was fused."""
     for site in weights.sites:
-        for fqn in (site.fqn, *site.aliases):
+        for fqn in site.names:
             owner, _, attribute = fqn.rpartition(".")
             parent, _, last = owner.rpartition(".")
             module = _submodule(prepared, owner)

@@ -3,7 +3,7 @@
 from fx_sparsity.graph.context_blocks import OpenBlocks
 from fx_sparsity.graph.discovery import find_weights
 from fx_sparsity.graph.example_inputs import InputError
-from fx_sparsity.graph.export import CaptureError
+from fx_sparsity.graph.frontends import CaptureError
 from fx_sparsity.graph.mapping import Assignment, MappingError, MappingLike, SparsityMapping
 from fx_sparsity.graph.passes import AnnotateWeights, InsertMasks, RemoveMasks
 from fx_sparsity.graph.prepare import prepare, squash, unprepare

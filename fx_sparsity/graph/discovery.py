@@ -8,23 +8,20 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.nn.utils import parametrize
 
-from fx_sparsity.graph.compiled import capture_graphs, is_compiled
-from fx_sparsity.graph.example_inputs import ExampleInputs, call_arguments, run_undisturbed
-from fx_sparsity.graph.export import CaptureError, export_model
+from fx_sparsity.graph.compiled import is_compiled
+from fx_sparsity.graph.example_inputs import ExampleInputs
+from fx_sparsity.graph.frontends import (
+    CaptureError,
+    Frontend,
+    Model,
+    frontends,
+    frontends_without_export,
+)
 from fx_sparsity.graph.named_tensors import exported_tensors, named_tensors
 from fx_sparsity.graph.operators import OPERATORS
-from fx_sparsity.graph.sources import (
-    Source,
-    compiled_source,
-    exported_source,
-    graph_source,
-    module_source,
-)
-from fx_sparsity.graph.trace import trace_model
+from fx_sparsity.graph.sources import Source, graph_source, module_source
 from fx_sparsity.graph.uses import canonical_fqn, module_uses, uses_of_module, weight_uses
 from fx_sparsity.graph.weight_map import DenseParameter, Reason, Use, WeightMap, WeightSite
-
-Model = nn.Module | fx.GraphModule | ExportedProgram
 
 
 def find_weights(
@@ -58,17 +55,16 @@ def find_weights(
     Raises:
         InputError: the module rejects `example_inputs`.
     """
-    if isinstance(subject, ExportedProgram):
-        search = _Search(exported_tensors(subject), set(subject.graph_signature.parameters), None)
-        search.read((subject.graph_module, exported_source(subject)))
-        return search.result("ExportedProgram")
-    if isinstance(subject, fx.GraphModule):
-        if is_compiled(subject):
-            return _read_compiled(subject, example_inputs, model)
-        search = _Search.of(subject)
-        search.read((subject, module_source(subject)))
-        return search.result("GraphModule")
-    return _read_module(subject, example_inputs, dynamic_shapes)
+    search = _Search.of(subject, example_inputs, model)
+    return search.through(frontends(subject, example_inputs, dynamic_shapes, model))
+
+
+def find_weights_without_export(
+    model: nn.Module, example_inputs: ExampleInputs, error: CaptureError
+) -> WeightMap:
+    """What `find_weights` comes to where `export_model` has just failed with `error`."""
+    search = _Search.of(model)
+    return search.through(frontends_without_export(model, example_inputs, error))
 
 
 def read_graph(model: nn.Module, graph: fx.GraphModule) -> WeightMap:
@@ -78,9 +74,7 @@ def read_graph(model: nn.Module, graph: fx.GraphModule) -> WeightMap:
         model: the module, which tells names and owners.
         graph: its `torch.export.export(...).module()`.
     """
-    search = _Search.of(model)
-    search.read((graph, module_source(graph)))
-    return search.result("torch.export")
+    return _Search.of(model).through([Frontend("torch.export", [(graph, module_source(graph))])])
 
 
 @dataclass
@@ -110,15 +104,44 @@ class _Search:
                 self.aliases.setdefault(name, []).append(fqn)
 
     @classmethod
-    def of(cls, model: nn.Module) -> "_Search":
-        parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-        return cls(dict(named_tensors(model)), parameters, model)
+    def of(
+        cls,
+        subject: Model,
+        example_inputs: ExampleInputs | None = None,
+        model: nn.Module | None = None,
+    ) -> "_Search":
+        """A search among the tensors of a model; see `find_weights` for the arguments."""
+        if isinstance(subject, ExportedProgram):
+            return cls(exported_tensors(subject), set(subject.graph_signature.parameters), None)
+        if isinstance(subject, fx.GraphModule) and is_compiled(subject) and model is None:
+            source = graph_source(subject, example_inputs, None)
+            found = dict(filter(None, map(source, subject.graph.nodes)))
+            parameters = {name for name, held in found.items() if isinstance(held, nn.Parameter)}
+            return cls(found, parameters, None)
+        held_by = model if isinstance(subject, fx.GraphModule) and is_compiled(subject) else subject
+        assert held_by is not None
+        names = {name for name, _ in held_by.named_parameters(remove_duplicate=False)}
+        return cls(dict(named_tensors(held_by)), names, held_by)
 
-    def read(self, *graphs: tuple[fx.GraphModule, Source]) -> None:
-        """Take in the uses that graphs show between them, of whatever is not settled yet."""
+    def through(self, ways: Iterable[Frontend]) -> WeightMap:
+        """Look in one way after the other, until nothing is open any more."""
+        names, gaps = [], ""
+        for way in ways:
+            names.append(way.name)
+            gaps = way.gaps
+            self.read(way)
+            if not self.open():
+                break
+        return self.result(", ".join(names), gaps)
+
+    def read(self, way: Frontend) -> None:
+        """Take in the uses that one way of looking shows, of whatever is not settled yet."""
         wanted = self.open()
-        for gm, source in graphs:
+        for gm, source in way.graphs:
             self._read(gm, source, wanted)
+        if way.classes is not None:
+            for path, module in way.classes.named_modules():
+                self.take(uses_of_module(path, module), wanted)
 
     def _read(self, gm: fx.GraphModule, source: Source, wanted: set[str]) -> None:
         for found in weight_uses(gm.graph, source):
@@ -209,68 +232,6 @@ class _Search:
             if details := sorted(detail for found, detail in reasons if found is reason):
                 return DenseParameter(name, shape, reason, ", ".join(filter(None, details)))
         return DenseParameter(name, shape, Reason.UNREACHABLE)
-
-
-def _read_module(
-    model: nn.Module, example_inputs: ExampleInputs | None, dynamic_shapes: Any
-) -> WeightMap:
-    search = _Search.of(model)
-    if example_inputs is None:
-        _read_classes(search, model)
-        return search.result("module classes, without example inputs", "no example inputs")
-    try:
-        program = export_model(model, example_inputs, dynamic_shapes)
-    except CaptureError as error:
-        return _read_without_export(search, model, example_inputs, error)
-    search.read((program.graph_module, exported_source(program)))
-    return search.result("torch.export")
-
-
-def _read_without_export(
-    search: _Search, model: nn.Module, example_inputs: ExampleInputs, error: CaptureError
-) -> WeightMap:
-    """Piece the map together from what the other frontends show."""
-    args, kwargs = call_arguments(example_inputs)
-    frontends = []
-    captured: list[Any] = []
-    run_undisturbed(model, lambda: captured.extend(capture_graphs(model, args, kwargs)))
-    graphs, stop = captured
-    search.read(*((gm, compiled_source(gm, inputs, model)) for gm, inputs in graphs))
-    if graphs or stop:
-        count = f"{len(graphs)} graph{'' if len(graphs) == 1 else 's'}"
-        frontends.append(f"Dynamo ({count}{f', then {type(stop).__name__}' if stop else ''})")
-    if search.open():
-        try:
-            traced = trace_model(model)
-        except Exception as trace_error:  # whatever the model's own code raises on proxies
-            frontends.append(f"no FX trace ({type(trace_error).__name__})")
-        else:
-            search.read((traced, module_source(traced)))
-            frontends.append("FX trace")
-    if search.open():
-        _read_classes(search, model)
-        frontends.append("module classes")
-    cause = type(error.__cause__).__name__
-    return search.result(", ".join(frontends), f"torch.export: {cause}")
-
-
-def _read_classes(search: _Search, model: nn.Module) -> None:
-    wanted = search.open()
-    for path, module in model.named_modules():
-        search.take(uses_of_module(path, module), wanted)
-
-
-def _read_compiled(
-    gm: fx.GraphModule, example_inputs: ExampleInputs | None, model: nn.Module | None
-) -> WeightMap:
-    source = graph_source(gm, example_inputs, model)
-    if model is not None:
-        search = _Search.of(model)
-    else:
-        found = dict(filter(None, map(source, gm.graph.nodes)))
-        search = _Search(found, {n for n, t in found.items() if isinstance(t, nn.Parameter)}, None)
-    search.read((gm, source))
-    return search.result("torch.compile", "no input of this graph")
 
 
 def _inside_leaves(gm: fx.GraphModule) -> dict[str, str]:

@@ -81,24 +81,40 @@ def follow(node: fx.Node, origins: Origins, constant: bool) -> Iterator[tuple[fx
     """
     if node.op not in ("call_function", "call_method") or not node.args:
         return
-    name, first = operator_name(node), node.args[0]
+    name = operator_name(node)
     if name in SAME_VALUES or is_view(node) or is_lookup(node):
-        if not isinstance(first, fx.Node):
-            return
+        yield from _viewed(node, name, origins)
+    elif constant and name in COMBINATIONS:
+        for value, origin in _received(node, origins):
+            yield value, _combined(node, name, origin, origins)
+    elif constant and is_elementwise(node):
+        yield from _unbroadcast(node, origins)
+
+
+def _received(node: fx.Node, origins: Origins) -> Iterator[tuple[fx.Node, Origin]]:
+    """(argument, origin) of everything that a node receives of parameters."""
+    for value in node.all_input_nodes:
+        for origin in origins.get(value, ()):
+            yield value, origin
+
+
+def _viewed(node: fx.Node, name: str, origins: Origins) -> Iterator[tuple[fx.Node, Origin]]:
+    """What a view, a lookup or an operator that changes no value makes of its first argument."""
+    first = node.args[0]
+    if isinstance(first, fx.Node):
         for origin in origins.get(first, ()):
             if (passed := _pass_on(node, name, origin)) is not None:
                 yield first, passed
-    elif constant and name in COMBINATIONS:
-        for value in node.all_input_nodes:
-            for origin in origins.get(value, ()):
-                yield value, _combined(node, name, origin, origins)
-    elif constant and is_elementwise(node):
-        received = [(v, o) for v in node.all_input_nodes for o in origins.get(v, ())]
-        shapes = [origin.view.shape for _, origin in received if isinstance(origin.view, Tensor)]
-        result = shape_of(node) or _broadcast(shapes)
-        for value, origin in received:
-            if isinstance(origin.view, Tensor) and origin.view.shape == result:
-                yield value, origin  # what is broadcast, scales or shifts the others
+
+
+def _unbroadcast(node: fx.Node, origins: Origins) -> Iterator[tuple[fx.Node, Origin]]:
+    """Arguments of the result's own shape: what is broadcast, scales or shifts the others."""
+    received = list(_received(node, origins))
+    shapes = [origin.view.shape for _, origin in received if isinstance(origin.view, Tensor)]
+    result = shape_of(node) or _broadcast(shapes)
+    for value, origin in received:
+        if isinstance(origin.view, Tensor) and origin.view.shape == result:
+            yield value, origin
 
 
 def shape_of(node: fx.Node) -> tuple[int, ...] | None:

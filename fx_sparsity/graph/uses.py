@@ -150,36 +150,42 @@ def _uses(
             dependent.add(node)
         if received and _observes(node):
             origins[node] = list(origins[received[0]])
+        elif node.op not in ("call_function", "call_method") or not received or node not in live:
             continue
-        if node.op not in ("call_function", "call_method") or not received or node not in live:
-            continue
-        if isinstance(node.target, torch._ops.HigherOrderOperator):
+        elif isinstance(node.target, torch._ops.HigherOrderOperator):
             results[node] = yield from _inside(node, origins, dependent)
-            continue
-        passed = list(follow(node, origins, constant))
-        origins.setdefault(node, []).extend(origin for _, origin in passed)
-        settled = {value for value, _ in passed}
-        row, arguments = OPERATORS.get(operator_name(node)), bind(node)
-        for arg, value, axes in row.find(arguments) if row and arguments else ():
-            if isinstance(value, fx.Node) and value in origins and value not in settled:
-                settled.add(value)
-                for origin in origins[value]:
-                    yield Consumption(node, arg, origin, axes, constant)
-        for value in received:
-            if value in settled:
-                continue
-            for origin in origins[value]:
-                if constant and not is_elementwise(node):
-                    # Nothing is decided yet: what matters is who consumes the result.
-                    mixed = replace(
-                        origin, view=None, through=origin.through or operator_name(node)
-                    )
-                    origins[node].append(mixed)
-                else:
-                    yield Consumption(node, "", origin, None, constant)
+        else:
+            yield from _consumed(node, received, origins, constant)
     (returned,) = graph.output_node().args
     values = returned if isinstance(returned, list | tuple) else [returned]
     return [list(origins.get(v, ())) if isinstance(v, fx.Node) else [] for v in values]
+
+
+def _consumed(
+    node: fx.Node, received: list[fx.Node], origins: dict[fx.Node, list[Origin]], constant: bool
+) -> Iterator[Consumption]:
+    """What an operator consumes of what it receives; what it passes on is added to `origins`."""
+    passed = list(follow(node, origins, constant))
+    origins.setdefault(node, []).extend(origin for _, origin in passed)
+    settled = {value for value, _ in passed}
+    row, arguments = OPERATORS.get(operator_name(node)), bind(node)
+    for arg, value, axes in row.find(arguments) if row and arguments else ():
+        if isinstance(value, fx.Node) and value in origins and value not in settled:
+            settled.add(value)
+            for origin in origins[value]:
+                yield Consumption(node, arg, origin, axes, constant)
+    rest = [origin for value in received if value not in settled for origin in origins[value]]
+    if constant and not is_elementwise(node):
+        # Nothing is decided yet: what matters is who consumes the result.
+        origins[node] += [_mixed(node, origin) for origin in rest]
+    else:
+        for origin in rest:
+            yield Consumption(node, "", origin, None, constant)
+
+
+def _mixed(node: fx.Node, origin: Origin) -> Origin:
+    """The origin of what is computed from a parameter by an operator without a row."""
+    return replace(origin, view=None, through=origin.through or operator_name(node))
 
 
 def _observes(node: fx.Node) -> bool:

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from fx_sparsity.graph.context_blocks import OpenBlocks
 from fx_sparsity.graph.example_inputs import ExampleInputs, InputError, call_arguments
-from fx_sparsity.graph.export import CaptureError, export_model
+from fx_sparsity.graph.frontends import CaptureError, export_model
 
 _log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fx_sparsity.graph.discovery import find_weights, read_graph
 from fx_sparsity.graph.example_inputs import ExampleInputs
-from fx_sparsity.graph.export import CaptureError
+from fx_sparsity.graph.frontends import CaptureError
 from fx_sparsity.graph.mapping import MappingLike, SparsityMapping
 from fx_sparsity.graph.named_tensors import named_tensors
 from fx_sparsity.graph.prepare import group_entry

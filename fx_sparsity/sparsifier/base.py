@@ -3,20 +3,29 @@
 import copy
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.utils import parametrize
 
 from fx_sparsity.patterns import Rows
 from fx_sparsity.sparsifier.core import SparsifierCore
 from fx_sparsity.sparsifier.hub import guard, unguard
 from fx_sparsity.sparsifier.mask import Mask
 from fx_sparsity.sparsifier.mask_state import load_entry, save_entry
+from fx_sparsity.sparsifier.placement import (
+    OF_ONE_MODEL,
+    Placement,
+    check_divisor,
+    check_shape,
+    merge_group,
+    tensor_and_mask,
+    tensor_of,
+    weights_of,
+)
 from fx_sparsity.sparsifier.target import (
     MaskError,
+    Owners,
     Target,
     attach_all,
     check_maskable,
@@ -27,24 +36,8 @@ from fx_sparsity.sparsifier.target import (
 )
 from fx_sparsity.sparsifier.utils import get_arg_info_from_tensor_fqn
 
-_OF_ONE_MODEL = ("module", "module_fqn", "tensor_name")
-"""Keys of a group that follow from the model and its `tensor_fqn`; not part of its state."""
-
-
-class Placement(NamedTuple):
-    """What `BaseSparsifier.prepare` does to one weight.
-
-    Attributes:
-        group: its configuration.
-        target: the weight and its mask.
-        fresh: whether the mask is new, and still to be put on.
-        first: what the mask is to be, where the configuration says so.
-    """
-
-    group: dict[str, Any]
-    target: Target
-    fresh: bool
-    first: Tensor | None
+_Entry = tuple[Tensor, bool, dict[str, Any]]
+"""What is kept of one weight: its mask, whether it is squashed, and counters."""
 
 
 class BaseSparsifier(SparsifierCore):
@@ -116,43 +109,45 @@ class BaseSparsifier(SparsifierCore):
                 f"the sparsifier is bound to another {type(self.model).__name__}; "
                 "prepare this model with a fresh one"
             )
-        entries = [{"tensor_fqn": fqn} for fqn in _weights_of(model)] if config is None else config
+        entries = [{"tensor_fqn": fqn} for fqn in weights_of(model)] if config is None else config
         owners = owners_by_identity(model)
         planned: dict[str, Placement] = {}
         seen: dict[int, str] = {}
         for entry in entries:
-            group = self._merge(model, entry)
-            name, module, attribute = group["tensor_fqn"], group["module"], group["tensor_name"]
-            first, mask = group.pop("mask", None), group.pop("mask_module", None)
-            in_graph = mask is not None
-            if mask is None:
-                mask = mask_on(module, attribute)
-            if mask is None or in_graph:
-                tensor = check_maskable(name, module, attribute)
-            else:
-                tensor = Target(name, [(module, attribute)], mask).original
+            group = merge_group(model, self.defaults, entry)
+            name, first = group["tensor_fqn"], group.pop("mask", None)
+            in_graph: Mask | None = group.pop("mask_module", None)
+            tensor, present = tensor_and_mask(group, in_graph)
             if id(tensor) in seen:
                 raise MaskError(
                     f"{name} is the same tensor as {seen[id(tensor)]}; list one of them"
                 )
             seen[id(tensor)] = name
-            if first is not None:
-                _check_shape(name, tensor, first)
-            self.check_config(name, tensor, group)
-            wanted = self.pattern_of(group)
-            if wanted is not None and isinstance(wanted[0], Rows):
-                _check_divisor(name)
-            fresh = mask is None
-            if mask is None:
-                mask = Mask(torch.ones_like(tensor) if first is None else first)
-            target = Target(name, owners[id(tensor)], mask, in_graph)
-            planned[name] = Placement(group, target, fresh, first)
+            self._check_entry(name, tensor, group, first)
+            mask = present or Mask(torch.ones_like(tensor) if first is None else first)
+            target = Target(name, owners[id(tensor)], mask, in_graph is not None)
+            planned[name] = Placement(group, target, present is None, first)
         for placement in planned.values():
             for module, attribute in placement.target.owners:
                 if mask_on(module, attribute) is None:
                     check_maskable(placement.target.name, module, attribute)
         check_memory(model, seen)
         return planned
+
+    def _check_entry(
+        self, name: str, tensor: Tensor, group: Mapping[str, Any], first: Tensor | None
+    ) -> None:
+        """Raise if a tensor cannot have its first mask, or not the masks that its group leads to.
+
+        Raises:
+            MaskError: naming the tensor.
+        """
+        if first is not None:
+            check_shape(name, tensor, first)
+        self.check_config(name, tensor, group)
+        wanted = self.pattern_of(group)
+        if wanted is not None and isinstance(wanted[0], Rows):
+            check_divisor(name)
 
     def place_masks(self, model: nn.Module, placements: Sequence[Placement]) -> None:
         """Put masks on as `plan_masks` has laid down.
@@ -311,7 +306,7 @@ class BaseSparsifier(SparsifierCore):
         return {
             "state": {name: save_entry(t, self.state[name]) for name, t in self._targets.items()},
             "groups": copy.deepcopy(
-                [{k: v for k, v in g.items() if k not in _OF_ONE_MODEL} for g in self.groups]
+                [{k: v for k, v in g.items() if k not in OF_ONE_MODEL} for g in self.groups]
             ),
         }
 
@@ -344,7 +339,7 @@ class BaseSparsifier(SparsifierCore):
                     groups[name] = self.config_of(name)
             if self.model is not None:
                 held = self.model
-                entries = {n: e for n, e in entries.items() if _tensor_of(held, n) is not None}
+                entries = {n: e for n, e in entries.items() if tensor_of(held, n) is not None}
         ordered = [groups[name] for name in entries]
         if self.model is not None:
             self._bind(self.model, ordered, entries)
@@ -354,82 +349,70 @@ class BaseSparsifier(SparsifierCore):
             self._register(Target(name, [], Mask(mask), squashed=squashed), counters)
 
     def _bind(
-        self,
-        model: nn.Module,
-        groups: Sequence[Mapping[str, Any]],
-        entries: Mapping[str, tuple[Tensor, bool, dict[str, Any]]],
+        self, model: nn.Module, groups: Sequence[Mapping[str, Any]], entries: Mapping[str, _Entry]
     ) -> None:
         """Make `model` and this sparsifier hold exactly these masks."""
         owners = owners_by_identity(model)
-        targets: dict[str, Target] = {}
-        fresh: list[Target] = []
-        for name, (mask, squashed, _) in entries.items():
-            info = get_arg_info_from_tensor_fqn(model, name)
-            tensor = _tensor_of(model, name)
-            if tensor is None:
-                raise MaskError(f"error loading {name}: the model has no such tensor")
-            _check_shape(name, tensor, mask)
-            present = graph_mask(model, name)
-            was_in_graph = name in self._targets and self._targets[name].in_graph
-            if was_in_graph and model is self.model and not isinstance(model, fx.GraphModule):
-                # The graph of a backend selects through it, and is no part of the model.
-                present = self._targets[name].mask
-            in_graph = present is not None
-            if present is None:
-                present = mask_on(info["module"], info["tensor_name"])
-            if was_in_graph and not in_graph and not squashed:
-                raise MaskError(
-                    f"error loading {name}: the graph no longer selects through a mask; "
-                    "call prepare on it first"
-                )
-            if present is None:
-                if not squashed:
-                    check_maskable(name, info["module"], info["tensor_name"])
-                new = Mask(mask.detach().clone().to(tensor.device))
-                targets[name] = Target(name, owners[id(tensor)], new, squashed=squashed)
-                if not squashed:
-                    fresh.append(targets[name])
-            else:
-                targets[name] = Target(name, owners[id(tensor)], present, in_graph)
-        attach_all(fresh)
+        found = {
+            name: self._find_target(model, owners, name, mask, squashed)
+            for name, (mask, squashed, _) in entries.items()
+        }
+        attach_all([target for target, fresh in found.values() if fresh])
         for name in [name for name in self._targets if name not in entries]:
             self._forget(name)
-        self._targets, self.state, self.groups = {}, {}, []
-        for name, target in targets.items():
+        self._targets, self.state = {}, {}
+        for name, (target, _) in found.items():
             mask, squashed, counters = entries[name]
-            held = target.mask.mask
-            if held is not mask:
-                if (held.dtype, held.shape) == (mask.dtype, mask.shape):
-                    held.copy_(mask)
-                else:
-                    target.mask.mask = mask.detach().clone().to(held.device)
+            target.mask.restore(mask)
             if squashed and not target.squashed:
                 target.squash()
             self._register(target, counters)
-        for group in groups:
-            info = get_arg_info_from_tensor_fqn(model, group["tensor_fqn"])
-            self.groups.append({**group, **info})
+        self.groups = [
+            {**group, **get_arg_info_from_tensor_fqn(model, group["tensor_fqn"])}
+            for group in groups
+        ]
         self.model = model
         guard(model)
 
+    def _find_target(
+        self, model: nn.Module, owners: Owners, name: str, mask: Tensor, squashed: bool
+    ) -> tuple[Target, bool]:
+        """The weight that a saved mask belongs to, and whether its mask is still to be put on.
+
+        Raises:
+            MaskError: there is none, or none that the mask fits.
+        """
+        info = get_arg_info_from_tensor_fqn(model, name)
+        tensor = tensor_of(model, name)
+        if tensor is None:
+            raise MaskError(f"error loading {name}: the model has no such tensor")
+        check_shape(name, tensor, mask)
+        held_by = owners[id(tensor)]
+        if (in_graph := self._mask_in_graph(model, name)) is not None:
+            return Target(name, held_by, in_graph, in_graph=True), False
+        if name in self._targets and self._targets[name].in_graph and not squashed:
+            raise MaskError(
+                f"error loading {name}: the graph no longer selects through a mask; "
+                "call prepare on it first"
+            )
+        if (present := mask_on(info["module"], info["tensor_name"])) is not None:
+            return Target(name, held_by, present), False
+        if not squashed:
+            check_maskable(name, info["module"], info["tensor_name"])
+        new = Mask(mask.detach().clone().to(tensor.device))
+        return Target(name, held_by, new, squashed=squashed), not squashed
+
+    def _mask_in_graph(self, model: nn.Module, name: str) -> Mask | None:
+        """The mask through which a graph selects from a weight, if one does."""
+        held = self._targets.get(name)
+        # The graph of a backend is no part of the model, which knows nothing of its masks.
+        elsewhere = model is self.model and not isinstance(model, fx.GraphModule)
+        if elsewhere and held is not None and held.in_graph:
+            return held.mask
+        return graph_mask(model, name)
+
     def _update(self, name: str) -> None:
         self.update_mask(**self.config_of(name))
-
-    def _merge(self, model: nn.Module, entry: Mapping[str, Any]) -> dict[str, Any]:
-        """One group: defaults, the entry, and where the tensor lives."""
-        if not isinstance(entry, Mapping) or "tensor_fqn" not in entry:
-            raise MaskError(f"a config entry is a dict with a `tensor_fqn`, found {entry!r}")
-        info = get_arg_info_from_tensor_fqn(model, entry["tensor_fqn"])
-        if not hasattr(info["module"], info["tensor_name"]):
-            near = get_close_matches(info["tensor_fqn"], [n for n, _ in model.named_parameters()])
-            hint = f"; did you mean {', '.join(near)}?" if near else ""
-            raise MaskError(f"the model has no tensor {info['tensor_fqn']!r}{hint}")
-        for key in _OF_ONE_MODEL:
-            if key in entry and entry[key] != info[key]:
-                raise MaskError(
-                    f"{info['tensor_fqn']}: `{key}` and `tensor_fqn` of its config do not agree"
-                )
-        return {**copy.deepcopy(self.defaults), **entry, **info}
 
     def __getstate__(self) -> dict[str, Any]:
         bound = ("model", "groups", "_targets", "state")
@@ -457,65 +440,3 @@ class BaseSparsifier(SparsifierCore):
             lines += [f"\tGroup {i}", f"\t    module: {group.get('module')}"]
             lines += [f"\t    {key}: {group[key]}" for key in sorted(group) if key != "module"]
         return "\n".join([*lines, ")"])
-
-
-def _tensor_of(model: nn.Module, name: str) -> Tensor | None:
-    """The tensor of that name, beneath its mask if it has one; None where there is none."""
-    info = get_arg_info_from_tensor_fqn(model, name)
-    module, attribute = info["module"], info["tensor_name"]
-    if not isinstance(module, nn.Module) or not hasattr(module, attribute):
-        return None
-    tensor = Target(name, [(module, attribute)], Mask(torch.empty(0))).original
-    return tensor if isinstance(tensor, Tensor) else None
-
-
-def _check_divisor(name: str) -> None:
-    """Whole rows may go unless a parametrization, such as a weight norm, divides by their norm.
-
-    By the name alone, which stays what it was when a graph is captured.
-    """
-    if "parametrizations." in name:
-        raise MaskError(
-            f"{name} is combined with other tensors by a parametrization, which may divide by the "
-            "norm of a row: none may be pruned whole; call remove_parametrizations first, or "
-            "choose another pattern"
-        )
-
-
-def _check_shape(name: str, tensor: Tensor, mask: Tensor) -> None:
-    if mask.shape != tensor.shape:
-        raise MaskError(
-            f"{name}: expected a mask of shape {tuple(tensor.shape)}, found {tuple(mask.shape)}"
-        )
-
-
-def _weights_of(model: nn.Module) -> list[str]:
-    """FQNs of the weights that `prepare(config=None)` takes, each tensor once.
-
-    A weight that its class computes, as quantized embeddings do from codes, is none to mask.
-    """
-    attributes: dict[type[nn.Module], tuple[str, ...]] = {
-        nn.Linear: ("weight",),
-        nn.Bilinear: ("weight",),
-        nn.Embedding: ("weight",),
-        nn.EmbeddingBag: ("weight",),
-        nn.modules.conv._ConvNd: ("weight",),
-        nn.MultiheadAttention: (
-            "in_proj_weight",
-            "q_proj_weight",
-            "k_proj_weight",
-            "v_proj_weight",
-        ),
-    }
-    found: dict[int, str] = {}
-    for fqn, module in model.named_modules():
-        for kind, names in attributes.items():
-            for attribute in names if isinstance(module, kind) else ():
-                if isinstance(getattr(type(module), attribute, None), property) and not (
-                    parametrize.is_parametrized(module, attribute)
-                ):
-                    continue
-                tensor = getattr(module, attribute)
-                if tensor is not None:
-                    found.setdefault(id(tensor), f"{fqn}.{attribute}".removeprefix("."))
-    return list(found.values())

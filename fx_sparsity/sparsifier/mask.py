@@ -58,6 +58,19 @@ class Mask(nn.Module):
         """
         self.mask.copy_(keep)
 
+    def restore(self, mask: Tensor) -> None:
+        """Hold what another mask holds, in its dtype: in place, or else in a new buffer.
+
+        Args:
+            mask: as `__init__` takes it; copied.
+        """
+        if mask is self.mask:
+            return
+        if (mask.dtype, mask.shape) == (self.mask.dtype, self.mask.shape):
+            self.update(mask)
+        else:
+            self.mask = mask.detach().clone().to(self.mask.device)
+
     @torch.no_grad()
     def bake(self, weight: Tensor) -> None:
         """Write the zeros into `weight` itself, in place."""

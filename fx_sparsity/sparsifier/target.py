@@ -12,6 +12,9 @@ from torch.nn.utils import parametrize
 from fx_sparsity.errors import FxSparsityError
 from fx_sparsity.sparsifier.mask import GRAPH_MASKS, Mask
 
+Owners = dict[int, list[tuple[nn.Module, str]]]
+"""Identity of a tensor -> every (module, attribute) that holds it."""
+
 
 class MaskError(FxSparsityError, ValueError):
     """A tensor cannot be masked as asked; nothing was changed."""
@@ -238,13 +241,13 @@ def graph_mask(model: nn.Module, fqn: str) -> Mask | None:
     return holder
 
 
-def owners_by_identity(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+def owners_by_identity(model: nn.Module) -> Owners:
     """Every (module, attribute) of a model's parameters and buffers, grouped by tensor identity.
 
     A parametrized tensor is listed under the module and name that it is known by; one of several
     that a parametrization combines, as a weight norm does, under its own.
     """
-    owners: dict[int, list[tuple[nn.Module, str]]] = {}
+    owners: Owners = {}
     for module in model.modules():
         if isinstance(module, parametrize.ParametrizationList) and module.is_tensor:
             continue

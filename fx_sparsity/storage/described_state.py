@@ -244,14 +244,7 @@ class _Reader:
         self.taken: set[str] = set()
 
     def check(self, name: str, what: Any, depth: int = 0) -> None:
-        keys = _KEYS.get(str(what.get("kind"))) if isinstance(what, dict) else None
-        if keys is None or set(what) != {"kind", *keys} or depth > _DEEPEST:
-            raise FileFormatError(
-                f"{name}: expected a description of {', '.join(_KEYS)}, found {str(what)[:80]}"
-            )
-        for key, kind in keys.items():
-            if not isinstance(what[key], kind):
-                raise FileFormatError(f"{name}: {key} cannot be {str(what[key])[:80]}")
+        _check_keys(name, what, depth)
         if what["kind"] == "tensor":
             self._take(name)
         elif what["kind"] == "dtype" and what["name"] not in _DTYPES:
@@ -262,14 +255,17 @@ class _Reader:
         elif what["kind"] == "quantized":
             self._check_quantized(name, what)
         elif what["kind"] == "subclass":
-            for part in what["parts"]:
-                if not isinstance(part, dict) or set(part) != {"name", "what"}:
-                    raise FileFormatError(f"{name}: expected parts with name and what")
-                path = f"{name}/{part['name']}"
-                if part["what"] is None:
-                    self._take(path)
-                else:
-                    self.check(path, part["what"], depth + 1)
+            self._check_subclass(name, what, depth)
+
+    def _check_subclass(self, name: str, what: Description, depth: int) -> None:
+        for part in what["parts"]:
+            if not isinstance(part, dict) or set(part) != {"name", "what"}:
+                raise FileFormatError(f"{name}: expected parts with name and what")
+            path = f"{name}/{part['name']}"
+            if part["what"] is None:
+                self._take(path)
+            else:
+                self.check(path, part["what"], depth + 1)
 
     def _take(self, name: str) -> Tensor:
         if name not in self._tensors or name in self.taken:
@@ -311,6 +307,22 @@ _KEYS: dict[str, dict[str, Any]] = {
     "subclass": {"class": str, "context": str, "parts": list},
 }
 """Kind of a description -> its further keys and their types."""
+
+
+def _check_keys(name: str, what: Any, depth: int) -> None:
+    """Raise unless a description has the keys of its kind, each of its type, and is not too deep.
+
+    Raises:
+        FileFormatError: naming the tensor.
+    """
+    keys = _KEYS.get(str(what.get("kind"))) if isinstance(what, dict) else None
+    if keys is None or set(what) != {"kind", *keys} or depth > _DEEPEST:
+        raise FileFormatError(
+            f"{name}: expected a description of {', '.join(_KEYS)}, found {str(what)[:80]}"
+        )
+    for key, kind in keys.items():
+        if not isinstance(what[key], kind):
+            raise FileFormatError(f"{name}: {key} cannot be {str(what[key])[:80]}")
 
 
 def _make_quantized(codes: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None) -> Tensor:

@@ -4,9 +4,9 @@ Deprecated in torch, and still what many have. Its embeddings are the only modul
 lose their zeros; see `embeddings.py` for the cure.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.ao.nn.quantized as nnq
@@ -82,6 +82,25 @@ class _Plan:
     shared: list[list[str]] = field(default_factory=list)
 
 
+class _Chosen(NamedTuple):
+    """A module that is quantized.
+
+    Attributes:
+        module: of the copied model.
+        names: all of its names.
+        qconfig: how it is quantized.
+    """
+
+    module: nn.Module
+    names: list[str]
+    qconfig: tq.QConfig
+
+    @property
+    def fqns(self) -> list[str]:
+        """Names of its weight."""
+        return [_weight_of(name, self.module) for name in self.names]
+
+
 class EagerBackend(Backend):
     """`prepare`, `prepare_qat` and `convert`.
 
@@ -126,49 +145,13 @@ class EagerBackend(Backend):
         qconfigs = default_qconfigs(qat=qat) if config is None else config
         _check_qconfigs(qconfigs)
         own = copied(model)
-        chosen: dict[nn.Module, tuple[tq.QConfig, list[str]]] = {}
-        inside: set[nn.Module] = set()
-        for name, module in own.named_modules(remove_duplicate=False):
-            qconfig = None if module in inside else _qconfig_of(module, qconfigs)
-            if fused_owner(module) is not None:
-                inside.update(module.children())
-            if qconfig is not None:
-                chosen.setdefault(module, (qconfig, []))[1].append(name)
-        held, codes = set[str](), set[str]()
-        for module, (qconfig, names) in chosen.items():
-            fqns = {_weight_of(name, module) for name in names}
-            held |= fqns
-            codes |= fqns if quantizes(qconfig) else set()
+        chosen = _choose(own, qconfigs)
+        check_float32(own, {fqn for entry in chosen for fqn in entry.fqns})
+        codes = {fqn for entry in chosen if quantizes(entry.qconfig) for fqn in entry.fqns}
         meant = frozenset(fqn for fqn, site in weights.items() if codes & {fqn, *site.aliases})
-        check_float32(own, held)
 
-        plan = _Plan(classes=dict(tq.get_default_static_quant_module_mappings()))
-        own_stubs = any(isinstance(module, tq.QuantStub) for module in own.modules())
-        static: dict[str, str] = {}
-        for module, (qconfig, names) in chosen.items():
-            check_fused(names[0], module)
-            if len(names) > 1:
-                plan.shared.append(names)
-            if is_float_embedding(module):
-                check_quantizable(names[0], module)
-                plan.tables[names[0]] = qconfig
-            elif is_dynamic(qconfig):
-                dynamic = tq.get_default_dynamic_quant_module_mappings()
-                _check_swappable(names[0], module, dynamic)
-                plan.dynamic[names[0]] = qconfig
-                plan.classes[type(module)] = dynamic[type(module)]
-            else:
-                _check_swappable(names[0], module, plan.classes)
-                module.qconfig = qconfig  # type: ignore[assignment]
-                wrapped = not (own_stubs or isinstance(module, _MARKERS))
-                if wrapped:
-                    own = _replace(own, names, tq.QuantWrapper(module))
-                static |= {
-                    _weight_of(name, module): f"{name}.module" if wrapped else name
-                    for name in names
-                }
-        if own_stubs:
-            _configure_markers(own, qconfigs)
+        plan = _plan(chosen)
+        own, static = _configure_static(own, [e for e in chosen if _is_static(e)], qconfigs)
         if qat:
             own.train()
         if static:
@@ -205,6 +188,71 @@ class EagerBackend(Backend):
     def read(self, model: nn.Module) -> Iterator[StoredWeight]:
         """See `Backend.read`."""
         yield from read_modules(model)
+
+
+def _choose(model: nn.Module, qconfigs: QConfigs) -> list[_Chosen]:
+    """The modules that a configuration asks to quantize; members of a fused one go with it."""
+    chosen: dict[nn.Module, _Chosen] = {}
+    inside: set[nn.Module] = set()
+    for name, module in model.named_modules(remove_duplicate=False):
+        qconfig = None if module in inside else _qconfig_of(module, qconfigs)
+        if fused_owner(module) is not None:
+            inside.update(module.children())
+        if qconfig is not None:
+            chosen.setdefault(module, _Chosen(module, [], qconfig)).names.append(name)
+    return list(chosen.values())
+
+
+def _is_static(chosen: _Chosen) -> bool:
+    """Whether there is something to calibrate: neither a table nor quantized as values come."""
+    return not is_float_embedding(chosen.module) and not is_dynamic(chosen.qconfig)
+
+
+def _plan(chosen: Sequence[_Chosen]) -> _Plan:
+    """What convert has to do with the chosen modules.
+
+    Raises:
+        BackendError: torch cannot quantize one of them; it is named.
+    """
+    plan = _Plan(classes=dict(tq.get_default_static_quant_module_mappings()))
+    dynamic = tq.get_default_dynamic_quant_module_mappings()
+    for module, names, qconfig in chosen:
+        check_fused(names[0], module)
+        if len(names) > 1:
+            plan.shared.append(names)
+        if is_float_embedding(module):
+            check_quantizable(names[0], module)
+            plan.tables[names[0]] = qconfig
+        elif is_dynamic(qconfig):
+            _check_swappable(names[0], module, dynamic)
+            plan.dynamic[names[0]] = qconfig
+            plan.classes[type(module)] = dynamic[type(module)]
+        else:
+            _check_swappable(names[0], module, plan.classes)
+    return plan
+
+
+def _configure_static(
+    model: nn.Module, chosen: Sequence[_Chosen], qconfigs: QConfigs
+) -> tuple[nn.Module, dict[str, str]]:
+    """Put qconfigs on static modules, and quantizers around them unless the model has stubs.
+
+    Returns:
+        The model, which may itself be wrapped, and the weight of each module -> where that is now.
+    """
+    own_stubs = any(isinstance(module, tq.QuantStub) for module in model.modules())
+    static: dict[str, str] = {}
+    for module, names, qconfig in chosen:
+        module.qconfig = qconfig  # type: ignore[assignment]
+        wrapped = not (own_stubs or isinstance(module, _MARKERS))
+        if wrapped:
+            model = _replace(model, names, tq.QuantWrapper(module))
+        static |= {
+            _weight_of(name, module): f"{name}.module" if wrapped else name for name in names
+        }
+    if own_stubs:
+        _configure_markers(model, qconfigs)
+    return model, static
 
 
 def _qconfig_of(module: nn.Module, qconfigs: QConfigs) -> tq.QConfig | None:

@@ -12,7 +12,13 @@ from fx_sparsity.sparsifier.norm import DataNormSparsifier, WeightNormSparsifier
 from fx_sparsity.sparsifier.record import MaskRecord, SparsityRecord
 from fx_sparsity.sparsifier.schedule import BaseDataScheduler, BaseScheduler, CubicSL, LambdaSL
 from fx_sparsity.sparsifier.target import DetachedError, MaskError
-from fx_sparsity.sparsifier.utils import fqn_to_module, get_arg_info_from_tensor_fqn, module_to_fqn
+from fx_sparsity.sparsifier.utils import (
+    fqn_to_module,
+    get_arg_info_from_tensor_fqn,
+    module_contains_param,
+    module_to_fqn,
+    swap_module,
+)
 
 __all__ = [
     "BaseDataScheduler",
@@ -37,6 +43,8 @@ __all__ = [
     "get_arg_info_from_tensor_fqn",
     "hold",
     "load_dense_state_dict",
+    "module_contains_param",
     "module_to_fqn",
+    "swap_module",
     "take_over_pruned",
 ]

@@ -2,7 +2,7 @@
 
 import copy
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from fx_sparsity.sparsifier.hub import guard, unguard
 from fx_sparsity.sparsifier.mask import Mask
 from fx_sparsity.sparsifier.mask_state import load_entry, save_entry
 from fx_sparsity.sparsifier.placement import (
+    MASKED,
     OF_ONE_MODEL,
     Placement,
     check_divisor,
@@ -34,7 +35,11 @@ from fx_sparsity.sparsifier.target import (
     mask_on,
     owners_by_identity,
 )
-from fx_sparsity.sparsifier.utils import get_arg_info_from_tensor_fqn
+from fx_sparsity.sparsifier.utils import (
+    get_arg_info_from_tensor_fqn,
+    module_contains_param,
+    swap_module,
+)
 
 _Entry = tuple[Tensor, bool, dict[str, Any]]
 """What is kept of one weight: its mask, whether it is squashed, and counters."""
@@ -53,12 +58,14 @@ class BaseSparsifier(SparsifierCore):
         groups: one dict for each masked weight: the merged configuration, and `module`,
             `module_fqn`, `tensor_name`, `tensor_fqn`.
         model: what `prepare` was given; None while detached.
+        config: what `make_config_from_model` made.
     """
 
     def __init__(self, defaults: Mapping[str, Any] | None = None) -> None:
         super().__init__(defaults)
         self.groups: list[dict[str, Any]] = []
         self.model: nn.Module | None = None
+        self.config: list[dict[str, Any]] = []
 
     @abstractmethod
     def update_mask(self, module: nn.Module, tensor_name: str, **config: Any) -> None:
@@ -81,16 +88,31 @@ class BaseSparsifier(SparsifierCore):
             model: modified in place; nothing is changed where this raises.
             config: dicts with a `tensor_fqn` and whatever overrides the defaults. A `mask` entry
                 gives the first mask and its dtype (`ones_like` the weight otherwise). None takes
-                the weight of every linear, embedding, convolution and attention module.
+                what `make_config_from_model` does.
 
         Raises:
             MaskError: a weight that does not exist, is not floating, is parametrized by something
                 else, shares memory with another tensor, or is listed twice; it is named.
         """
+        if config is None:
+            self.make_config_from_model(model)
+            config = self.config
         self.place_masks(model, list(self.plan_masks(model, config).values()))
 
+    def make_config_from_model(
+        self, model: nn.Module, SUPPORTED_MODULES: Collection[type[nn.Module]] = MASKED
+    ) -> None:
+        """Choose what `prepare` masks where it gets no configuration, and set `config` to it.
+
+        Args:
+            model: not changed.
+            SUPPORTED_MODULES: classes whose weights are taken; those of every linear, embedding,
+                convolution and attention module by default.
+        """
+        self.config = [{"tensor_fqn": fqn} for fqn in weights_of(model, SUPPORTED_MODULES)]
+
     def plan_masks(
-        self, model: nn.Module, config: Sequence[Mapping[str, Any]] | None = None
+        self, model: nn.Module, config: Sequence[Mapping[str, Any]]
     ) -> dict[str, Placement]:
         """What `prepare` would do, checked, for `place_masks` to do at once or weight by weight.
 
@@ -109,11 +131,10 @@ class BaseSparsifier(SparsifierCore):
                 f"the sparsifier is bound to another {type(self.model).__name__}; "
                 "prepare this model with a fresh one"
             )
-        entries = [{"tensor_fqn": fqn} for fqn in weights_of(model)] if config is None else config
         owners = owners_by_identity(model)
         planned: dict[str, Placement] = {}
         seen: dict[int, str] = {}
-        for entry in entries:
+        for entry in config:
             group = merge_group(model, self.defaults, entry)
             name, first = group["tensor_fqn"], group.pop("mask", None)
             in_graph: Mask | None = group.pop("mask_module", None)
@@ -194,6 +215,17 @@ class BaseSparsifier(SparsifierCore):
         """See `SparsifierCore.config_of`."""
         self._target(name)
         return next(group for group in self.groups if group["tensor_fqn"] == name)
+
+    def name_of(self, module: nn.Module, tensor_name: str) -> str:
+        """FQN of a masked weight, by what `update_mask` is given.
+
+        Raises:
+            ValueError: this sparsifier masks no such weight.
+        """
+        for group in self.groups:
+            if group.get("module") is module and group["tensor_name"] == tensor_name:
+                return str(group["tensor_fqn"])
+        raise ValueError(f"no mask of this sparsifier is on {tensor_name} of {module}")
 
     def aliases(self) -> dict[str, tuple[str, ...]]:
         """See `SparsifierCore.aliases`."""
@@ -287,13 +319,8 @@ class BaseSparsifier(SparsifierCore):
             module = copy.deepcopy(module)
         for parent in list(module.modules()):
             for name, child in list(parent.named_children()):
-                parametrizations = getattr(child, "parametrizations", {})
-                masked = any(
-                    isinstance(p, parameterization) for ps in parametrizations.values() for p in ps
-                )
-                kind = nn.utils.parametrize.type_before_parametrizations(child)
-                if masked and kind in mapping:
-                    setattr(parent, name, mapping[kind].from_dense(child))
+                if module_contains_param(child, parameterization):
+                    setattr(parent, name, swap_module(child, mapping))
         return module
 
     def state_dict(self) -> dict[str, Any]:

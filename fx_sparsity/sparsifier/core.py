@@ -119,14 +119,18 @@ class SparsifierCore(ABC):
         """Whether the zeros of a tensor are baked in."""
         return self._target(name).squashed
 
-    def step(self) -> None:
+    def step(self, use_path: bool = True) -> None:
         """Recompute every mask that is not squashed yet.
+
+        Args:
+            use_path: of no effect, as in `torch.ao.pruning`.
 
         Raises:
             ValueError: a tensor cannot be ranked (NaN), or has no data yet (meta device); it is
                 named, and no mask was changed.
             DetachedError: the sparsifier has no model.
         """
+        del use_path
         if not self.enable_mask_update:
             self.steps += 1
             return

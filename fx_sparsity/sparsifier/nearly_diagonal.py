@@ -32,10 +32,12 @@ class NearlyDiagonalSparsifier(BaseSparsifier):
                 f"found {nearliness} for shape {tuple(shape)}"
             )
 
-    def update_mask(self, module: nn.Module, tensor_name: str, **config: Any) -> None:
+    def update_mask(  # type: ignore[override]
+        self, module: nn.Module, tensor_name: str, nearliness: int, **config: Any
+    ) -> None:
         """See `BaseSparsifier.update_mask`."""
-        mask = self.get_mask(config["tensor_fqn"])
-        reach = config["nearliness"] // 2
+        mask = self.get_mask(self.name_of(module, tensor_name))
+        reach = nearliness // 2
         rows = torch.arange(mask.shape[0], device=mask.device).unsqueeze(1)
         columns = torch.arange(mask.shape[1], device=mask.device)
-        mask.copy_(((rows - columns).abs() <= reach) & (config["nearliness"] > 0))
+        mask.copy_(((rows - columns).abs() <= reach) & (nearliness > 0))

@@ -91,15 +91,14 @@ class _NormMixin(SparsifierCore):
             bad = next(name for name, weight in weights.items() if contains_nan(weight))
             raise ScoreError(f"{bad} contains NaN; its mask cannot be computed")
 
-    def _norm_mask(self, name: str, config: Mapping[str, Any]) -> None:
+    def _norm_mask(self, name: str, weight: Tensor, config: Mapping[str, Any]) -> None:
         target = self._target(name)
-        weight = target.original
         pattern, level = self.pattern_of(config)
         tiling = pattern.tiling(weight.shape, roles_of(config, weight.ndim))
-        mask = target.mask.mask
         try:
             scores, rank = self.ranked(weight)
-            compute_mask(scores, tiling, level, rank, out=mask, checked=scores is weight)
+            checked = scores is target.original
+            compute_mask(scores, tiling, level, rank, out=target.mask.mask, checked=checked)
         except ScoreError as error:
             raise ScoreError(f"{name}: {error}") from error
 
@@ -125,17 +124,21 @@ class WeightNormSparsifier(_NormMixin, BaseSparsifier):
     ) -> None:
         self._init_norm(norm)
         StorageBlock(sparse_block_shape, zeros_per_block)
-        super().__init__(
-            {
-                "sparsity_level": sparsity_level,
-                "sparse_block_shape": sparse_block_shape,
-                "zeros_per_block": zeros_per_block,
-            }
-        )
+        super().__init__(_blocks(sparsity_level, sparse_block_shape, zeros_per_block))
 
-    def update_mask(self, module: nn.Module, tensor_name: str, **config: Any) -> None:
+    def update_mask(  # type: ignore[override]
+        self,
+        module: nn.Module,
+        tensor_name: str,
+        sparsity_level: float,
+        sparse_block_shape: tuple[int, int],
+        zeros_per_block: int | None,
+        **config: Any,
+    ) -> None:
         """See `BaseSparsifier.update_mask`."""
-        self._norm_mask(config["tensor_fqn"], config)
+        name = self.name_of(module, tensor_name)
+        config |= _blocks(sparsity_level, sparse_block_shape, zeros_per_block)
+        self._norm_mask(name, self.get_tensor(name), config)
 
 
 class DataNormSparsifier(_NormMixin, BaseDataSparsifier):
@@ -159,13 +162,23 @@ class DataNormSparsifier(_NormMixin, BaseDataSparsifier):
     ) -> None:
         self._init_norm(norm)
         StorageBlock(sparse_block_shape, zeros_per_block)
-        super().__init__(
-            data_list,
-            sparsity_level=sparsity_level,
-            sparse_block_shape=sparse_block_shape,
-            zeros_per_block=zeros_per_block,
-        )
+        blocks = _blocks(sparsity_level, sparse_block_shape, zeros_per_block)
+        super().__init__(data_list, **blocks)
 
-    def update_mask(self, name: str, data: Tensor, **config: Any) -> None:
+    def update_mask(  # type: ignore[override]
+        self,
+        name: str,
+        data: Tensor,
+        sparsity_level: float,
+        sparse_block_shape: tuple[int, int],
+        zeros_per_block: int | None,
+        **config: Any,
+    ) -> None:
         """See `BaseDataSparsifier.update_mask`."""
-        self._norm_mask(name, config)
+        config |= _blocks(sparsity_level, sparse_block_shape, zeros_per_block)
+        self._norm_mask(name, data, config)
+
+
+def _blocks(level: float, shape: tuple[int, int], zeros: int | None) -> dict[str, Any]:
+    """What both have by default, and spell out as arguments of `update_mask`."""
+    return {"sparsity_level": level, "sparse_block_shape": shape, "zeros_per_block": zeros}

@@ -1,7 +1,7 @@
 """Which mask goes on which tensor of a model: all that is decided before anything is changed."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from difflib import get_close_matches
 from typing import Any, NamedTuple
 
@@ -15,6 +15,21 @@ from fx_sparsity.sparsifier.utils import get_arg_info_from_tensor_fqn
 
 OF_ONE_MODEL = ("module", "module_fqn", "tensor_name")
 """Keys of a group that follow from the model and its `tensor_fqn`; not part of its state."""
+
+MASKED: dict[type[nn.Module], tuple[str, ...]] = {
+    nn.Linear: ("weight",),
+    nn.Bilinear: ("weight",),
+    nn.Embedding: ("weight",),
+    nn.EmbeddingBag: ("weight",),
+    nn.modules.conv._ConvNd: ("weight",),
+    nn.MultiheadAttention: (
+        "in_proj_weight",
+        "q_proj_weight",
+        "k_proj_weight",
+        "v_proj_weight",
+    ),
+}
+"""Class of modules -> attributes that `prepare(config=None)` masks."""
 
 
 class Placement(NamedTuple):
@@ -112,24 +127,16 @@ def check_shape(name: str, tensor: Tensor, mask: Tensor) -> None:
         )
 
 
-def weights_of(model: nn.Module) -> list[str]:
-    """FQNs of the weights that `prepare(config=None)` takes, each tensor once.
+def weights_of(model: nn.Module, kinds: Collection[type[nn.Module]]) -> list[str]:
+    """FQNs of the weights of modules of some classes, each tensor once.
 
     A weight that its class computes, as quantized embeddings do from codes, is none to mask.
+
+    Args:
+        model: not changed.
+        kinds: of those that `MASKED` does not have, `weight` is taken.
     """
-    attributes: dict[type[nn.Module], tuple[str, ...]] = {
-        nn.Linear: ("weight",),
-        nn.Bilinear: ("weight",),
-        nn.Embedding: ("weight",),
-        nn.EmbeddingBag: ("weight",),
-        nn.modules.conv._ConvNd: ("weight",),
-        nn.MultiheadAttention: (
-            "in_proj_weight",
-            "q_proj_weight",
-            "k_proj_weight",
-            "v_proj_weight",
-        ),
-    }
+    attributes = {kind: MASKED.get(kind, ("weight",)) for kind in kinds}
     found: dict[int, str] = {}
     for fqn, module in model.named_modules():
         for kind, names in attributes.items():

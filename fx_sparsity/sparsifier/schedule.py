@@ -33,8 +33,16 @@ class _Scheduler(ABC):
     def _values(self) -> Mapping[str, Any]:
         """Name -> value at `last_epoch`."""
 
-    def step(self) -> None:
-        """Go on by one epoch and write the new values. Call it after the sparsifier's `step`."""
+    @abstractmethod
+    def _print(self, epoch: int | None) -> None:
+        """Say what the last step wrote."""
+
+    def step(self, epoch: int | None = None) -> None:
+        """Go on by one epoch and write the new values. Call it after the sparsifier's `step`.
+
+        Args:
+            epoch: for what is printed; the schedule counts its own.
+        """
         if self._step_count == 1 and self._sparsifier.steps == self._sparsifier_steps:
             warnings.warn(
                 "`scheduler.step()` was called before `sparsifier.step()`; the first value of the "
@@ -49,9 +57,7 @@ class _Scheduler(ABC):
         finally:
             self._within_step = False
         self._write()
-        if self.verbose:
-            for name, value in self._last_param.items():
-                print(f"Adjusting {self._param} of {name} to {value:.4e}.")
+        self._print(epoch)
         self._sparsifier.enable_mask_update = True
 
     def state_dict(self) -> dict[str, Any]:
@@ -120,6 +126,23 @@ class BaseScheduler(_Scheduler):
     def get_last_sl(self) -> list[float]:
         """Levels that the last `step` wrote."""
         return list(self._last_param.values())
+
+    def print_sl(self, is_verbose: bool, group: int, sl: float, epoch: int | None = None) -> None:
+        """Print a level. Called by `step` for every tensor.
+
+        Args:
+            is_verbose: nothing is printed otherwise.
+            group: place of the tensor in the sparsifier's order.
+            sl: the level.
+            epoch: what `step` was given.
+        """
+        if is_verbose:
+            when = "A" if epoch is None else f"Epoch {epoch:5d}: a"
+            print(f"{when}djusting sparsity level of group {group} to {sl:.4e}.")
+
+    def _print(self, epoch: int | None) -> None:
+        for group, level in enumerate(self.get_last_sl()):
+            self.print_sl(self.verbose, group, level, epoch)
 
     def _values(self) -> Mapping[str, float]:
         names, levels = self._sparsifier.names, list(self.get_sl())
@@ -281,3 +304,8 @@ class BaseDataScheduler(_Scheduler):
 
     def _values(self) -> Mapping[str, Any]:
         return self.get_schedule_param()
+
+    def _print(self, epoch: int | None) -> None:
+        if self.verbose:
+            for name, value in self._last_param.items():
+                print(f"Adjusting {self._param} for group {name} to {value}")

@@ -1,0 +1,88 @@
+"""The names of `torch.ao.pruning`, those of its `_experimental` data sparsifiers included.
+
+Changing where they are imported from is the whole migration. What both libraries have is the same
+object here as everywhere else in fx_sparsity.
+"""
+
+from typing import NoReturn
+
+from torch import nn
+
+from fx_sparsity.compat.absent import refuse
+from fx_sparsity.quantization import post_training_sparse_quantize
+from fx_sparsity.sparsifier import (
+    BaseDataScheduler,
+    BaseDataSparsifier,
+    BaseScheduler,
+    BaseSparsifier,
+    CubicSL,
+    DataNormSparsifier,
+    FakeSparsity,
+    LambdaSL,
+    NearlyDiagonalSparsifier,
+    WeightNormSparsifier,
+    fqn_to_module,
+    get_arg_info_from_tensor_fqn,
+    module_contains_param,
+    module_to_fqn,
+    swap_module,
+)
+
+__all__ = [
+    "BaseDataScheduler",
+    "BaseDataSparsifier",
+    "BaseScheduler",
+    "BaseSparsifier",
+    "CubicSL",
+    "DataNormSparsifier",
+    "FakeSparsity",
+    "LambdaSL",
+    "NearlyDiagonalSparsifier",
+    "WeightNormSparsifier",
+    "fqn_to_module",
+    "get_arg_info_from_tensor_fqn",
+    "get_dynamic_sparse_quantized_mapping",
+    "get_static_sparse_quantized_mapping",
+    "module_contains_param",
+    "module_to_fqn",
+    "post_training_sparse_quantize",
+    "swap_module",
+]
+
+_STRUCTURED = (
+    "taking whole rows and channels out of a model is to come. Until then the pattern 'rows 50%' "
+    "masks them, and torch.ao.pruning._experimental.pruner takes them out"
+)
+_TRAINER = "call the sparsifier's step() where the training loop ends an epoch"
+ABSENT = {
+    "ActivationSparsifier": (
+        "activations are not masked; torch.ao.pruning._experimental.activation_sparsifier does"
+    ),
+    "BaseStructuredSparsifier": _STRUCTURED,
+    "BiasHook": _STRUCTURED,
+    "FPGMPruner": _STRUCTURED,
+    "FakeStructuredSparsity": _STRUCTURED,
+    "LSTMSaliencyPruner": _STRUCTURED,
+    "PostTrainingDataSparsity": _TRAINER,
+    "SaliencyPruner": _STRUCTURED,
+    "TrainingAwareDataSparsity": _TRAINER,
+}
+"""Names that only `torch.ao.pruning` has -> what to use."""
+
+
+def get_static_sparse_quantized_mapping() -> dict[type[nn.Module], type[nn.Module]]:
+    """Class of modules -> torch's sparse one for int8 with calibrated activations."""
+    from torch.ao.nn.sparse.quantized import Linear
+
+    return {nn.Linear: Linear}
+
+
+def get_dynamic_sparse_quantized_mapping() -> dict[type[nn.Module], type[nn.Module]]:
+    """Class of modules -> torch's sparse one for int8 with activations quantized at run time."""
+    from torch.ao.nn.sparse.quantized.dynamic import Linear
+
+    return {nn.Linear: Linear}
+
+
+def __getattr__(name: str) -> NoReturn:
+    refuse(__name__, name, ABSENT)

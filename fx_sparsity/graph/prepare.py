@@ -356,8 +356,10 @@ def _check_compiled(
             "move masked values; prepare the graph that Dynamo hands to the backend, "
             "before AOTAutograd"
         )
-    if left := [fqn for fqn in fqns if fqn not in read]:
-        raise MaskError(f"{left[0]} is held by a module that the graph calls; prepare that module")
+    if unread := [fqn for fqn in fqns if fqn not in read]:
+        raise MaskError(
+            f"{unread[0]} is held by a module that the graph calls; prepare that module"
+        )
 
 
 def _received(

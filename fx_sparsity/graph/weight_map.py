@@ -1,4 +1,4 @@
-"""What discovery returns: the weights of a model, and what it left out with the reason."""
+"""What discovery returns: the weights of a model, and what stays dense with the reason."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace

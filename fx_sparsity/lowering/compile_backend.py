@@ -198,7 +198,9 @@ def _lowered(
             packed[plan.place] = _known(parameters[fqn]).packed(plan, configs.get(fqn))
     rows = layer_rows(planned, packed, Bytes(), Bytes())
     named = {plan.place.fqn for plan in planned}
-    rows += [_left(site, parameters[site.fqn]) for site in weights.sites if site.fqn not in named]
+    rows += [
+        _dense_row(site, parameters[site.fqn]) for site in weights.sites if site.fqn not in named
+    ]
     report = LoweringReport(tuple(rows))
     _log.info("%s", report)
     if options.report is not None:
@@ -234,7 +236,7 @@ def _read_masked(
     graph.recompile()
 
 
-def _left(site: WeightSite, weight: Tensor) -> LoweredWeight:
+def _dense_row(site: WeightSite, weight: Tensor) -> LoweredWeight:
     """The row of a weight that no kernel is for."""
     return LoweredWeight(
         site.fqn,

@@ -16,7 +16,7 @@ from fx_sparsity.lowering.lowered import LoweredLinear
 
 AUTO, ALWAYS = "auto", "always"
 Rule = str | None
-"""`"auto"`, `"always"`, the name of a packing, or None to leave a weight as it is."""
+"""`"auto"`, `"always"`, the name of a packing, or None for a weight that stays dense."""
 Rules = Mapping[str | type[nn.Module], Rule]
 """A name of a weight or its owner, `"re:..."`, or a class of modules -> its rule."""
 _REGEX = "re:"
@@ -44,10 +44,10 @@ class Choice:
     """What becomes of one weight.
 
     Attributes:
-        packing: that it gets; None if it stays as it is.
+        packing: that it gets; None if it stays dense.
         gain: tokens -> times faster than dense, where measured.
         up_to: most tokens that go to the kernel, where the dense form is kept; None for all.
-        reason: why it stays as it is.
+        reason: why it stays dense; empty otherwise.
         packed: the layer in that packing, where it was made to choose.
     """
 
@@ -64,7 +64,7 @@ class Policy:
     Args:
         policy: one rule for all layers; or rules by names of weights and their owners, by regular
             expressions, and by classes of owners, the most derived first. What no rule names stays
-            as it is.
+            dense.
 
     Raises:
         LoweringError: a rule that is neither a policy nor a packing.

@@ -58,7 +58,7 @@ class LoweringReport(WeightReport[LoweredWeight]):
 
     @property
     def dense(self) -> dict[str, str]:  # type: ignore[override]
-        """FQN -> the reason why it stays as it was, for the others."""
+        """FQN -> the reason why it stays dense, for the others."""
         return {row.fqn: row.reason for row in self.rows if row.kernel is None}
 
     @property

@@ -156,7 +156,7 @@ def _weights(
 
 
 def _packed(file: CompressedFile, place: ModulePlace, form: str) -> LoweredLinear | Lookup | str:
-    """What takes the place of a module; or, in words, why it stays.
+    """What takes the place of a module; or, in words, why it stays dense.
 
     Args:
         file: that holds its state.

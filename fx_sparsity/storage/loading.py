@@ -119,8 +119,8 @@ def check_fits(file: CompressedFile, targets: Iterable[tuple[str, Any]]) -> None
         seen.add(name)
         if name not in known:
             missing.append(f"{name}: not in the file")
-        elif (why := _misfit(file, name, meta, target)) is not None:
-            misfits.append(why)
+        elif (misfit := _misfit(file, name, meta, target)) is not None:
+            misfits.append(misfit)
     more = [f"{name}: not in the model" for name in file.keys if name not in seen]
     if faults := [*missing, *more, *misfits]:
         raise RuntimeError(f"{file.file.path} does not fit the model:\n" + "\n".join(faults))

@@ -14,7 +14,7 @@ from fx_sparsity.storage.memory import empty
 def own_states(
     model: nn.Module, path: str = ""
 ) -> Iterator[tuple[str, nn.Module, "OrderedDict[str, Any]"]]:
-    """The path of every module, itself, and what it adds to the state, its children aside.
+    """The path of every module, itself, and what it adds to the state without its children.
 
     Hooks that change a `state_dict` afterwards are not asked.
 

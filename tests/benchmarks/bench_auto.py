@@ -8,7 +8,7 @@ forms and chooses by the number of tokens. Then every layer that got a kernel ta
 dense model's own layer and with the kernels that torch has for the dtype, weights packed ahead, of
 which the fastest counts; two copies of each weight. Speeds are medians of 17 paired rounds. A layer
 is called slower where even the fifth best round is, which is so by chance in 2.5% of all cases.
-What `auto` left dense is the dense model's own module: there is nothing to measure.
+What stays dense is the dense model's own module: there is nothing to measure.
 """
 
 import argparse
@@ -69,7 +69,7 @@ CELL = 18
 HEADER = (
     f"{'weight':<12}{'dtype':<10}{'zeros':<11}{'chosen':<20}"
     + "".join(f"{f'M={tokens}':<{CELL}}" for tokens in TOKENS)
-    + "why"
+    + "reason"
 )
 
 
@@ -118,7 +118,7 @@ class Row:
     zeros: str
     chosen: str
     speeds: Mapping[int, Speed]
-    why: str
+    reason: str
 
 
 Times = dict[str, list[float]]
@@ -153,17 +153,17 @@ def rows(model: nn.ModuleDict, dtype: str) -> Iterator[Row]:
     """How fast dense is, what `auto` does with every layer, and how fast that is."""
     inputs = F32 if dtype == "f32" else BF16
     reports, ours = {}, []
-    left = list(model)
+    pending = list(model)
     for kept in (False, True):
-        if not left:
+        if not pending:
             break
         lowered, reports[kept] = fxs.lower(
             nn.ModuleDict(model.items()),
-            policy=dict.fromkeys(left, "auto"),
+            policy=dict.fromkeys(pending, "auto"),
             tokens=TOKENS,
             keep_dense=kept,
         )
-        left = [name for name in left if reports[kept][f"{name}.weight"].kernel is None]
+        pending = [name for name in pending if reports[kept][f"{name}.weight"].kernel is None]
         for name, layer in lowered.items():
             if reports[kept][f"{name}.weight"].kernel is not None:
                 ours.append(Candidate(f"{name}, {kept}", [layer, copy.deepcopy(layer)], inputs))
@@ -199,7 +199,7 @@ def rows(model: nn.ModuleDict, dtype: str) -> Iterator[Row]:
 def line(shape: tuple[int, int], dtype: str, row: Row) -> str:
     cells = [f"{row.speeds.get(tokens, 'dense')!s:<{CELL}}" for tokens in TOKENS]
     weight = "x".join(map(str, shape))
-    return f"{weight:<12}{dtype:<10}{row.zeros:<11}{row.chosen:<20}{''.join(cells)}{row.why}"
+    return f"{weight:<12}{dtype:<10}{row.zeros:<11}{row.chosen:<20}{''.join(cells)}{row.reason}"
 
 
 def merged(before: Sequence[str], table: Sequence[str]) -> list[str]:

@@ -110,7 +110,7 @@ class Proof:
         indices = {0, size // 2, size - 1}
         if use.slice is not None and use.slice[0] == dim:
             indices |= {use.slice[1], use.slice[2] - 1}
-        told = f"{fqn} dim {dim} as {role} of {use.op}({use.arg}) at {node.name}"
+        claim = f"{fqn} dim {dim} as {role} of {use.op}({use.arg}) at {node.name}"
         touched = False
         for index in sorted(indices):
             edited = self.zeroed(value, parameter, dim, index)
@@ -119,9 +119,9 @@ class Proof:
                 hit = edited != weight  # something is added on the way
             if hit.any():
                 touched = True
-                self.check_index(told, use, node, value, weight, hit, role)
+                self.check_index(claim, use, node, value, weight, hit, role)
         if not touched:
-            raise Wrong(f"{told}: no index reaches the node")
+            raise Wrong(f"{claim}: no index reaches the node")
 
     def zeroed(self, value, parameter, dim, index):
         """What `value` holds once one index of a parameter is zeroed."""
@@ -144,7 +144,7 @@ class Proof:
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: results[n])
         return getattr(self.interpreter, node.op)(node.target, args, kwargs)
 
-    def check_index(self, told, use, node, value, weight, hit, role):
+    def check_index(self, claim, use, node, value, weight, hit, role):
         """Judge one node, whose weight loses the elements `hit`."""
         inputs = {}
         for n in node.all_input_nodes:
@@ -154,7 +154,7 @@ class Proof:
             inputs[n] = (
                 0.1 * torch.rand(v.shape, generator=self.generator).to(v.dtype) if real else v
             )
-        case = Case(self, use, node, value, inputs, weight, hit, told)
+        case = Case(self, use, node, value, inputs, weight, hit, claim)
         if use.op in RECURRENT:
             case.recurrent(role)
         elif use.op == "einsum":
@@ -174,9 +174,9 @@ class Proof:
 class Case:
     """One node, its inputs, and the elements of its weight that are zeroed."""
 
-    def __init__(self, proof, use, node, value, inputs, weight, hit, told):
+    def __init__(self, proof, use, node, value, inputs, weight, hit, claim):
         self.proof, self.use, self.node, self.value = proof, use, node, value
-        self.inputs, self.weight, self.hit, self.told = inputs, weight, hit, told
+        self.inputs, self.weight, self.hit, self.claim = inputs, weight, hit, claim
         self.args = bind(node)
 
     def result(self, weight=None, replaced=None):
@@ -192,7 +192,7 @@ class Case:
 
     def require(self, condition, what):
         if not condition:
-            raise Wrong(f"{self.told}: {what}")
+            raise Wrong(f"{self.claim}: {what}")
 
     def slab(self, axis):
         """Which indices of one axis are zeroed; everything else of them must be, too."""

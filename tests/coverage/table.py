@@ -12,7 +12,7 @@ from tests.coverage.architectures import NAMES, make
 from tests.coverage.proof import Proof, Wrong
 
 PATH = Path(__file__).parent / "architectures.txt"
-HEADER = ("model", "family", "matrices", "claimed", "explained", "unexplained", "wrong", "share")
+HEADER = ("model", "family", "matrices", "weights", "explained", "unexplained", "wrong", "share")
 
 
 @dataclass(frozen=True)
@@ -21,23 +21,23 @@ class Coverage:
 
     Attributes:
         name: of the architecture.
-        claimed: weights found, among the parameters of two or more dimensions.
-        explained: left out for a reason that settles the matter.
-        unexplained: FQNs left out for another reason.
+        weights: found, among the parameters of two or more dimensions.
+        explained: dense for a reason that settles the matter.
+        unexplained: FQNs that are dense for another reason.
         wrong: claims that execution refutes, in words.
-        share: of all elements of all parameters, those in claimed weights.
+        share: of all elements of all parameters, those in weights.
     """
 
     name: str
-    claimed: int
+    weights: int
     explained: int
     unexplained: tuple[str, ...]
     wrong: tuple[str, ...]
     share: float
 
     def cells(self):
-        total = self.claimed + self.explained + len(self.unexplained)
-        counts = (total, self.claimed, self.explained, len(self.unexplained), len(self.wrong))
+        total = self.weights + self.explained + len(self.unexplained)
+        counts = (total, self.weights, self.explained, len(self.unexplained), len(self.wrong))
         # Rounded down: a share that is shown as 99% is at least that.
         return (self.name, NAMES[self.name], *counts, f"{math.floor(self.share * 1000) / 10:.1f}%")
 
@@ -57,7 +57,7 @@ def measure(name):
     elements = sum(parameter.numel() for parameter in model.parameters())
     return Coverage(
         name,
-        claimed=len(weights),
+        weights=len(weights),
         explained=sum(u.reason.explained for u in weights.dense),
         unexplained=tuple(
             f"{u.fqn}: {u.reason} {u.detail}" for u in weights.dense if not u.reason.explained

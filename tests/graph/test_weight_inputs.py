@@ -1,6 +1,6 @@
-"""What meets a weight, of every operator, against the derivative of the operator itself.
+"""The inputs of a weight, of every operator, against the derivative of the operator itself.
 
-A product is linear in its weight: of a result y that meets input x at weight element (o, i), the
+A product is linear in its weight: of a result y that multiplies input x with weight element (o, i), the
 derivative dy/dW[o, i] is x[i]. The sum of its square over all results is what `squares` says of that
 element, and so on, whatever the storage. Derivatives are taken in float64.
 """
@@ -207,7 +207,7 @@ def test_tokens_are_counted_by_group():
     assert report["weight"].tokens == 6
 
 
-def test_an_expert_without_inputs_is_told():
+def test_an_expert_without_inputs_is_counted():
     def picked(x, w):
         return torch.bmm(w[torch.tensor([2, 0])], x.unsqueeze(-1))
 
@@ -285,7 +285,7 @@ def test_parts_along_the_inputs_lack_the_products_between_them():
     assert "products with one another are not seen" in report["weight"].notes[0]
 
 
-def test_a_call_whose_inputs_cannot_be_told_leaves_its_weight_dense():
+def test_a_call_whose_inputs_are_not_known_leaves_its_weight_dense():
     def looked_up(x, w):
         return w[torch.tensor([0, 1]), torch.tensor([2, 3])] + x.sum()
 

@@ -13,7 +13,7 @@ from fx_sparsity.kernels.ops import linear_operator
 from tests.kernels.levels import LEVELS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.int8)
-INTEGER_QUANTIZERS = sorted(how for how, codes in QUANTIZERS.items() if codes == torch.int8)
+INTEGER_QUANTIZERS = sorted(name for name, codes in QUANTIZERS.items() if codes == torch.int8)
 PATTERNS = ((1, 4), (2, 8), (2, 4), (4, 8))
 BLOCKS = ((16, 1), (16, 2), (16, 4), (16, 16), (32, 8), (32, 16), (32, 32), (64, 64))
 
@@ -68,7 +68,7 @@ def check_layer(weight, packing, tokens, quantizer, x_dtype):
 
 @st.composite
 def calls(draw):
-    """Shape, dtype, and how activations meet the weight; a level of the processor."""
+    """Shape, dtype, and how activations are quantized; a level of the processor."""
     dtype = draw(st.sampled_from(DTYPES))
     coded = dtype == torch.int8
     quantizer = draw(st.sampled_from(["none", *INTEGER_QUANTIZERS])) if coded else "none"

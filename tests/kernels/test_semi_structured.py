@@ -40,7 +40,7 @@ def weight(dtype, rows=1, columns=1, seed=0):
 
 def layer(dense, **options):
     """Made as it would be on CUDA, in CUTLASS's layout."""
-    how = options.get("quantize_input", "none")
+    quantizer = options.get("quantize_input", "none")
     return SparseLinear(
         PACKING.pack(dense),
         dense.shape,
@@ -48,8 +48,8 @@ def layer(dense, **options):
         options.get("bias"),
         packing=PACKING.name,
         scale=torch.rand(len(dense)) if dense.dtype in (torch.int8, FLOAT8) else None,
-        row_sums=dense.sum(1, dtype=torch.int32) if how in INTEGER_QUANTIZERS else None,
-        quantize_input=how,
+        row_sums=dense.sum(1, dtype=torch.int32) if quantizer in INTEGER_QUANTIZERS else None,
+        quantize_input=quantizer,
         activation=options.get("activation", "none"),
     )
 
@@ -137,8 +137,13 @@ def test_the_wish_for_nm_means_it_on_cuda(monkeypatch):
         device = torch.device("cuda")
 
     def choose(kind):
-        how = {"tokens": (1,), "input_dtype": torch.bfloat16, "model_bytes": 0, "keep_dense": False}
-        return Policy("nm").choose("w", kind(weight(torch.bfloat16)), "nm", **how).packing
+        calls = {
+            "tokens": (1,),
+            "input_dtype": torch.bfloat16,
+            "model_bytes": 0,
+            "keep_dense": False,
+        }
+        return Policy("nm").choose("w", kind(weight(torch.bfloat16)), "nm", **calls).packing
 
     assert choose(DenseLinear) == "nm"
     with pytest.raises(LoweringError, match="'semi_structured' cannot hold it: torch has"):
@@ -154,9 +159,9 @@ def test_the_operator_is_known_to_the_compiler():
     torch.library.opcheck(linear_operator(PACKING), args)
 
 
-@pytest.mark.parametrize("how", INTEGER_QUANTIZERS)
+@pytest.mark.parametrize("quantizer", INTEGER_QUANTIZERS)
 @pytest.mark.parametrize("tokens", [1, 7, 16])
-def test_integers_are_scaled_and_shifted_as_in_plain_torch(how, tokens, monkeypatch):
+def test_integers_are_scaled_and_shifted_as_in_plain_torch(quantizer, tokens, monkeypatch):
     """The CUDA kernel, with its one product done by the CPU."""
     shapes = []
 
@@ -169,9 +174,9 @@ def test_integers_are_scaled_and_shifted_as_in_plain_torch(how, tokens, monkeypa
 
     monkeypatch.setattr(torch, "_sparse_semi_structured_mm", product)
     bias = torch.randn(64)
-    module = layer(weight(torch.int8, 2, 2), quantize_input=how, bias=bias, activation="silu")
+    module = layer(weight(torch.int8, 2, 2), quantize_input=quantizer, bias=bias, activation="silu")
     x = torch.randn(1, tokens, 256)
-    rest = (module.scale, module.row_sums, bias, 256, 64, how, "silu")
+    rest = (module.scale, module.row_sums, bias, 256, 64, quantizer, "silu")
     found = cuda.semi_structured_linear(x, *module.parts().values(), *rest)
     torch.testing.assert_close(found, module(x))
     assert shapes == [(256, 16)]
@@ -201,9 +206,11 @@ def float8_tensor(dense, **options):
         QuantizeTensorToFloat8Kwargs,
     )
 
-    how = QuantizeTensorToFloat8Kwargs(**{"granularity": PerRow()} | options)
+    activations = QuantizeTensorToFloat8Kwargs(**{"granularity": PerRow()} | options)
     slow = Float8MMConfig(use_fast_accum=False)
-    return Float8Tensor.from_hp(dense, granularity=PerRow(), mm_config=slow, act_quant_kwargs=how)
+    return Float8Tensor.from_hp(
+        dense, granularity=PerRow(), mm_config=slow, act_quant_kwargs=activations
+    )
 
 
 def values_of(tensor):
@@ -386,7 +393,7 @@ def test_float8_on_cuda():
     reason = _float8_refusal(x.device)
     lowered, report = lower(copy.deepcopy(dense), (x,), "always")
     if reason is not None:
-        assert all(reason in why for why in report.dense.values())
+        assert all(reason in found for found in report.dense.values())
         return
     assert set(report.lowered) == {"0.weight", "2.weight"}
     torch.testing.assert_close(lowered(x), dense(x), rtol=0.05, atol=0.05)

@@ -149,7 +149,7 @@ def test_large(kind, dtype, rank):
 
 @pytest.mark.parametrize("bits", [16, 8])
 def test_every_half_ranks_as_its_value(bits):
-    """All 65536 bit patterns of both half precisions, NaN aside."""
+    """All 65536 bit patterns of both half precisions, except NaN."""
     dtype = torch.float16 if bits == 16 else torch.bfloat16
     x = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(dtype)
     x = x[~x.isnan()]
@@ -162,7 +162,7 @@ def test_every_half_ranks_as_its_value(bits):
 
 @pytest.mark.parametrize("block", [(1, 4), (4, 4), (16, 16), (3, 5)])
 @pytest.mark.parametrize("rank", Rank)
-def test_close_block_means_are_told_apart(block, rank):
+def test_close_block_means_rank_apart(block, rank):
     """Blocks are ordered wherever their scores differ by more than 1e-6 relative."""
     shape = (96, 240)
     x = torch.from_numpy(np.random.default_rng(2).standard_normal(shape)).float()

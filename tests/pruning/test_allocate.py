@@ -89,13 +89,13 @@ def test_levels_of_a_mapping_are_pooled():
     mapping.set_module_name("up", "unstructured 90%").set_module_name("table", None)
     sparsifier = fxs.WandaSparsifier()
     prune(model, sparsifier, batches, mapping, allocation=Uniform())
-    wished = 0.9 * elements["up.weight"]
-    wished += 0.5 * (elements["conv.weight"] + elements["down.weight"])
+    wanted = 0.9 * elements["up.weight"]
+    wanted += 0.5 * (elements["conv.weight"] + elements["down.weight"])
     zeros = zeros_of(sparsifier)
-    assert sum(zeros.values()) == round(wished)
+    assert sum(zeros.values()) == round(wanted)
     total = sum(elements[fqn] for fqn in zeros)
     for fqn, count in zeros.items():
-        assert abs(count - elements[fqn] * wished / total) <= 1
+        assert abs(count - elements[fqn] * wanted / total) <= 1
 
 
 def test_rules_see_the_dense_model():

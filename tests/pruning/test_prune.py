@@ -132,7 +132,9 @@ def test_weights_that_meet_the_same_inputs_share_statistics(monkeypatch):
 
     added = []
     plain = collect.Collector.add
-    monkeypatch.setattr(collect.Collector, "add", lambda s, met: (added.append(1), plain(s, met)))
+    monkeypatch.setattr(
+        collect.Collector, "add", lambda s, inputs: (added.append(1), plain(s, inputs))
+    )
     torch.manual_seed(0)
     model, x, method = Attention(), torch.randn(30, 8), Recorded()
     _, report = prune(model, method, [(x,)])
@@ -143,7 +145,7 @@ def test_weights_that_meet_the_same_inputs_share_statistics(monkeypatch):
     assert [w.tokens for w in report.rows] == [30] * 4
 
 
-def test_too_few_inputs_for_a_gram_matrix_are_told():
+def test_too_few_inputs_for_a_gram_matrix_are_noted():
     model, _ = mlp(1)
     _, report = prune(model, Recorded(), [(torch.randn(5, 8),)])
     assert "5 inputs for 8 columns: the Gram matrix is singular" in report["0.weight"].notes
@@ -210,7 +212,7 @@ def test_corrected_biases_of_convolutions_and_addmm():
         assert torch.allclose(layer(x).mean(dims), wanted, atol=1e-5)
 
 
-def test_weights_without_a_bias_of_their_own_are_told():
+def test_weights_without_a_bias_of_their_own_are_noted():
     model = nn.Linear(4, 4, bias=False)
     _, report = prune(model, TinyWanda(), [(torch.randn(9, 4),)], correct_bias=True)
     assert report["weight"].notes == ("no bias of its own to correct",)
@@ -360,7 +362,7 @@ def test_later_batches_are_named():
 
 
 class TwoInputs(nn.Module):
-    """The second input meets its weight after the first has met its own."""
+    """The second input reaches its weight after the first has reached its own."""
 
     def __init__(self):
         super().__init__()

@@ -235,15 +235,15 @@ def test_configurations_of_another_kind(backend, config):
 
 
 @pytest.mark.parametrize(
-    ("config", "told"),
+    ("config", "message"),
     [
         ({"0": tq.per_channel_dynamic_qconfig}, "module classes as keys, found '0'"),
         ({nn.Linear: torch.qint8}, "a qconfig or None for Linear, found torch.qint8"),
         ({int: tq.per_channel_dynamic_qconfig}, "module classes as keys, found <class 'int'>"),
     ],
 )
-def test_eager_names_what_is_wrong_with_a_mapping(config, told):
-    with pytest.raises(BackendError, match=told):
+def test_eager_names_what_is_wrong_with_a_mapping(config, message):
+    with pytest.raises(BackendError, match=message):
         flow(mlp(), ROWS, "sparsify_first", "eager", config=config)
 
 
@@ -279,7 +279,7 @@ def test_float64(backend):
 
 @pytest.mark.parametrize("backend", ["eager", "fx", "pt2e"])
 @pytest.mark.parametrize("step", ["prepare", "convert"])
-def test_torchs_refusals_are_told_in_its_words(step, backend, monkeypatch):
+def test_torchs_refusals_keep_its_words(step, backend, monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("only on Tuesdays")
 

@@ -103,7 +103,7 @@ def test_views_are_saved_alone(tmp_path):
     assert torch.equal(loaded["columns"], base.t()[:2])
 
 
-def test_ties_are_told_apart_by_the_state_not_by_copies(tmp_path, monkeypatch):
+def test_ties_are_known_by_the_state_not_by_copies(tmp_path, monkeypatch):
     tensors = {f"t{i}": torch.full((64, 64), float(i % 2)) * torch.eye(64) for i in range(6)}
     tensors["tied"] = tensors["t1"]
     monkeypatch.setattr(torch.Tensor, "cpu", torch.Tensor.clone)  # as on another device

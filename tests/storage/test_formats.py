@@ -167,14 +167,14 @@ def test_parts_that_do_not_fit_are_refused(name, data):
     parts = dict(form.encode(Contents(tensor)))
     part = data.draw(st.sampled_from([p for p in form.parts if p != "shape"]))
     broken = parts[part]
-    how = data.draw(st.sampled_from(["short", "long", "dtype", "shape", "bits"]))
-    if how == "short":
+    fault = data.draw(st.sampled_from(["short", "long", "dtype", "shape", "bits"]))
+    if fault == "short":
         broken = broken[:-1]
-    elif how == "long":
+    elif fault == "long":
         broken = torch.cat([broken, torch.ones_like(broken[:1])])
-    elif how == "dtype":
+    elif fault == "dtype":
         broken = broken.view({1: torch.int8, 2: torch.float16, 8: torch.float64}[broken.itemsize])
-    elif how == "shape":
+    elif fault == "shape":
         broken = broken.unsqueeze(0)
     elif part in ("bitmask", "blocks", "kept"):
         broken = broken.clone()

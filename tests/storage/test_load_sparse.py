@@ -175,7 +175,7 @@ class Scorer(nn.Module):
 
 
 BASKETS = torch.randint(64, (5, 4), generator=torch.Generator().manual_seed(0))
-WISH = (
+MAPPING = (
     fxs.SparsityMapping()
     .set_module_name("fc", "unstructured 70%")
     .set_module_name("out", "2:4")
@@ -219,7 +219,7 @@ def quantized_scorer(flow, seed=0):
     backend, config = FLOWS[flow]
     sparsifier = fxs.WeightNormSparsifier()
     model = Scorer().eval()
-    fxs.prepare(model, sparsifier, (BASKETS,), WISH)
+    fxs.prepare(model, sparsifier, (BASKETS,), MAPPING)
     sparsifier.step()
     model, record = fxs.squash(model, sparsifier)
     weights = fxs.find_weights(model, (BASKETS,))
@@ -289,7 +289,7 @@ def test_tables_lose_rows_whose_codes_are_stored_dense(tmp_path):
             *(Scorer().eval(), fxs.WeightNormSparsifier(), (BASKETS,)),
             order="quantize_first",
             backend="eager",
-            mapping=WISH,
+            mapping=MAPPING,
         )[0]
 
     model, other = made(), made()
@@ -344,7 +344,7 @@ def torchao_table():
 
 @pytest.mark.filterwarnings("ignore")
 @torch.no_grad()
-def test_what_stays_dense_of_a_quantized_model_is_told(tmp_path):
+def test_what_stays_dense_of_a_quantized_model_is_listed(tmp_path):
     def made():
         return nn.ModuleDict(
             {
@@ -381,7 +381,7 @@ def state_of(model):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
-    ("there", "why"),
+    ("there", "message"),
     [
         (lambda: dynamic_linear(outputs=16), r"0/codes: expected int8 \(32, 32\).*\(16, 32\)"),
         (lambda: dynamic_linear(axis=0), r"expected \(qint8 per tensor, tensor\).*along axis 0"),
@@ -390,11 +390,11 @@ def state_of(model):
 )
 @pytest.mark.parametrize("loader", [fxs.load, fxs.load_sparse])
 @torch.no_grad()
-def test_a_model_that_is_quantized_otherwise_stays_as_it_was(tmp_path, loader, there, why):
+def test_a_model_that_is_quantized_otherwise_stays_as_it_was(tmp_path, loader, there, message):
     fxs.save(nn.Sequential(dynamic_linear(), dynamic_linear()), tmp_path / "f")
     other = nn.Sequential(dynamic_linear(), there())
     modules, (before, described) = list(other.modules()), state_of(other)
-    with pytest.raises(RuntimeError, match=why):
+    with pytest.raises(RuntimeError, match=message):
         loader(tmp_path / "f", other)
     assert list(other.modules()) == modules
     after, also_described = state_of(other)

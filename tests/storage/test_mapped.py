@@ -139,7 +139,7 @@ def test_what_an_index_does_not_name_is_ignored(tmp_path):
     assert CheckpointFiles.find(tmp_path / "m-2.safetensors").weights == ("m-2.safetensors",)
 
 
-def test_checkpoints_that_cannot_be_told_are_refused(tmp_path):
+def test_checkpoints_of_unknown_kind_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="expected safetensors files, found none"):
         CheckpointFiles.find(tmp_path)
     with pytest.raises(FileNotFoundError):

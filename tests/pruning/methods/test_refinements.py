@@ -59,7 +59,7 @@ def test_exact_update_of_badly_conditioned_inputs():
     assert ours == pytest.approx(least, rel=1e-5)
 
 
-def test_a_loose_tolerance_is_within_a_hundredth_and_too_few_iterations_are_told():
+def test_a_loose_tolerance_is_within_a_hundredth_and_too_few_iterations_are_noted():
     weight, stats = layer(96, 256)
     tiling = tiling_of("2:4", weight)
     found = ReorderedSparseGPTSparsifier().solve(weight, stats, tiling, 0.5)
@@ -74,7 +74,7 @@ def test_a_loose_tolerance_is_within_a_hundredth_and_too_few_iterations_are_told
     assert loss(weight[0], short.weight[0], h) < loss(weight[0], found.weight[0], h)
 
 
-def test_what_is_not_positive_definite_is_told_and_does_no_harm():
+def test_what_is_not_positive_definite_is_noted_and_does_no_harm():
     weight, stats = layer(8, 16)
     stats.gram[0, 3, 4] = stats.gram[0, 4, 3] = 10 * stats.gram[0, 3, 3]
     tiling = tiling_of("unstructured", weight)

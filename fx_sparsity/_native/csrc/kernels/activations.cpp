@@ -58,12 +58,12 @@ struct Affine {
 // As `activations.quantize` says, in the same arithmetic; codes and zero points are shifted to
 // start at 0.
 template <class X>
-Affine affine_of(Range range, Quantizer how) {
+Affine affine_of(Range range, Quantizer quantizer) {
   const auto as_x = [](float x) { return rounded_as(X{}, x); };
   const auto clamped = [](float x, float most) { return x < 0 ? 0 : x > most ? most : x; };
   constexpr float eps = std::numeric_limits<float>::epsilon();
   const auto not_below = [](float x, float low) { return x < low ? low : x; };
-  switch (how) {
+  switch (quantizer) {
     case Quantizer::token_symmetric: {
       const float reach = not_below(range.largest, -range.smallest);
       return {not_below(as_x(reach / 127.5f), eps), 128, 255, false};
@@ -138,7 +138,7 @@ Tiles<Input> tiles_of(const X* x, int64_t rows, int64_t columns, int64_t height)
 }
 
 template <class X>
-Quantized quantize(const X* x, int64_t rows, int64_t columns, Quantizer how) {
+Quantized quantize(const X* x, int64_t rows, int64_t columns, Quantizer quantizer) {
   Quantized q{Buffer<uint8_t>(rows * columns), Buffer<float>(rows), Buffer<int32_t>(rows)};
   Buffer<Range> ranges(rows);
   const int64_t grain = std::max<int64_t>(1, (1 << 14) / columns);
@@ -151,8 +151,8 @@ Quantized quantize(const X* x, int64_t rows, int64_t columns, Quantizer how) {
   for (int64_t row = 0; row < rows; row++) all = join(all, ranges[row]);
   parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; row++) {
-      const Range range = how == Quantizer::tensor_affine ? all : ranges[row];
-      const Affine affine = affine_of<X>(range, how);
+      const Range range = quantizer == Quantizer::tensor_affine ? all : ranges[row];
+      const Affine affine = affine_of<X>(range, quantizer);
       q.scale[row] = affine.scale;
       q.zero_point[row] = int32_t(affine.zero_point == affine.zero_point ? affine.zero_point : 0);
       quantize_row(x + row * columns, columns, affine, &q.codes[row * columns]);

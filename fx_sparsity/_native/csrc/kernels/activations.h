@@ -34,6 +34,6 @@ struct Quantized {
 
 // Quantizes activations of fp32 or bf16, `rows` x `columns`.
 template <class X>
-Quantized quantize(const X* x, int64_t rows, int64_t columns, Quantizer how);
+Quantized quantize(const X* x, int64_t rows, int64_t columns, Quantizer quantizer);
 
 }  // namespace fx

@@ -74,6 +74,13 @@ def prepare(
             given.
 
         Whatever is raised, nothing was changed.
+
+    Example:
+        >>> model, sparsifier = nn.Linear(8, 4), fxs.WeightNormSparsifier()
+        >>> model = fxs.prepare(model, sparsifier, (torch.randn(1, 8),), "2:4")
+        >>> sparsifier.step()
+        >>> sparsifier.get_mask("weight").sum(1).tolist()
+        [4, 4, 4, 4]
     """
     unknown: list[str] = []
     if isinstance(subject, fx.GraphModule) and model is None:
@@ -181,6 +188,14 @@ def squash(model: _Subject, sparsifier: BaseSparsifier) -> tuple[_Subject, Spars
 
     Raises:
         MaskError: the sparsifier holds no mask on this model; nothing was changed.
+
+    Example:
+        >>> model, sparsifier = nn.Linear(8, 4), fxs.WeightNormSparsifier()
+        >>> model = fxs.prepare(model, sparsifier, (torch.randn(1, 8),), "2:4")
+        >>> sparsifier.step()
+        >>> model, record = fxs.squash(model, sparsifier)
+        >>> record["weight"].pattern, int((model.weight == 0).sum())
+        ('2:4', 16)
     """
     _check_bound(model, sparsifier)
     record = SparsityRecord.of(sparsifier)
@@ -202,6 +217,14 @@ def unprepare(model: _Subject, sparsifier: BaseSparsifier) -> _Subject:
     Raises:
         MaskError: the sparsifier holds no mask on this model, or has squashed it; nothing was
             changed.
+
+    Example:
+        >>> model, sparsifier = nn.Linear(8, 4), fxs.WeightNormSparsifier()
+        >>> model = fxs.prepare(model, sparsifier, (torch.randn(1, 8),), "2:4")
+        >>> sparsifier.step()
+        >>> model = fxs.unprepare(model, sparsifier)
+        >>> sparsifier.names, int((model.weight == 0).sum())
+        ([], 0)
     """
     _check_bound(model, sparsifier)
     sparsifier.remove_masks()

@@ -53,6 +53,18 @@ def hold(optimizer: Optimizer, model: nn.Module, record: SparsityRecord) -> Hold
 
     Raises:
         MaskError: a recorded weight that the model lacks, of another shape, or still masked.
+
+    Example:
+        >>> model, sparsifier = nn.Linear(8, 4), fxs.WeightNormSparsifier()
+        >>> model = fxs.prepare(model, sparsifier, (torch.randn(1, 8),), "2:4")
+        >>> sparsifier.step()
+        >>> model, record = fxs.squash(model, sparsifier)
+        >>> optimizer = torch.optim.AdamW(model.parameters())
+        >>> held = fxs.hold(optimizer, model, record)
+        >>> model(torch.randn(2, 8)).sum().backward()
+        >>> optimizer.step()
+        >>> fxs.verify(model, record).ok
+        True
     """
     pruned = {}
     for name, mask in record.items():

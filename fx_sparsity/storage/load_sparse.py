@@ -83,6 +83,15 @@ def load_sparse(path: str | Path, model: nn.Module, *, check: bool = False) -> L
         FileFormatError: the file contradicts itself; the model is as it was.
         RuntimeError: the file does not fit the model, which is as it was; or a module refuses its
             state by a rule of its own, when others may have loaded theirs.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(64, 64))
+        >>> model[0].weight.data[:, ::2] = 0
+        >>> fxs.save(model, "model.safetensors")
+        >>> print(fxs.load_sparse("model.safetensors", model))
+        weight    loaded as
+        --------  ------------
+        0.weight  SparseLinear
     """
     file = CompressedFile(path)
     if check:

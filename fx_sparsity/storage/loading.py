@@ -36,6 +36,15 @@ def load(
         RuntimeError: the state does not fit `model`, which is as it was.
         TypeError: the file holds a torchao tensor, and no model was given.
         OSError: it cannot be read.
+
+    Example:
+        >>> model = nn.Linear(8, 4)
+        >>> model.weight.data[2:] = 0
+        >>> fxs.save(model, "model.safetensors")
+        >>> other = nn.Linear(8, 4)
+        >>> _ = fxs.load("model.safetensors", other)
+        >>> torch.equal(other.weight, model.weight)
+        True
     """
     file = CompressedFile(path)
     if check:

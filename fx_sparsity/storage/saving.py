@@ -42,6 +42,14 @@ def save(
     Raises:
         TypeError: an entry of the state cannot be stored; it is named.
         ValueError: unknown `form`.
+
+    Example:
+        >>> from safetensors.torch import load_file
+        >>> model = nn.Linear(64, 64)
+        >>> model.weight.data[32:] = 0
+        >>> fxs.save(model, "model.safetensors")
+        >>> sorted(load_file("model.safetensors"))
+        ['bias', 'weight::blocks', 'weight::values']
     """
     if form is not None and form not in FORMATS:
         raise ValueError(f"form: expected one of {', '.join(FORMATS)}, found {form!r}")
@@ -83,6 +91,12 @@ def export(
     Raises:
         TypeError: an entry that is no plain tensor; it is named.
         ValueError: unknown `layout`.
+
+    Example:
+        >>> from safetensors.torch import load_file
+        >>> fxs.export(nn.Linear(8, 4), "model.safetensors")
+        >>> sorted(load_file("model.safetensors"))
+        ['bias', 'weight']
     """
     check_layout(layout, (*OUTSIDE, "dense"))
     state = model_or_state.state_dict() if isinstance(model_or_state, nn.Module) else model_or_state

@@ -55,6 +55,14 @@ def post_training_sparse_quantize(
         BackendError: the weight of an embedding is masked, computed by a hook, or has no data.
 
         Whatever is raised, the model was not changed.
+
+    Example:
+        >>> model = nn.Sequential(nn.EmbeddingBag(10, 4))
+        >>> model = fxs.post_training_sparse_quantize(
+        ...     model, fxs.DataNormSparsifier, sparsity_level=0.5, sparse_block_shape=(1, 1)
+        ... )
+        >>> [(row.fqn, row.dtype, row.zeros) for row in fxs.verify(model)]
+        [('0.weight', 'quint8', 20)]
     """
     embeddings = _select(model, select_embeddings)
     for name, module in embeddings.items():

@@ -3,6 +3,20 @@
 from collections.abc import Mapping
 from typing import NoReturn
 
+STRUCTURED = dict.fromkeys(
+    (
+        "BaseStructuredSparsifier",
+        "BiasHook",
+        "FPGMPruner",
+        "FakeStructuredSparsity",
+        "LSTMSaliencyPruner",
+        "SaliencyPruner",
+    ),
+    "taking whole rows and channels out of a model is to come. Until then the pattern 'rows 50%' "
+    "masks them, and torch.ao.pruning._experimental.pruner takes them out",
+)
+"""Names of structured pruning, which torch.ao.pruning and torchao share."""
+
 
 def refuse(module: str, name: str, instead: Mapping[str, str]) -> NoReturn:
     """Raise for a name that a module does not have; for its `__getattr__`.

@@ -8,7 +8,7 @@ from typing import NoReturn
 
 from torch import nn
 
-from fx_sparsity.compat.absent import refuse
+from fx_sparsity.compat.absent import STRUCTURED, refuse
 from fx_sparsity.quantization import post_training_sparse_quantize
 from fx_sparsity.sparsifier import (
     BaseDataScheduler,
@@ -49,22 +49,13 @@ __all__ = [
     "swap_module",
 ]
 
-_STRUCTURED = (
-    "taking whole rows and channels out of a model is to come. Until then the pattern 'rows 50%' "
-    "masks them, and torch.ao.pruning._experimental.pruner takes them out"
-)
 _TRAINER = "call the sparsifier's step() where the training loop ends an epoch"
 ABSENT = {
+    **STRUCTURED,
     "ActivationSparsifier": (
         "activations are not masked; torch.ao.pruning._experimental.activation_sparsifier does"
     ),
-    "BaseStructuredSparsifier": _STRUCTURED,
-    "BiasHook": _STRUCTURED,
-    "FPGMPruner": _STRUCTURED,
-    "FakeStructuredSparsity": _STRUCTURED,
-    "LSTMSaliencyPruner": _STRUCTURED,
     "PostTrainingDataSparsity": _TRAINER,
-    "SaliencyPruner": _STRUCTURED,
     "TrainingAwareDataSparsity": _TRAINER,
 }
 """Names that only `torch.ao.pruning` has -> what to use."""

@@ -210,9 +210,15 @@ def follows_2_4(weight: Tensor) -> bool:
     return bool(((weight == 0).view(len(weight), -1, 4).sum(2) >= 2).all())
 
 
-def put_semi_structured(module: nn.Linear) -> None:
-    """Compress the weight of a module, in place, to half of its bytes and the positions."""
-    weight = to_sparse_semi_structured(module.weight.detach().contiguous())
+def put_semi_structured(module: nn.Linear, alg_id: int = 0) -> None:
+    """Compress the weight of a module, in place, to half of its bytes and the positions.
+
+    Args:
+        module: its weight is not refused.
+        alg_id: which of cuSPARSELt's algorithms multiplies; torch that cannot choose has 0 alone.
+    """
+    chosen: dict[str, Any] = {"alg_id": alg_id} if alg_id else {}
+    weight = to_sparse_semi_structured(module.weight.detach().contiguous(), **chosen)
     module.weight = nn.Parameter(weight, requires_grad=False)
 
 

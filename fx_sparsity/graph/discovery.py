@@ -11,15 +11,18 @@ from torch.nn.utils import parametrize
 from fx_sparsity.graph.compiled import is_compiled
 from fx_sparsity.graph.example_inputs import ExampleInputs
 from fx_sparsity.graph.frontends import (
-    CaptureError,
     Frontend,
     Model,
     frontends,
-    frontends_without_export,
 )
-from fx_sparsity.graph.named_tensors import exported_tensors, named_tensors
 from fx_sparsity.graph.operators import OPERATORS
-from fx_sparsity.graph.sources import Source, graph_source, module_source
+from fx_sparsity.graph.sources import (
+    Source,
+    exported_tensors,
+    graph_source,
+    module_source,
+    named_tensors,
+)
 from fx_sparsity.graph.uses import canonical_fqn, module_uses, uses_of_module, weight_uses
 from fx_sparsity.graph.weight_map import DenseParameter, Reason, Use, WeightMap, WeightSite
 
@@ -54,17 +57,17 @@ def find_weights(
 
     Raises:
         InputError: the module rejects `example_inputs`.
+
+    Example:
+        >>> model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 2))
+        >>> weights = fxs.find_weights(model, (torch.arange(3),))
+        >>> for fqn, site in weights.items():
+        ...     print(fqn, site.kind, site.roles)
+        0.weight embedding ('row', 'dim')
+        1.weight linear ('out', 'in')
     """
     search = _Search.of(subject, example_inputs, model)
     return search.through(frontends(subject, example_inputs, dynamic_shapes, model))
-
-
-def find_weights_without_export(
-    model: nn.Module, example_inputs: ExampleInputs, error: CaptureError
-) -> WeightMap:
-    """What `find_weights` comes to where `export_model` has just failed with `error`."""
-    search = _Search.of(model)
-    return search.through(frontends_without_export(model, example_inputs, error))
 
 
 def read_graph(model: nn.Module, graph: fx.GraphModule) -> WeightMap:
@@ -190,7 +193,7 @@ class _Search:
         unseen = (Reason.FRONTEND, incomplete) if incomplete else (Reason.UNREACHABLE, "")
         modules = {} if self.model is None else dict(self.model.named_modules())
         dense = [
-            self._unclaimed(fqn, unseen)
+            self._dense_parameter(fqn, unseen)
             for fqn, tensor in self.tensors.items()
             if fqn in self.parameters
             and self.canonical[fqn] == fqn
@@ -221,7 +224,7 @@ class _Search:
             uses=tuple(use for _, use, _ in found),
         )
 
-    def _unclaimed(self, fqn: str, unseen: tuple[Reason, str]) -> DenseParameter:
+    def _dense_parameter(self, fqn: str, unseen: tuple[Reason, str]) -> DenseParameter:
         tensor, name = self.tensors[fqn], canonical_fqn(fqn)
         shape = tuple(tensor.shape)
         if not tensor.is_floating_point():

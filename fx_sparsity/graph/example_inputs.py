@@ -1,6 +1,7 @@
 """What a model is called with: example inputs in the forms that users give, and a run on them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -33,16 +34,17 @@ def call_arguments(example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict
     )
 
 
-def run_undisturbed(model: nn.Module, call: Callable[[], Any]) -> None:
-    """Run a model on data without a trace of it: buffers and random state are put back.
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Where a model may run on data without a trace of it: buffers and random state are put back.
 
     Raises:
-        InputError: the model raises, with its own words.
+        InputError: whatever is raised inside, with its own words.
     """
     before = {name: (buffer, buffer.clone()) for name, buffer in model.named_buffers()}
     try:
         with torch.no_grad(), torch.random.fork_rng():
-            call()
+            yield
     except Exception as error:
         raise InputError(
             f"example_inputs: {type(model).__name__} rejects them: {type(error).__name__}: {error}"
@@ -50,3 +52,10 @@ def run_undisturbed(model: nn.Module, call: Callable[[], Any]) -> None:
     finally:
         for buffer, value in before.values():
             buffer.copy_(value)
+
+
+def run_undisturbed(model: nn.Module, example_inputs: ExampleInputs) -> None:
+    """Run a model on its example inputs, see `undisturbed`."""
+    args, kwargs = call_arguments(example_inputs)
+    with undisturbed(model):
+        model(*args, **kwargs)

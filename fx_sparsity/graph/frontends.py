@@ -10,7 +10,12 @@ from torch.export import ExportedProgram
 
 from fx_sparsity.errors import FxSparsityError
 from fx_sparsity.graph.compiled import capture_graphs, is_compiled
-from fx_sparsity.graph.example_inputs import ExampleInputs, call_arguments, run_undisturbed
+from fx_sparsity.graph.example_inputs import (
+    ExampleInputs,
+    call_arguments,
+    run_undisturbed,
+    undisturbed,
+)
 from fx_sparsity.graph.operators import MODULES
 from fx_sparsity.graph.sources import (
     Source,
@@ -72,12 +77,12 @@ def frontends(
         try:
             program = export_model(subject, example_inputs, dynamic_shapes)
         except CaptureError as error:
-            yield from frontends_without_export(subject, example_inputs, error)
+            yield from _without_export(subject, example_inputs, error)
         else:
             yield Frontend("torch.export", [(program.graph_module, exported_source(program))])
 
 
-def frontends_without_export(
+def _without_export(
     model: nn.Module, example_inputs: ExampleInputs, error: CaptureError
 ) -> Iterator[Frontend]:
     """What is left to look at: Dynamo's graphs, a symbolic trace, the classes of modules.
@@ -89,9 +94,8 @@ def frontends_without_export(
     """
     gaps = f"torch.export: {type(error.__cause__ or error).__name__}"
     args, kwargs = call_arguments(example_inputs)
-    captured: list[Any] = []
-    run_undisturbed(model, lambda: captured.extend(capture_graphs(model, args, kwargs)))
-    graphs, stop = captured
+    with undisturbed(model):
+        graphs, stop = capture_graphs(model, args, kwargs)
     if graphs or stop:
         count = f"{len(graphs)} graph{'' if len(graphs) == 1 else 's'}"
         name = f"Dynamo ({count}{f', then {type(stop).__name__}' if stop else ''})"
@@ -127,7 +131,7 @@ def export_model(
     try:
         return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
     except Exception as export_error:
-        run_undisturbed(model, lambda: model(*args, **kwargs))
+        run_undisturbed(model, example_inputs)
         raise CaptureError(
             f"{type(model).__name__} runs on example_inputs, but torch.export cannot capture it: "
             f"{type(export_error).__name__}: {export_error}"

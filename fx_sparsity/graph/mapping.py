@@ -66,7 +66,7 @@ class SparsityMapping:
     """
 
     def __init__(self) -> None:
-        self._rest: SparsityConfig | Rule | None = None
+        self._rest: SparsityConfig | Callable[[WeightSite], SparsityConfig | None] | None = None
         self._entries: Selector[SparsityConfig | None] = Selector()
 
     def set_global(self, config: Config) -> "SparsityMapping":
@@ -85,7 +85,7 @@ class SparsityMapping:
         """
         if not callable(rule):
             raise TypeError(f"rule: expected a function of a site, found {type(rule).__name__}")
-        self._rest = rule
+        self._rest = lambda site: _parse(rule(site))
         return self
 
     def set_object_type(self, kind: type[nn.Module] | str, config: Config) -> "SparsityMapping":
@@ -203,7 +203,7 @@ class SparsityMapping:
         if (found := self._entries.select(site.names, _types(site))) is not None:
             return found.value, f"excluded by {found.entry}"
         if callable(self._rest):
-            return _parse(self._rest(site)), "excluded by the rule"
+            return self._rest(site), "excluded by the rule"
         return self._rest, "no entry of the mapping speaks of it"
 
     def _unmatched(self, weights: WeightMap) -> Iterator[str]:

@@ -19,6 +19,7 @@ from torch import fx, nn
 
 from fx_sparsity.graph import weight_inputs as inputs
 from fx_sparsity.graph.weight_inputs import InputsOf
+from fx_sparsity.graph.weight_map import WeightSite
 from fx_sparsity.patterns import Role
 
 Axes = Mapping[int | None, Role]
@@ -261,6 +262,13 @@ def groups_of(op: str, args: Arguments) -> tuple[Role, int]:
     transposed = OPERATORS[op].kind == "conv_transpose" or args.get("transposed", False)
     convolves = OPERATORS[op].kind in ("conv", "conv_transpose")
     return "in" if transposed else "out", args.get("groups", 1) if convolves else 1
+
+
+def groups_of_owner(model: nn.Module, site: WeightSite) -> tuple[Role, int]:
+    """What `groups_of` tells of a call, by the module that owns a weight."""
+    owner = model.get_submodule(site.owner)
+    groups = owner.groups if isinstance(owner, nn.modules.conv._ConvNd) else 1
+    return "in" if isinstance(owner, nn.modules.conv._ConvTransposeNd) else "out", groups
 
 
 def operator_name(node: fx.Node) -> str:

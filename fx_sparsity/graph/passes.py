@@ -1,85 +1,22 @@
 """Graph rewriting, as passes that go into anyone's `PassManager`."""
 
 import operator
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from fx_sparsity.graph.compiled import announce_buffers, is_compiled
-from fx_sparsity.graph.operators import OPERATORS, bind, operator_name
-from fx_sparsity.graph.provenance import Origin
 from fx_sparsity.graph.sources import Source, module_source
-from fx_sparsity.graph.uses import canonical_fqn, weight_uses
+from fx_sparsity.graph.uses import WEIGHT_META, seen_weights
 from fx_sparsity.graph.weight_map import WeightMap
 from fx_sparsity.sparsifier import Mask
 from fx_sparsity.sparsifier.mask import GRAPH_MASKS
 
-WEIGHT_META = "fx_sparsity_weights"
-"""Key in `node.meta`: argument name -> `SeenWeight` that it receives."""
 MASK_BUFFERS = ("mask", "zero")
 """What a selection reads of a `Mask`."""
-
-
-class Step(NamedTuple):
-    """An `as_strided` of a contiguous tensor of `shape`."""
-
-    shape: tuple[int, ...]
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-    offset: int
-
-
-@dataclass(frozen=True)
-class SeenWeight:
-    """What a consumer sees of a weight.
-
-    Attributes:
-        fqn: canonical name of the weight.
-        steps: from the weight itself to what is seen; where more than one, each starts from a
-            contiguous copy of what the one before gives.
-    """
-
-    fqn: str
-    steps: tuple[Step, ...]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the weight itself."""
-        return self.steps[0].shape
-
-    @property
-    def size(self) -> tuple[int, ...]:
-        """Of what is seen."""
-        return self.steps[-1].size
-
-    def of(self, whole: Tensor) -> Tensor:
-        """What is seen of a tensor of the weight's shape."""
-        for step in self.steps:
-            whole = whole.contiguous().view(step.shape)
-            whole = whole.as_strided(step.size, step.stride, step.offset)
-        return whole
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether the weight is seen just as it is."""
-        stride = torch.empty(self.shape, device="meta").stride()
-        return all(step == (self.shape, self.shape, stride, 0) for step in self.steps)
-
-
-def _steps(origin: Origin) -> tuple[Step, ...]:
-    """The views that lead to an origin, first the one of the weight itself."""
-    before = () if origin.before is None else _steps(origin.before)
-    step = Step(
-        tuple(origin.parameter.shape),
-        tuple(origin.view.shape),
-        tuple(origin.view.stride()),
-        int(origin.view.storage_offset()),
-    )
-    return (*before, step)
 
 
 class AnnotateWeights(PassBase):
@@ -103,19 +40,6 @@ class AnnotateWeights(PassBase):
             if fqn is not None:
                 node.meta.setdefault(WEIGHT_META, {}).setdefault(arg, replace(seen, fqn=fqn))
         return PassResult(graph_module, False)
-
-
-def seen_weights(
-    graph_module: fx.GraphModule, source: Source | None = None
-) -> Iterator[tuple[fx.Node, str, SeenWeight]]:
-    """(consumer, name of its argument, what it sees) of every weight that a graph reads.
-
-    A weight goes by the name that `source` gives; by that of the attribute that is read by default.
-    """
-    for found in weight_uses(graph_module.graph, source or module_source(graph_module)):
-        if found.origin.exact and found.use() is not None:
-            fqn = canonical_fqn(found.origin.fqn)
-            yield found.node, found.arg, SeenWeight(fqn, _steps(found.origin))
 
 
 class InsertMasks(PassBase):
@@ -252,19 +176,3 @@ def mask_path(fqn: str) -> str:
     weights collide.
     """
     return f"{GRAPH_MASKS}.{fqn}"
-
-
-def weight_arguments(
-    node: fx.Node, noted: Mapping[str, SeenWeight] | None = None
-) -> Iterator[tuple[SeenWeight, fx.Node]]:
-    """(weight, the node it receives now) of every weight of a node.
-
-    Args:
-        node: that consumes weights.
-        noted: argument name -> weight; what `AnnotateWeights` noted on `node` by default.
-    """
-    noted = node.meta.get(WEIGHT_META, {}) if noted is None else noted
-    row = OPERATORS.get(operator_name(node)) if noted else None
-    for arg, value, _ in row.find(bind(node)) if row else ():
-        if arg in noted and isinstance(value, fx.Node):
-            yield noted[arg], value

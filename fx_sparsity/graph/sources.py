@@ -1,4 +1,4 @@
-"""Which tensor a node of a graph stands for.
+"""The tensors of a model: by name, and by the node of a graph that stands for one.
 
 A frontend differs from the others by one function, `source(node) -> (fqn, tensor)`.
 """
@@ -20,7 +20,6 @@ from fx_sparsity.graph.compiled import (
     source_target,
 )
 from fx_sparsity.graph.example_inputs import ExampleInputs, call_arguments
-from fx_sparsity.graph.named_tensors import named_tensors
 
 Source = Callable[[fx.Node], tuple[str, Tensor] | None]
 
@@ -111,3 +110,27 @@ def compiled_source(
         return (fqn, tensor) if fqn is not None and isinstance(tensor, Tensor) else None
 
     return source
+
+
+def named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """Parameters, then buffers, under each of their names."""
+    return [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]
+
+
+def exported_tensors(program: ExportedProgram) -> dict[str, Tensor]:
+    """Parameters, then buffers and constants, by FQN; a tied tensor is one object.
+
+    A program that was saved and loaded holds ties as several tensors over one storage, in an order
+    of its own.
+    """
+    signature, held = program.graph_signature, {**program.state_dict, **program.constants}
+    tensors = {name: held[name] for name in signature.parameters} | held
+    first: dict[Any, Tensor] = {}
+    for name, tensor in tensors.items():
+        if isinstance(tensor, Tensor) and tensor.device.type != "meta" and tensor.numel():
+            place = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+            tensors[name] = first.setdefault(place, tensor)
+    return {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)}

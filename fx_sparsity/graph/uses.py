@@ -2,7 +2,7 @@
 
 import operator
 from collections.abc import Generator, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
@@ -30,8 +30,11 @@ from fx_sparsity.graph.provenance import (
     shape_of,
     slice_of_parameter,
 )
-from fx_sparsity.graph.sources import Source
+from fx_sparsity.graph.sources import Source, module_source
 from fx_sparsity.graph.weight_map import Reason, Use
+
+WEIGHT_META = "fx_sparsity_weights"
+"""Key in `node.meta`: argument name -> `SeenWeight` that it receives."""
 
 
 class Consumption(NamedTuple):
@@ -83,6 +86,93 @@ def weight_uses(graph: fx.Graph, source: Source) -> Iterator[Consumption]:
     yield from _uses(graph, seeds, inputs)  # what the graph returns of them matters to no one
 
 
+class Step(NamedTuple):
+    """An `as_strided` of a contiguous tensor of `shape`."""
+
+    shape: tuple[int, ...]
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+
+@dataclass(frozen=True)
+class SeenWeight:
+    """What a consumer sees of a weight.
+
+    Attributes:
+        fqn: canonical name of the weight.
+        steps: from the weight itself to what is seen; where more than one, each starts from a
+            contiguous copy of what the one before gives.
+    """
+
+    fqn: str
+    steps: tuple[Step, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight itself."""
+        return self.steps[0].shape
+
+    @property
+    def size(self) -> tuple[int, ...]:
+        """Of what is seen."""
+        return self.steps[-1].size
+
+    def of(self, whole: Tensor) -> Tensor:
+        """What is seen of a tensor of the weight's shape."""
+        for step in self.steps:
+            whole = whole.contiguous().view(step.shape)
+            whole = whole.as_strided(step.size, step.stride, step.offset)
+        return whole
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the weight is seen just as it is."""
+        stride = torch.empty(self.shape, device="meta").stride()
+        return all(step == (self.shape, self.shape, stride, 0) for step in self.steps)
+
+
+def _steps(origin: Origin) -> tuple[Step, ...]:
+    """The views that lead to an origin, first the one of the weight itself."""
+    before = () if origin.before is None else _steps(origin.before)
+    step = Step(
+        tuple(origin.parameter.shape),
+        tuple(origin.view.shape),
+        tuple(origin.view.stride()),
+        int(origin.view.storage_offset()),
+    )
+    return (*before, step)
+
+
+def seen_weights(
+    graph_module: fx.GraphModule, source: Source | None = None
+) -> Iterator[tuple[fx.Node, str, SeenWeight]]:
+    """(consumer, name of its argument, what it sees) of every weight that a graph reads.
+
+    A weight goes by the name that `source` gives; by that of the attribute that is read by default.
+    """
+    for found in weight_uses(graph_module.graph, source or module_source(graph_module)):
+        if found.origin.exact and found.use() is not None:
+            fqn = canonical_fqn(found.origin.fqn)
+            yield found.node, found.arg, SeenWeight(fqn, _steps(found.origin))
+
+
+def weight_arguments(
+    node: fx.Node, noted: Mapping[str, SeenWeight] | None = None
+) -> Iterator[tuple[SeenWeight, fx.Node]]:
+    """(weight, the node it receives now) of every weight of a node.
+
+    Args:
+        node: that consumes weights.
+        noted: argument name -> weight; what `AnnotateWeights` noted on `node` by default.
+    """
+    noted = node.meta.get(WEIGHT_META, {}) if noted is None else noted
+    row = OPERATORS.get(operator_name(node)) if noted else None
+    for arg, value, _ in row.find(bind(node)) if row else ():
+        if arg in noted and isinstance(value, fx.Node):
+            yield noted[arg], value
+
+
 def module_uses(graph: fx.Graph, model: Any) -> Iterator[tuple[str, str, Use]]:
     """(FQN, kind, use) of every weight of the modules that a graph calls as a whole."""
     live = live_nodes(graph)
@@ -104,8 +194,8 @@ def uses_of_module(path: str, module: nn.Module, node: str = "") -> Iterator[tup
         attribute = canonical_fqn(name).rpartition(".")[2]
         if parameter.ndim >= 2 and (attribute.startswith("weight") or "_weight" in attribute):
             kind, axes = row  # type: ignore[misc]
-            roles = roles_of_parameter(origin_of(name, parameter), axes)
-            assert roles is not None  # the tensor itself, not a view
+            rest = axes.get(None, "batch")
+            roles = tuple(axes.get(dim, rest) for dim in range(parameter.ndim))
             arg = canonical_fqn(name).removeprefix(f"{path}.")
             yield name, kind, Use(kind, node, arg, roles)
 

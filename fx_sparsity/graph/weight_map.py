@@ -150,6 +150,10 @@ class WeightMap(Mapping[str, WeightSite]):
             text += "\n\nnothing of two or more dimensions stays dense"
         return f"{text}\n({self.vectors} one-dimensional parameters; read from {self.frontend})"
 
+    def by_any_name(self) -> dict[str, WeightSite]:
+        """Every name of every weight -> its site."""
+        return {name: site for site in self.sites for name in site.names}
+
     def renamed(self, names: Mapping[str, str]) -> "WeightMap":
         """The same weights in a model that calls some of them differently.
 

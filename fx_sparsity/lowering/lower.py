@@ -10,14 +10,20 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from fx_sparsity.graph import InputError, WeightMap, find_weights
-from fx_sparsity.graph.example_inputs import ExampleInputs, call_arguments, run_undisturbed
+from fx_sparsity.graph.example_inputs import ExampleInputs
 from fx_sparsity.kernels.embedding import RowPrunedEmbedding, RowPrunedEmbeddingBag
 from fx_sparsity.kernels.semi_structured import is_semi_structured, to_dense
-from fx_sparsity.lowering.by_tokens import ByTokens
 from fx_sparsity.lowering.dense_tables import Lookup, dense_table
 from fx_sparsity.lowering.layers import KINDS, DenseLinear
-from fx_sparsity.lowering.lowered import LoweredLinear
-from fx_sparsity.lowering.places import ModulePlace, Place, module_places, replaced, watch
+from fx_sparsity.lowering.lowered import ByTokens, LoweredLinear
+from fx_sparsity.lowering.places import (
+    ModulePlace,
+    Place,
+    module_places,
+    put_modules,
+    replaced,
+    watch,
+)
 from fx_sparsity.lowering.plan import Bytes, Planned, choose, layer_rows, other_rows, pack_all, ties
 from fx_sparsity.lowering.policy import AUTO, LoweringError, Policy, Rules, checked_tokens
 from fx_sparsity.lowering.report import LoweringReport
@@ -80,6 +86,13 @@ def lower(
         InputError: the model rejects `example_inputs`.
 
         Whatever is raised, nothing was changed.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+        >>> model[0].weight.data[:, ::2] = 0
+        >>> model, report = fxs.lower(model, (torch.randn(1, 64),), policy="always")
+        >>> report.lowered, report.dense
+        (('0.weight',), {'2.weight': 'not sparse enough: bitmask takes 17000 bytes, dense 16384'})
     """
     rules = Policy(policy)
     counts = checked_tokens(tokens)
@@ -118,6 +131,15 @@ def unlower(model: nn.Module) -> nn.Module:
 
     Returns:
         The model, which is another module where its root was lowered.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(64, 64))
+        >>> model[0].weight.data[:, ::2] = 0
+        >>> lowered, _ = fxs.lower(model, (torch.randn(1, 64),), policy="nm")
+        >>> lowered[0].packing
+        'nm'
+        >>> fxs.unlower(lowered)[0]
+        Linear(in_features=64, out_features=64, bias=True)
     """
     dense: dict[int, nn.Module] = {}
     tied: dict[int, DenseLinear] = {}
@@ -183,32 +205,20 @@ def _put(
     packed: Mapping[Place, LoweredLinear | Lookup],
     example_inputs: ExampleInputs | None,
 ) -> nn.Module:
-    """Replace modules and nodes; and put modules back if the model does not run then.
+    """Replace modules and nodes.
 
     Raises:
-        LoweringError: it does not.
+        LoweringError: the model does not run then; nothing was changed.
     """
-    places = [plan.place for plan in planned if isinstance(plan.place, ModulePlace)]
     up_to = {plan.place: plan.choice.up_to for plan in planned}
-    lowered = [place for place in places if place in packed]
-    for place in lowered:
-        new: nn.Module = packed[place]
-        if (limit := up_to[place]) is not None:
-            assert isinstance(new, LoweredLinear)
-            new = ByTokens(place.module, new, limit)
-        model = place.put(model, new.train(place.module.training))
-    held = {id(parameter) for parameter in model.parameters()}
-    for place in lowered:
-        shared = place.tensor if id(place.tensor) in held else None
-        if isinstance(new := packed[place], LoweredLinear):
-            new.original = place.original(shared)
+    modules = [
+        (place, new, up_to[place])
+        for place, new in packed.items()
+        if isinstance(place, ModulePlace)
+    ]
     try:
-        if lowered and example_inputs is not None:
-            args, kwargs = call_arguments(example_inputs)
-            run_undisturbed(model, lambda: model(*args, **kwargs))
+        model = put_modules(model, modules, example_inputs)
     except InputError as error:
-        for place in lowered:
-            model = place.put(model, place.module)
         raise LoweringError(f"the model does not run when it is lowered: {error}") from error
     if nodes := _of_nodes(packed):
         assert isinstance(model, fx.GraphModule)

@@ -1,12 +1,13 @@
-"""A sparse layer that knows what it was."""
+"""What `lower` puts into models: packed layers that know what they were."""
 
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from fx_sparsity.graph.passes import SeenWeight
+from fx_sparsity.graph.uses import SeenWeight
 from fx_sparsity.kernels.linear import SparseLinear
+from fx_sparsity.verification.stored import Forms
 
 
 @dataclass(frozen=True)
@@ -36,3 +37,36 @@ class LoweredLinear(SparseLinear):
     original: OriginalModule | None = None
     transposed: bool = False
     view: SeenWeight | None = None
+
+
+class ByTokens(Forms, nn.Module):
+    """Calls of up to `limit` tokens go to the packed form, the others to the dense one.
+
+    Both take part in `state_dict`. Under `torch.compile` the choice is a guard on the size of the
+    batch, so that each side is compiled once. An exported graph has one side for good: the one of
+    the example inputs, whose dynamic shapes have to lie on it.
+
+    Args:
+        dense: the layer as it was.
+        packed: the same layer with its weight packed.
+        limit: tokens, which are the product of all sizes of the activations but the last.
+    """
+
+    forms = ("dense", "packed")
+
+    def __init__(self, dense: nn.Module, packed: LoweredLinear, limit: int) -> None:
+        super().__init__()
+        self.dense = dense
+        self.packed = packed
+        self.limit = limit
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out]."""
+        tokens = 1
+        for size in x.shape[:-1]:
+            tokens *= size
+        return self.packed(x) if tokens <= self.limit else self.dense(x)
+
+    def extra_repr(self) -> str:
+        """The limit between the forms."""
+        return f"packed up to {self.limit} tokens"

@@ -1,7 +1,7 @@
 """Where a model holds linear layers that may be lowered: modules, and nodes of graphs."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,11 +9,11 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from fx_sparsity.graph.example_inputs import ExampleInputs, call_arguments, run_undisturbed
-from fx_sparsity.graph.passes import SeenWeight
-from fx_sparsity.lowering.dense_tables import DenseTable, holds_table, read_table
+from fx_sparsity.graph.example_inputs import ExampleInputs, InputError, run_undisturbed
+from fx_sparsity.graph.uses import SeenWeight
+from fx_sparsity.lowering.dense_tables import DenseTable, Lookup, holds_table, read_table
 from fx_sparsity.lowering.layers import KINDS, DenseLinear, computed_or_hooked, kind_of, read_module
-from fx_sparsity.lowering.lowered import OriginalModule
+from fx_sparsity.lowering.lowered import ByTokens, LoweredLinear, OriginalModule
 
 TABLE = "table"
 """Kind of the modules that hold embedding tables, besides `layers.KINDS`."""
@@ -168,7 +168,6 @@ def watch(model: nn.Module, places: list[ModulePlace], example_inputs: ExampleIn
     Raises:
         InputError: the model rejects the inputs.
     """
-    args, kwargs = call_arguments(example_inputs)
     watched = [
         (place, _Watched(place.module, place.kind == TABLE))
         for place in places
@@ -178,7 +177,7 @@ def watch(model: nn.Module, places: list[ModulePlace], example_inputs: ExampleIn
     try:
         for place, watcher in watched:
             subject = place.put(subject, watcher)
-        run_undisturbed(subject, lambda: subject(*args, **kwargs))
+        run_undisturbed(subject, example_inputs)
     finally:
         for place, _ in watched:
             subject = place.put(subject, place.module)
@@ -219,6 +218,45 @@ class _Watched(nn.Module):
             if name not in _COMMON:
                 self.read.add(name)
             return value
+
+
+def put_modules(
+    model: nn.Module,
+    packed: Sequence[tuple[ModulePlace, LoweredLinear | Lookup, int | None]],
+    example_inputs: ExampleInputs | None,
+) -> nn.Module:
+    """Put packed modules in their places; and the others back, if the model does not run then.
+
+    Args:
+        model: changed in place.
+        packed: each with its place, and the most tokens that it takes, where the dense form is
+            kept for more.
+        example_inputs: to try; None not to.
+
+    Returns:
+        The model, which is another module where its root was replaced.
+
+    Raises:
+        InputError: the model does not run; nothing was changed.
+    """
+    for place, new, limit in packed:
+        module: nn.Module = new
+        if limit is not None:
+            assert isinstance(new, LoweredLinear)
+            module = ByTokens(place.module, new, limit)
+        model = place.put(model, module.train(place.module.training))
+    held = {id(parameter) for parameter in model.parameters()}
+    for place, new, _ in packed:
+        if isinstance(new, LoweredLinear):
+            new.original = place.original(place.tensor if id(place.tensor) in held else None)
+    try:
+        if packed and example_inputs is not None:
+            run_undisturbed(model, example_inputs)
+    except InputError:
+        for place, _, _ in packed:
+            model = place.put(model, place.module)
+        raise
+    return model
 
 
 def replaced(model: nn.Module, path: str, module: nn.Module) -> nn.Module:

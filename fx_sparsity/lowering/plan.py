@@ -180,8 +180,8 @@ def other_rows(
     """
     rows = []
     named = {name for plan in planned for name in plan.place.names}
-    sites = {name: site for site in weights.sites for name in site.names}
-    unclear = {u.fqn: u for u in weights.dense if not u.reason.explained}
+    sites = weights.by_any_name()
+    unclear = {p.fqn: p for p in weights.dense if not p.reason.explained}
     for stored in read_weights(model):
         if stored.data.ndim < 2 or not named.isdisjoint((stored.where, stored.fqn)):
             continue
@@ -193,14 +193,14 @@ def other_rows(
         elif site is not None:
             reason = no_kernel(site)
         elif stored.fqn in unclear:
-            reason = f"{unclear[stored.fqn].reason} {unclear[stored.fqn].detail}".strip()
+            reason = unclear[stored.fqn].text
         else:
             continue
-        rows.append(_left(stored, reason, None if site is None else site.roles, before, after))
+        rows.append(_dense_row(stored, reason, None if site is None else site.roles, before, after))
     return rows
 
 
-def _left(
+def _dense_row(
     stored: StoredWeight,
     reason: str,
     roles: tuple[Role, ...] | None,

@@ -1,9 +1,9 @@
-"""Calibration batches, and the graphs that take them."""
+"""Calibration batches, the graphs that take them, and the uses of weights in these."""
 
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -11,8 +11,12 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from fx_sparsity.graph.context_blocks import OpenBlocks
+from fx_sparsity.graph.discovery import find_weights, read_graph
 from fx_sparsity.graph.example_inputs import ExampleInputs, InputError, call_arguments
 from fx_sparsity.graph.frontends import CaptureError, export_model
+from fx_sparsity.graph.sources import module_source
+from fx_sparsity.graph.uses import canonical_fqn, weight_uses
+from fx_sparsity.graph.weight_map import Use, WeightMap
 
 _log = logging.getLogger(__name__)
 
@@ -33,13 +37,20 @@ class Batch:
     leaves: tuple[Any, ...]
     spec: pytree.TreeSpec
 
+    def call(self, model: nn.Module) -> Any:
+        """What the model returns.
 
-@dataclass(frozen=True)
-class Captured:
-    """A graph, which shares its tensors with the model, and the batches that run through it."""
-
-    graph: fx.GraphModule
-    batches: tuple[Batch, ...]
+        Raises:
+            InputError: whatever the model raises, with its own words.
+        """
+        args, kwargs = call_arguments(self.inputs)
+        try:
+            return model(*args, **kwargs)
+        except Exception as error:
+            raise InputError(
+                f"batch {self.number}: {type(model).__name__} raises "
+                f"{type(error).__name__}: {error}"
+            ) from error
 
 
 def read_batches(model: nn.Module, batches: Iterable[ExampleInputs]) -> list[Batch]:
@@ -92,18 +103,101 @@ def check_forms(model: nn.Module, batches: Sequence[Batch]) -> None:
             for t in tensors
         )
         if form not in seen and (seen or not usual):
-            args, kwargs = call_arguments(batch.inputs)
-            try:
-                model(*args, **kwargs)
-            except Exception as error:
-                raise InputError(
-                    f"batch {batch.number}: {type(model).__name__} raises "
-                    f"{type(error).__name__}: {error}"
-                ) from error
+            batch.call(model)
         seen.add(form)
 
 
-def capture(
+@dataclass(frozen=True)
+class Captured:
+    """A graph, which shares its tensors with the model, and the batches that run through it."""
+
+    graph: fx.GraphModule
+    batches: tuple[Batch, ...]
+
+
+class GraphUse(NamedTuple):
+    """One use of a weight in a graph.
+
+    Attributes:
+        fqn: of the weight.
+        node: the consumer.
+        use: what discovery knows of it.
+        constant: whether the consumer is the same for all inputs.
+    """
+
+    fqn: str
+    node: fx.Node
+    use: Use
+    constant: bool
+
+
+def find_uses(graph: fx.GraphModule, weights: WeightMap) -> list[GraphUse]:
+    """Every use of the weights of a map, in graph order; those in subgraphs, too."""
+    named = canonical_names(weights)
+    found = []
+    for consumption in weight_uses(graph.graph, module_source(graph)):
+        fqn = named.get(canonical_fqn(consumption.origin.fqn))
+        use = consumption.use()
+        if fqn is not None and use is not None:
+            found.append(GraphUse(fqn, consumption.node, use, consumption.constant))
+    return found
+
+
+def canonical_names(weights: WeightMap) -> dict[str, str]:
+    """Every name of every weight -> its canonical one."""
+    return {name: site.fqn for site in weights.sites for name in site.names}
+
+
+class Frame(NamedTuple):
+    """A model as it was captured, with all batches.
+
+    Attributes:
+        model: that was captured.
+        weights: of the model.
+        captured: graphs; none where no graph can be captured.
+        uses: of the weights, graph by graph.
+        reason: how the statistics come about.
+    """
+
+    model: nn.Module
+    weights: WeightMap
+    captured: Sequence[Captured]
+    uses: Sequence[Sequence[GraphUse]]
+    reason: str
+
+    def uses_of(self, fqn: str) -> list[GraphUse]:
+        """Uses of one weight in the first graph; none where there is no graph."""
+        return [use for use in self.uses[0] if use.fqn == fqn] if self.uses else []
+
+
+def capture(model: nn.Module, batches: Sequence[Batch], dynamic_shapes: Any = None) -> Frame:
+    """Graphs of a model for all batches, and the uses of its weights in them.
+
+    Where no graph can be captured there are none, and the frame says so.
+
+    Args:
+        model: in the mode that is to be captured.
+        batches: of any shapes.
+        dynamic_shapes: as `torch.export.export` takes it; by default the dimensions that differ
+            between batches of the same nesting.
+
+    Raises:
+        InputError: the model rejects a batch.
+    """
+    try:
+        captured = capture_graphs(model, batches, dynamic_shapes)
+    except CaptureError as error:
+        _log.warning("statistics of all weights are taken at once: %s", error)
+        weights = find_weights(model, batches[0].inputs)
+        cause = type(error.__cause__ or error).__name__
+        return Frame(model, weights, (), (), f"no graph ({cause}), the running model was observed")
+    weights = read_graph(model, captured[0].graph)
+    uses = [find_uses(found.graph, weights) for found in captured]
+    count = len(captured)
+    return Frame(model, weights, captured, uses, f"{count} graph{'' if count == 1 else 's'}")
+
+
+def capture_graphs(
     model: nn.Module, batches: Sequence[Batch], dynamic_shapes: Any = None
 ) -> list[Captured]:
     """Graphs for all batches: one whose varying sizes are dynamic, else one for each shape.

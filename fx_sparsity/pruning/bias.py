@@ -6,29 +6,26 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, fx, nn
 
-from fx_sparsity.graph.example_inputs import call_arguments
 from fx_sparsity.graph.operators import OPERATORS, bind
-from fx_sparsity.pruning.batches import Batch
+from fx_sparsity.pruning.batches import Batch, Frame
 from fx_sparsity.pruning.plan import Plan
-from fx_sparsity.pruning.walk import GraphUse
 
 
-def find_biases(
-    graph: fx.GraphModule, uses: Sequence[GraphUse], plans: Mapping[str, Plan]
-) -> dict[str, Tensor]:
+def find_biases(frame: Frame, plans: Mapping[str, Plan]) -> dict[str, Tensor]:
     """FQN of a weight -> the parameter that its one consumer adds, one value an output.
 
-    Weights with several uses have none, nor those whose bias something else reads, too.
+    Weights with several uses have none, nor those whose bias something else reads, too. Without a
+    graph there are none yet: they are only known when the model has run.
     """
     found: dict[str, Tensor] = {}
-    for fqn, plan in plans.items():
-        mine = [use for use in uses if use.fqn == fqn]
+    for fqn, plan in plans.items() if frame.captured else ():
+        mine = frame.uses_of(fqn)
         if len(mine) != 1 or plan.table or mine[0].use.slice is not None:
             continue
         node = bind(mine[0].node).get(OPERATORS[mine[0].use.op].bias)
         if not isinstance(node, fx.Node) or node.op != "get_attr" or len(node.users) > 1:
             continue
-        bias = operator.attrgetter(str(node.target))(graph)
+        bias = operator.attrgetter(str(node.target))(frame.captured[0].graph)
         if isinstance(bias, nn.Parameter) and fits(bias, plan):
             found[fqn] = bias
     return found
@@ -61,8 +58,7 @@ def estimate_batch_norms(model: nn.Module, batches: Sequence[Batch]) -> int:
             norm.momentum = None  # a plain mean
             norm.training = True
         for batch in batches:
-            args, kwargs = call_arguments(batch.inputs)
-            model(*args, **kwargs)
+            batch.call(model)
     finally:
         for norm, momentum, training in before:
             norm.momentum, norm.training = momentum, training

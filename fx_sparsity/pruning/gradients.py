@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fx_sparsity.graph.example_inputs import ExampleInputs, call_arguments
+from fx_sparsity.graph.example_inputs import ExampleInputs
 from fx_sparsity.pruning.batches import Batch
 
 Loss = Callable[[Any, ExampleInputs], Tensor]
@@ -52,9 +52,8 @@ def collect_gradients(
             if parameter.is_floating_point():
                 parameter.requires_grad_(id(parameter) in wanted)
         for batch in batches:
-            args, kwargs = call_arguments(batch.inputs)
             with torch.enable_grad():
-                value = loss(model(*args, **kwargs), batch.inputs)
+                value = loss(batch.call(model), batch.inputs)
                 if not isinstance(value, Tensor) or value.numel() != 1 or not value.isfinite():
                     raise ValueError(
                         f"loss: expected a finite scalar tensor for batch {batch.number}, "

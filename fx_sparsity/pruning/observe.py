@@ -1,34 +1,22 @@
 """Without a graph: the operators of a running model, observed below everything that wraps them."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fx_sparsity.graph.example_inputs import InputError, call_arguments
 from fx_sparsity.graph.operators import OPERATORS, SAME_VALUES, Axes
 from fx_sparsity.graph.weight_inputs import InputsOf, UnsupportedUse
-from fx_sparsity.graph.weight_map import WeightSite
-from fx_sparsity.patterns import Role
 from fx_sparsity.pruning.batches import Batch
-from fx_sparsity.pruning.walk import Refuse, Take
+from fx_sparsity.pruning.pruner import Pruner
 
 
 @torch.no_grad()
-def observe(
-    model: nn.Module,
-    batches: Sequence[Batch],
-    weights: Mapping[str, Tensor],
-    tables: Set[str],
-    columns: Callable[[str], Tensor],
-    take: Take,
-    refuse: Refuse,
-) -> dict[str, nn.Parameter]:
+def observe(model: nn.Module, batches: Sequence[Batch], pruner: Pruner) -> dict[str, nn.Parameter]:
     """Run a model, and take in the inputs of its weights.
 
     A weight is known by its memory, also through views, and is followed through casts, copies,
@@ -37,11 +25,7 @@ def observe(
     Args:
         model: in the mode that it is to run in.
         batches: to run.
-        weights: FQN -> tensor beneath any mask, of every weight that is wanted.
-        tables: those that count as looked up; lookups in others pick matrices of a stack.
-        columns: FQN -> the column of every element of a weight (`MatrixForm.columns`).
-        take: receives inputs of the weights.
-        refuse: called for each weight whose inputs cannot be known.
+        pruner: takes the inputs of its weights, or the reason why they cannot be known.
 
     Returns:
         FQN -> the parameter that its product adds, for weights with one product a batch, of
@@ -52,24 +36,10 @@ def observe(
     """
     biases = _Biases(model)
     for batch in batches:
-        args, kwargs = call_arguments(batch.inputs)
-        try:
-            with _Observer(weights, tables, columns, take, refuse, biases):
-                model(*args, **kwargs)
-        except Exception as error:
-            raise InputError(
-                f"batch {batch.number}: {type(model).__name__} raises "
-                f"{type(error).__name__}: {error}"
-            ) from error
+        with _Observer(pruner, biases):
+            batch.call(model)
         biases.end_batch()
     return biases.found
-
-
-def groups_of_module(model: nn.Module, site: WeightSite) -> tuple[Role, int]:
-    """(role of the axis that a grouped convolution splits, into how many), by its module."""
-    owner = model.get_submodule(site.owner)
-    groups = owner.groups if isinstance(owner, _ConvNd) else 1
-    return "in" if isinstance(owner, _ConvTransposeNd) else "out", groups
 
 
 class _Known(NamedTuple):
@@ -128,19 +98,10 @@ class _Biases:
 class _Observer(TorchDispatchMode):
     """Sees every ATen operator of one call of a model."""
 
-    def __init__(
-        self,
-        weights: Mapping[str, Tensor],
-        tables: Set[str],
-        columns: Callable[[str], Tensor],
-        take: Take,
-        refuse: Refuse,
-        biases: _Biases,
-    ) -> None:
+    def __init__(self, pruner: Pruner, biases: _Biases) -> None:
         super().__init__()
-        self._weights, self._columns, self._take, self._refuse = weights, columns, take, refuse
-        self._tables, self._biases = tables, biases
-        self._fqns = {_memory(tensor): fqn for fqn, tensor in weights.items()}
+        self._pruner, self._biases = pruner, biases
+        self._fqns = {_memory(tensor): fqn for fqn, tensor in pruner.weights.items()}
         self._known: dict[int, _Known] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -166,10 +127,11 @@ class _Observer(TorchDispatchMode):
     ) -> None:
         try:
             for inputs in inputs_of(args, arg, columns):
-                if (inputs.x is None) == (fqn in self._tables):
-                    self._take(fqn, inputs)
+                # Lookups in what is no table pick matrices of a stack.
+                if (inputs.x is None) == self._pruner.plans[fqn].table:
+                    self._pruner.take(fqn, inputs)
         except UnsupportedUse as reason:
-            self._refuse(fqn, str(reason))
+            self._pruner.refuse(fqn, str(reason))
 
     def _find(self, value: Any) -> tuple[str, Tensor] | None:
         """(FQN, columns) of a tensor that lies in the memory of a weight."""
@@ -179,8 +141,8 @@ class _Observer(TorchDispatchMode):
         known = self._known.get(place)
         if known is None and place in self._fqns:
             fqn = self._fqns[place]
-            weight = self._weights[fqn]
-            known = _Known(fqn, _like(weight, self._columns(fqn)), weight)
+            weight = self._pruner.weights[fqn]
+            known = _Known(fqn, _like(weight, self._pruner.columns(fqn)), weight)
             self._known[place] = known
         if known is None:
             return None

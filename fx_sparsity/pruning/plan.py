@@ -1,18 +1,35 @@
 """What is to be done with each weight, decided before anything is changed."""
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
-from torch import fx
+from torch import Tensor, fx, nn
 
 from fx_sparsity.errors import FxSparsityError
-from fx_sparsity.graph.operators import OPERATORS, bind, groups_of, shows_inputs, writes
+from fx_sparsity.graph.mapping import SparsityMapping
+from fx_sparsity.graph.operators import (
+    OPERATORS,
+    bind,
+    groups_of,
+    groups_of_owner,
+    shows_inputs,
+    writes,
+)
+from fx_sparsity.graph.prepare import group_entry
+from fx_sparsity.graph.sources import named_tensors
+from fx_sparsity.graph.uses import canonical_fqn
 from fx_sparsity.graph.weight_map import Use, WeightSite
+from fx_sparsity.masks import contains_nan
 from fx_sparsity.patterns import PatternError, Role, SparsityConfig
+from fx_sparsity.pruning.batches import Frame, GraphUse
 from fx_sparsity.pruning.matrix_form import MatrixForm
-from fx_sparsity.pruning.walk import GraphUse
+from fx_sparsity.pruning.methods import CalibratedSparsifier
+from fx_sparsity.sparsifier.target import MaskError, check_maskable, check_memory, mask_on
 
+_log = logging.getLogger(__name__)
 _TABLE: frozenset[Role] = frozenset({"row", "dim"})
 
 
@@ -46,6 +63,109 @@ class Plan:
     def counts(self, use: Use) -> bool:
         """Whether a use adds to the statistics: it reduces the axes that the matrix form does."""
         return use.roles == self.roles
+
+
+class Decision(NamedTuple):
+    """What is pruned, and what is not.
+
+    Attributes:
+        plans: FQN -> how.
+        dense: FQN -> the reason why not.
+        done: FQN -> how it was pruned, of those that were before.
+        weights: FQN -> tensor of every weight that has a plan, not masked.
+    """
+
+    plans: dict[str, Plan]
+    dense: dict[str, str]
+    done: dict[str, Plan]
+    weights: dict[str, Tensor]
+
+
+def decide(
+    frame: Frame,
+    sparsifier: CalibratedSparsifier,
+    mapping: SparsityMapping | None,
+    is_done: Callable[[Plan], bool],
+) -> Decision:
+    """The plan of every weight that can be pruned, and the reason for the others.
+
+    Args:
+        frame: of the model.
+        sparsifier: has the defaults, where there is no mapping.
+        mapping: which weight gets which pattern and level.
+        is_done: whether a weight has been pruned before.
+
+    Raises:
+        MappingError: the mapping does not fit the model.
+        PatternError: a pattern that fits the storage of a weight but no matrix form.
+        MaskError: a weight that could not be masked, or not be ranked.
+    """
+    dense = {parameter.fqn: parameter.text for parameter in frame.weights.dense}
+    configs: Mapping[str, SparsityConfig | None] = dict.fromkeys(frame.weights)
+    if mapping is not None:
+        configs = assignment = mapping.resolve(frame.weights)
+        dense |= assignment.dense
+        for entry in assignment.unmatched:
+            _log.warning("no weight matches %s of the mapping", entry)
+    plans: dict[str, Plan] = {}
+    done: dict[str, Plan] = {}
+    for fqn, config in configs.items():
+        site = frame.weights[fqn]
+        try:
+            _check_reachable(site, frame, mapping)
+            uses = frame.uses_of(fqn)
+            groups = groups_in(uses) if frame.uses else groups_of_owner(frame.model, site)
+            plan = make_plan(site, _config(sparsifier, fqn, config), groups)
+            if is_done(plan):
+                done[fqn] = plan
+                raise Unreachable("pruned already by this sparsifier")
+            plans[fqn] = plan
+        except Unreachable as error:
+            dense[fqn] = str(error)
+    for fqn, reason in dense.items():
+        _log.info("%s stays dense: %s", fqn, reason)
+    tensors = {canonical_fqn(name): tensor for name, tensor in named_tensors(frame.model)}
+    weights = {fqn: tensors[fqn] for fqn in plans}
+    _check_weights(frame.model, weights)
+    return Decision(plans, dense, done, weights)
+
+
+def _check_reachable(site: WeightSite, frame: Frame, mapping: SparsityMapping | None) -> None:
+    """Raise `Unreachable` where the graph does not show the inputs of a weight."""
+    uses = frame.uses_of(site.fqn)
+    if uses and only_scales(uses) and not (mapping and mapping.names(site)):
+        raise Unreachable("only a factor of constants; name it in the mapping to prune it")
+    if any(use.node.graph is not frame.captured[0].graph.graph for use in uses):
+        raise Unreachable("used in a subgraph, whose inputs are not seen")
+
+
+def _config(
+    sparsifier: CalibratedSparsifier, fqn: str, config: SparsityConfig | None
+) -> SparsityConfig:
+    """Pattern and level as the sparsifier reads them."""
+    entry = {} if config is None else group_entry(config)
+    found = sparsifier.pattern_of({**sparsifier.defaults, **entry})
+    if found is None:
+        raise MaskError(
+            f"{fqn}: {type(sparsifier).__name__} has no default pattern; pass a mapping"
+        )
+    pattern, level = found
+    return SparsityConfig(pattern, level if pattern.implied_level is None else None)
+
+
+def _check_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Raise `MaskError` for weights that could not be masked, or not be ranked."""
+    for fqn, weight in weights.items():
+        path, _, attribute = fqn.rpartition(".")
+        owner = model.get_submodule(path)
+        if mask_on(owner, attribute) is None:
+            check_maskable(fqn, owner, attribute)
+        if weight.is_meta:
+            raise MaskError(f"{fqn} has no data, it is on the meta device; load the model first")
+    check_memory(model, {id(weight): fqn for fqn, weight in weights.items()})
+    if weights and contains_nan(*weights.values()):
+        bad = next(fqn for fqn, weight in weights.items() if contains_nan(weight))
+        raise MaskError(f"{bad} contains NaN; it cannot be ranked")
 
 
 def make_plan(site: WeightSite, config: SparsityConfig, groups: tuple[Role, int]) -> Plan:

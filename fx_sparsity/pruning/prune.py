@@ -2,45 +2,27 @@
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from fx_sparsity.graph.discovery import find_weights, read_graph
 from fx_sparsity.graph.example_inputs import ExampleInputs
-from fx_sparsity.graph.frontends import CaptureError
 from fx_sparsity.graph.mapping import MappingLike, SparsityMapping
-from fx_sparsity.graph.named_tensors import named_tensors
-from fx_sparsity.graph.prepare import group_entry
-from fx_sparsity.graph.uses import canonical_fqn
-from fx_sparsity.graph.weight_map import WeightMap
-from fx_sparsity.masks import contains_nan
-from fx_sparsity.patterns import SparsityConfig
-from fx_sparsity.pruning.allocate import Measuring, allocate, measure
+from fx_sparsity.progress import progress as show_progress
+from fx_sparsity.pruning.allocate import Measuring, allocate
 from fx_sparsity.pruning.allocation import Allocation, MeasuredAllocation
-from fx_sparsity.pruning.batches import Batch, Captured, capture, check_forms, read_batches
-from fx_sparsity.pruning.bias import estimate_batch_norms, find_biases, fits
+from fx_sparsity.pruning.batches import capture, check_forms, read_batches
+from fx_sparsity.pruning.bias import estimate_batch_norms, find_biases
+from fx_sparsity.pruning.calibration import Calibration
 from fx_sparsity.pruning.gradients import Loss, collect_gradients
 from fx_sparsity.pruning.methods import CalibratedSparsifier, Statistic
-from fx_sparsity.pruning.observe import groups_of_module, observe
-from fx_sparsity.pruning.plan import (
-    Plan,
-    Unreachable,
-    groups_in,
-    make_plan,
-    only_scales,
-    shared_inputs,
-)
-from fx_sparsity.pruning.progress import progress as show_progress
-from fx_sparsity.pruning.pruner import CalibrationError, Pruner
+from fx_sparsity.pruning.plan import decide
+from fx_sparsity.pruning.pruner import MaskStore, Pruner, Store
 from fx_sparsity.pruning.report import PruningReport
-from fx_sparsity.pruning.store import MaskStore, Store
-from fx_sparsity.pruning.walk import GraphUse, Walk, canonical_names, find_uses
 from fx_sparsity.sparsifier import Mask
-from fx_sparsity.sparsifier.target import MaskError, check_maskable, check_memory, mask_on
 
 _log = logging.getLogger(__name__)
 _Model = TypeVar("_Model", bound=nn.Module)
@@ -58,7 +40,7 @@ def prune(
     loss: Loss | None = None,
     allocation: Allocation | None = None,
     correct_bias: bool = False,
-    progress: bool | None = None,
+    progress: bool = True,
 ) -> tuple[_Model, PruningReport]:
     """Prune a model in one shot, each weight by its real inputs.
 
@@ -95,7 +77,7 @@ def prune(
             more pass over the dense model before anything is changed.
         correct_bias: add to the bias of each layer the mean of what pruning took from its
             outputs, and measure batch norms anew at the end.
-        progress: a bar, see `fx_sparsity.pruning.progress`.
+        progress: True shows a bar on a terminal and log lines elsewhere, False nothing.
 
     Returns:
         `model`, and what was done to each weight.
@@ -109,6 +91,13 @@ def prune(
             weights in different orders.
         ValueError: the method or the allocation needs gradients and there is no loss, or a pattern
             such as 2:4 fixes the level that an allocation would choose.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> batches = [(torch.randn(16, 8),) for _ in range(4)]
+        >>> model, report = fxs.prune(model, fxs.WandaSparsifier(), batches, "2:4")
+        >>> [(row.fqn, row.pattern, row.tokens) for row in report.rows]
+        [('0.weight', '2:4', 64), ('2.weight', '2:4', 64)]
     """
     store = MaskStore(model, sparsifier)
     options = PruneOptions(sequential, dynamic_shapes, loss, allocation, correct_bias, progress)
@@ -123,7 +112,7 @@ class PruneOptions(NamedTuple):
     loss: Loss | None
     allocation: Allocation | None
     correct_bias: bool
-    progress: bool | None
+    progress: bool
 
 
 def calibrate(
@@ -149,287 +138,97 @@ def calibrate(
     """
     start = time.perf_counter()
     mapping = None if mapping is None else SparsityMapping.of(mapping)
-    sequential, dynamic_shapes, loss, allocation, correct_bias, progress = options
+    measuring = _check_method(sparsifier, options)
+    read = read_batches(model, batches)
+    with _evaluating(model):
+        with _buffers_kept(model):
+            check_forms(model, read)
+            frame = capture(model, read, options.dynamic_shapes)
+            decision = decide(frame, sparsifier, mapping, store.is_done)
+            plans, weights = decision.plans, decision.weights
+            biases = find_biases(frame, plans) if options.correct_bias else None
+            pruner = Pruner(sparsifier, plans, weights, biases, store)
+            calibration = Calibration(frame, pruner, store, read, options.sequential)
+            store.begin(frame.weights, plans, weights)
+            if options.loss is not None and _gradients(sparsifier, measuring):
+                pruner.hold(collect_gradients(model, read, options.loss, weights))
+            if options.allocation is not None:
+                plans.update(
+                    allocate(options.allocation, measuring, pruner, frame, decision, store, read)
+                )
+            decision.dense.update(_prune_all(calibration, pruner, store, options.progress))
+        if options.correct_bias:
+            estimate_batch_norms(model, read)
+    walked = bool(frame.captured)
+    return PruningReport(
+        rows=tuple(pruner.pruned),
+        dense=decision.dense,
+        sequential=walked and options.sequential,
+        reason=frame.reason if options.sequential or not walked else "asked for",
+        batches=len(read),
+        statistics_bytes=pruner.peak,
+        activation_bytes=calibration.activation_bytes,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _check_method(sparsifier: CalibratedSparsifier, options: PruneOptions) -> Measuring | None:
+    """The allocation and the method together, where the one measures.
+
+    Raises:
+        TypeError: the sparsifier needs no data.
+        ValueError: one of them needs gradients, and there is no loss.
+    """
     if not isinstance(sparsifier, CalibratedSparsifier):
         raise TypeError(
             f"sparsifier: expected a CalibratedSparsifier, found {type(sparsifier).__name__}, "
             "which needs no data; call prepare and step"
         )
     measuring = None
-    if isinstance(allocation, MeasuredAllocation):
-        measuring = Measuring(allocation, sparsifier)
-    gradients = GRADIENTS & (sparsifier.needs | (measuring.needs if measuring else frozenset()))
-    if gradients and loss is None:
-        needy = sparsifier if sparsifier.needs & GRADIENTS else allocation
+    if isinstance(options.allocation, MeasuredAllocation):
+        measuring = Measuring(options.allocation, sparsifier)
+    if _gradients(sparsifier, measuring) and options.loss is None:
+        needy = sparsifier if sparsifier.needs & GRADIENTS else options.allocation
         raise ValueError(
             f"{type(needy).__name__} needs gradients: "
             "pass loss=, a function of what the model returns and the batch"
         )
-    read = read_batches(model, batches)
-    with _evaluating(model):
-        with _buffers_kept(model):
-            check_forms(model, read)
-            frame = _capture(model, read, dynamic_shapes)
-            todo = _decide(model, sparsifier, frame, mapping, store)
-            tensors = {canonical_fqn(name): tensor for name, tensor in named_tensors(model)}
-            weights = {fqn: tensors[fqn] for fqn in todo.plans}
-            _check_weights(model, weights)
-            biases = _biases(frame, todo) if correct_bias else None
-            pruner = Pruner(sparsifier, todo.plans, weights, biases, store)
-            walks = _walks(frame, pruner, store, todo.plans, sequential)
-            store.begin(frame.weights, todo.plans, weights)
-            if loss is not None and gradients:
-                pruner.hold(collect_gradients(model, read, loss, weights))
-            if allocation is not None:
-                levels = _allocate(
-                    allocation, measuring, sparsifier, pruner, frame, todo, store, weights, read
-                )
-                todo.plans.update(levels)
-            complete = _complete(frame, walks, pruner, weights, read, sequential)
-            try:
-                with torch.no_grad(), show_progress(len(todo.plans), progress) as advance:
-                    for fqn in complete:
-                        reason = pruner.prune(fqn)
-                        if reason is not None:
-                            todo.dense[fqn] = reason
-                            _log.warning("%s stays dense: %s", fqn, reason)
-                        advance(fqn)
-            except BaseException as error:
-                _tell(error, pruner, len(todo.plans), store)
-                raise
-        if correct_bias:
-            estimate_batch_norms(model, read)
-    walked = bool(frame.captured)
-    return PruningReport(
-        rows=tuple(pruner.pruned),
-        dense=todo.dense,
-        sequential=walked and sequential,
-        reason=frame.reason if sequential or not walked else "asked for",
-        batches=len(read),
-        statistics_bytes=pruner.peak,
-        activation_bytes=sum(walk.peak for walk in walks),
-        seconds=time.perf_counter() - start,
-    )
+    return measuring
 
 
-class _Frame(NamedTuple):
-    """A model as it was captured.
-
-    Attributes:
-        model: that was captured.
-        weights: of the model.
-        captured: graphs; none where no graph can be captured.
-        uses: of the weights, graph by graph.
-        reason: how the statistics come about.
-    """
-
-    model: nn.Module
-    weights: WeightMap
-    captured: Sequence[Captured]
-    uses: Sequence[Sequence[GraphUse]]
-    reason: str
+def _gradients(
+    sparsifier: CalibratedSparsifier, measuring: Measuring | None
+) -> frozenset[Statistic]:
+    """Which statistics of gradients are needed."""
+    return GRADIENTS & (sparsifier.needs | (measuring.needs if measuring else frozenset()))
 
 
-class _Todo(NamedTuple):
-    """What is pruned, and what is not.
-
-    Attributes:
-        plans: FQN -> how.
-        dense: FQN -> the reason why not.
-        done: FQN -> how it was pruned, of those that were before.
-    """
-
-    plans: dict[str, Plan]
-    dense: dict[str, str]
-    done: dict[str, Plan]
-
-
-def _capture(model: nn.Module, batches: Sequence[Batch], dynamic_shapes: Any) -> _Frame:
+def _prune_all(
+    calibration: Iterable[str], pruner: Pruner, store: Store, progress: bool
+) -> dict[str, str]:
+    """Prune weight after weight; returns FQN -> the reason why one stays dense after all."""
+    dense = {}
     try:
-        captured = capture(model, batches, dynamic_shapes)
-    except CaptureError as error:
-        _log.warning("statistics of all weights are taken at once: %s", error)
-        weights = find_weights(model, batches[0].inputs)
-        cause = type(error.__cause__ or error).__name__
-        return _Frame(model, weights, (), (), f"no graph ({cause}), the running model was observed")
-    weights = read_graph(model, captured[0].graph)
-    uses = [find_uses(found.graph, weights) for found in captured]
-    count = len(captured)
-    return _Frame(model, weights, captured, uses, f"{count} graph{'' if count == 1 else 's'}")
+        with torch.no_grad(), show_progress("pruning", len(pruner.plans), progress) as advance:
+            for fqn in calibration:
+                reason = pruner.prune(fqn)
+                if reason is not None:
+                    dense[fqn] = reason
+                    _log.warning("%s stays dense: %s", fqn, reason)
+                advance(fqn, 1)
+    except BaseException as error:
+        _note(error, pruner, store)
+        raise
+    return dense
 
 
-def _decide(
-    model: nn.Module,
-    sparsifier: CalibratedSparsifier,
-    frame: _Frame,
-    mapping: SparsityMapping | None,
-    store: Store,
-) -> _Todo:
-    dense = {parameter.fqn: parameter.text for parameter in frame.weights.dense}
-    configs: Mapping[str, SparsityConfig | None] = dict.fromkeys(frame.weights)
-    if mapping is not None:
-        configs = assignment = mapping.resolve(frame.weights)
-        dense |= assignment.dense
-        for entry in assignment.unmatched:
-            _log.warning("no weight matches %s of the mapping", entry)
-    plans: dict[str, Plan] = {}
-    done: dict[str, Plan] = {}
-    for fqn, config in configs.items():
-        site = frame.weights[fqn]
-        uses = [use for use in frame.uses[0] if use.fqn == fqn] if frame.uses else []
-        try:
-            if uses and only_scales(uses) and not (mapping and mapping.names(site)):
-                raise Unreachable("only a factor of constants; name it in the mapping to prune it")
-            if any(use.node.graph is not frame.captured[0].graph.graph for use in uses):
-                raise Unreachable("used in a subgraph, whose inputs are not seen")
-            groups = groups_in(uses) if frame.uses else groups_of_module(model, site)
-            plan = make_plan(site, _config(sparsifier, fqn, config), groups)
-            if store.is_done(plan):
-                done[fqn] = plan
-                raise Unreachable("pruned already by this sparsifier")
-            plans[fqn] = plan
-        except Unreachable as error:
-            dense[fqn] = str(error)
-    for fqn, reason in dense.items():
-        _log.info("%s stays dense: %s", fqn, reason)
-    return _Todo(plans, dense, done)
-
-
-def _biases(frame: _Frame, todo: _Todo) -> dict[str, Tensor]:
-    """As the graph shows them; those of a running model are only known when it has run."""
-    if not frame.captured:
-        return {}
-    return find_biases(frame.captured[0].graph, frame.uses[0], todo.plans)
-
-
-def _config(
-    sparsifier: CalibratedSparsifier, fqn: str, config: SparsityConfig | None
-) -> SparsityConfig:
-    """Pattern and level as the sparsifier reads them."""
-    entry = {} if config is None else group_entry(config)
-    found = sparsifier.pattern_of({**sparsifier.defaults, **entry})
-    if found is None:
-        raise MaskError(
-            f"{fqn}: {type(sparsifier).__name__} has no default pattern; pass a mapping"
-        )
-    pattern, level = found
-    return SparsityConfig(pattern, level if pattern.implied_level is None else None)
-
-
-def _check_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Raise `MaskError` for weights that could not be masked, or not be ranked."""
-    for fqn, weight in weights.items():
-        path, _, attribute = fqn.rpartition(".")
-        owner = model.get_submodule(path)
-        if mask_on(owner, attribute) is None:
-            check_maskable(fqn, owner, attribute)
-        if weight.is_meta:
-            raise MaskError(f"{fqn} has no data, it is on the meta device; load the model first")
-    check_memory(model, {id(weight): fqn for fqn, weight in weights.items()})
-    if weights and contains_nan(*weights.values()):
-        bad = next(fqn for fqn, weight in weights.items() if contains_nan(weight))
-        raise MaskError(f"{bad} contains NaN; it cannot be ranked")
-
-
-def _walks(
-    frame: _Frame, pruner: Pruner, store: Store, plans: Mapping[str, Plan], sequential: bool
-) -> list[Walk]:
-    """A walk through every graph; none where there is no graph, or nothing to prune."""
-    if not plans or not frame.captured:
-        return []
-    named = canonical_names(frame.weights)
-    walks: list[Walk] = []
-    shared: list[dict[str, str]] = []
-    for captured, uses in zip(frame.captured, frame.uses, strict=True):
-        counted = [u for u in uses if u.fqn in plans and plans[u.fqn].counts(u.use)]
-        arguments = (named, pruner.columns, store.read, pruner.take, pruner.refuse)
-        walks.append(Walk(captured.graph, captured.batches, counted, *arguments))
-        shared.append(shared_inputs(walks[-1].order, counted, plans))
-    _check_orders(walks, frame.captured)
-    if sequential:
-        pruner.shares = dict(set.intersection(*(set(found.items()) for found in shared)))
-    return walks
-
-
-def _complete(
-    frame: _Frame,
-    walks: Sequence[Walk],
-    pruner: Pruner,
-    weights: Mapping[str, Tensor],
-    batches: Sequence[Batch],
-    sequential: bool,
-) -> Iterator[str]:
-    """FQN after FQN, each when all inputs of the weight have been taken in."""
-    if not frame.captured:
-        return _observe(frame.model, pruner, weights, batches)
-    steps = (fqns[0] for fqns in zip(*walks, strict=True))
-    return steps if sequential else _at_once(steps)
-
-
-def _at_once(steps: Iterator[str]) -> Iterator[str]:
-    yield from list(steps)
-
-
-def _observe(
-    model: nn.Module, pruner: Pruner, weights: Mapping[str, Tensor], batches: Sequence[Batch]
-) -> Iterator[str]:
-    """FQN after FQN, when all inputs of all weights of the running model have been taken in."""
-    plans = pruner.plans
-    tables = {fqn for fqn, plan in plans.items() if plan.table}
-    found = observe(model, batches, weights, tables, pruner.columns, pruner.take, pruner.refuse)
-    if pruner.biases is not None:
-        pruner.biases = {fqn: bias for fqn, bias in found.items() if fits(bias, plans[fqn])}
-    yield from plans
-
-
-def _allocate(
-    rule: Allocation,
-    measuring: Measuring | None,
-    sparsifier: CalibratedSparsifier,
-    pruner: Pruner,
-    frame: _Frame,
-    todo: _Todo,
-    store: Store,
-    weights: Mapping[str, Tensor],
-    batches: Sequence[Batch],
-) -> dict[str, Plan]:
-    """Plans with the levels of a rule; those of weights that cannot be pruned are left out."""
-    plans = todo.plans
-    measured: dict[str, Any] = {}
-    if measuring is not None and plans:
-        looking = pruner.looking(measuring)
-        walks = _walks(frame, looking, store, plans, sequential=True)
-        steps = _complete(frame, walks, looking, weights, batches, sequential=True)
-        with torch.no_grad():
-            measured = measure(measuring, looking, steps)
-        plans = {fqn: plan for fqn, plan in plans.items() if fqn in measured}
-    done = {
-        fqn: (plan, int((sparsifier.get_mask(fqn) == 0).sum())) for fqn, plan in todo.done.items()
-    }
-    return allocate(rule, plans, done, frame.weights, measured)
-
-
-def _check_orders(walks: Sequence[Walk], captured: Sequence[Captured]) -> None:
-    first = walks[0].order
-    for walk, found in zip(walks, captured, strict=True):
-        if walk.order != first:
-            differ = sorted({*first} ^ {*walk.order}) or [
-                a for a, b in zip(first, walk.order, strict=True) if a != b
-            ]
-            raise CalibrationError(
-                f"batches {captured[0].batches[0].number} and {found.batches[0].number} take "
-                f"graphs that use the weights in another order, from {differ[0]} on; "
-                "calibrate with batches of one shape"
-            )
-
-
-def _tell(error: BaseException, pruner: Pruner, total: int, store: Store) -> None:
+def _note(error: BaseException, pruner: Pruner, store: Store) -> None:
     """Add to an error what has been done so far."""
     done = len(pruner.pruned)
     if done:
         note = (
-            f"{done} of {total} weights are pruned, the last of them {pruner.pruned[-1].fqn}; "
-            f"the others are untouched. {store.how_to_resume}"
+            f"{done} of {len(pruner.plans)} weights are pruned, the last of them "
+            f"{pruner.pruned[-1].fqn}; the others are untouched. {store.how_to_resume}"
         )
         error.add_note(note)
         _log.warning("%s", note)

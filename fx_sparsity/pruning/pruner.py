@@ -1,13 +1,16 @@
 """One weight is the unit of change: its statistics, its solution, and the writing of it."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fx_sparsity.errors import FxSparsityError
+from fx_sparsity.graph.prepare import mask_one_by_one
 from fx_sparsity.graph.weight_inputs import WeightInputs
+from fx_sparsity.graph.weight_map import WeightMap
 from fx_sparsity.pruning.collect import Collector
 from fx_sparsity.pruning.gradients import Gradients
 from fx_sparsity.pruning.methods import CalibratedSparsifier, Solution, Statistic, Statistics
@@ -15,11 +18,52 @@ from fx_sparsity.pruning.methods.statistics import relative_error
 from fx_sparsity.pruning.methods.where import select
 from fx_sparsity.pruning.plan import Plan
 from fx_sparsity.pruning.report import PrunedWeight
-from fx_sparsity.pruning.store import Store, Untouched
+
+DONE = "calibrated"
+"""Counter in a sparsifier's state of a weight that has been pruned."""
 
 
 class CalibrationError(FxSparsityError, ValueError):
     """Calibration data, or what a method makes of it, cannot be used; the weight is named."""
+
+
+class Store(Protocol):
+    """Holds what has been done, and writes what is.
+
+    Attributes:
+        how_to_resume: after an interruption, for whoever reads of it.
+    """
+
+    how_to_resume: str
+
+    def is_done(self, plan: Plan) -> bool:
+        """Whether a weight has been pruned before."""
+
+    def begin(
+        self, weights: WeightMap, plans: Mapping[str, Plan], tensors: Mapping[str, Tensor]
+    ) -> None:
+        """Called when everything is checked, and before anything is changed.
+
+        Args:
+            weights: of the model.
+            plans: FQN -> plan of every weight that is to be pruned.
+            tensors: FQN -> the model's tensor of each, not masked.
+        """
+
+    def read(self, fqn: str, tensor: Tensor) -> Tensor:
+        """A tensor of the model as the walk is to see it."""
+
+    def write(
+        self, row: PrunedWeight, keep: Tensor, value: Tensor, bias: tuple[Tensor, Tensor] | None
+    ) -> None:
+        """Write mask, weight and bias; after an interruption, none of them.
+
+        Args:
+            row: tells of the weight.
+            keep: its mask: boolean, of its shape.
+            value: its kept values and zeros, of its shape and dtype.
+            bias: a bias, and what it has to become.
+        """
 
 
 class Pruner:
@@ -48,7 +92,7 @@ class Pruner:
         store: Store,
     ) -> None:
         self.sparsifier, self.plans, self.pruned = sparsifier, plans, list[PrunedWeight]()
-        self._weights = weights
+        self.weights = weights
         self._gradients: Mapping[str, Gradients] = {}
         self.biases, self._store = biases, store
         self.shares: Mapping[str, str] = {}
@@ -66,13 +110,13 @@ class Pruner:
 
     def looking(self, sparsifier: CalibratedSparsifier) -> "Pruner":
         """One that shows the same weights to another method, and writes nothing."""
-        other = Pruner(sparsifier, self.plans, self._weights, None, Untouched(self._store))
+        other = Pruner(sparsifier, self.plans, self.weights, None, Untouched(self._store))
         other.hold(self._gradients)
         return other
 
     def columns(self, fqn: str) -> Tensor:
         """See `MatrixForm.columns`."""
-        return self.plans[fqn].form.columns(self._weights[fqn].device)
+        return self.plans[fqn].form.columns(self.weights[fqn].device)
 
     def take(self, fqn: str, inputs: WeightInputs) -> None:
         """Take in inputs of a weight, unless it shares the statistics of the one before."""
@@ -94,7 +138,7 @@ class Pruner:
             CalibrationError: the statistics are not finite, or the solution is none.
         """
         start = time.perf_counter()
-        plan, weight, stats = self.plans[fqn], self._weights[fqn], self._statistics(fqn)
+        plan, weight, stats = self.plans[fqn], self.weights[fqn], self._statistics(fqn)
         if fqn in self._refused:
             return self._refused[fqn]
         if self._needs - {"gradient", "gradient_norm"} and not bool(stats.tokens.any()):
@@ -104,7 +148,7 @@ class Pruner:
         # May share the weight's memory: not to be read any more once that is written.
         dense = plan.form.to_matrix(weight.detach()).float().contiguous()
         mask, kept, solved = self._solve(plan, dense, stats)
-        notes = [*plan.notes, *_told(plan, stats), *solved]
+        notes = [*plan.notes, *_data_notes(plan, stats), *solved]
         relative = None if stats.gram is None else relative_error(dense, kept, stats)
         bias = self._correction(fqn, dense, kept, stats, notes)
         row = PrunedWeight(
@@ -149,7 +193,7 @@ class Pruner:
             if self.biases is not None:
                 needs.add("input_mean")
             plan = self.plans[fqn]
-            device = self._weights[fqn].device
+            device = self.weights[fqn].device
             self._collectors[fqn] = Collector(plan.form, needs, device, plan.table)
             bytes_now = sum(collector.nbytes for collector in self._collectors.values())
             self.peak = max(self.peak, self._held + bytes_now)
@@ -212,7 +256,7 @@ def _kept(fqn: str, dense: Tensor, solution: Solution) -> Tensor:
     return kept
 
 
-def _told(plan: Plan, stats: Statistics) -> list[str]:
+def _data_notes(plan: Plan, stats: Statistics) -> list[str]:
     """What to know of the data that a weight saw."""
     notes = []
     groups, _, size = plan.form.sizes
@@ -224,3 +268,97 @@ def _told(plan: Plan, stats: Statistics) -> list[str]:
     if stats.gram is not None and fewest < size:
         notes.append(f"{fewest} inputs for {size} columns: the Gram matrix is singular")
     return notes
+
+
+class Untouched:
+    """Reads as another store does, and writes nothing.
+
+    Args:
+        store: to read from.
+    """
+
+    how_to_resume = "Nothing was changed."
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def is_done(self, plan: Plan) -> bool:
+        """See `Store.is_done`."""
+        return self._store.is_done(plan)
+
+    def begin(
+        self, weights: WeightMap, plans: Mapping[str, Plan], tensors: Mapping[str, Tensor]
+    ) -> None:
+        """See `Store.begin`."""
+
+    def read(self, fqn: str, tensor: Tensor) -> Tensor:
+        """See `Store.read`."""
+        return self._store.read(fqn, tensor)
+
+    def write(
+        self, row: PrunedWeight, keep: Tensor, value: Tensor, bias: tuple[Tensor, Tensor] | None
+    ) -> None:
+        """See `Store.write`."""
+
+
+class MaskStore:
+    """Puts masks on a model, and writes kept values beneath them.
+
+    Args:
+        model: whose weights are pruned.
+        sparsifier: holds the masks.
+    """
+
+    how_to_resume = "Call prune again with the same sparsifier to go on."
+
+    def __init__(self, model: nn.Module, sparsifier: CalibratedSparsifier) -> None:
+        self._model, self._sparsifier = model, sparsifier
+        self._weights: WeightMap
+        self._plans: Mapping[str, Plan] = {}
+        self._tensors: Mapping[str, Tensor] = {}
+        self._put_mask: Callable[[str], object] | None = None
+        self._written: dict[str, Tensor] = {}
+
+    def is_done(self, plan: Plan) -> bool:
+        """See `Store.is_done`."""
+        return plan.fqn in self._sparsifier.names and DONE in self._sparsifier.state[plan.fqn]
+
+    def begin(
+        self, weights: WeightMap, plans: Mapping[str, Plan], tensors: Mapping[str, Tensor]
+    ) -> None:
+        """See `Store.begin`."""
+        self._weights, self._plans, self._tensors = weights, plans, tensors
+        if self._sparsifier.model is None and self._sparsifier.names:
+            self._sparsifier.attach(self._model)
+
+    def read(self, fqn: str, tensor: Tensor) -> Tensor:
+        """See `Store.read`: through its mask, where it has one."""
+        if fqn in self._written:
+            return self._written.pop(fqn)  # bit for bit what the mask makes of it
+        if fqn in self._sparsifier.names:
+            return self._sparsifier.get_data(fqn, return_original=False)
+        return tensor
+
+    def write(
+        self, row: PrunedWeight, keep: Tensor, value: Tensor, bias: tuple[Tensor, Tensor] | None
+    ) -> None:
+        """See `Store.write`."""
+        fqn = row.fqn
+        if self._put_mask is None:
+            configs = {name: plan.config for name, plan in self._plans.items()}
+            self._put_mask = mask_one_by_one(self._model, self._sparsifier, self._weights, configs)
+        self._put_mask(fqn)
+        weight, mask = self._tensors[fqn], self._sparsifier.get_mask(fqn)
+        beneath = select(keep, value, weight)
+        written = [(weight, beneath), (mask, keep.to(mask.dtype))] + ([bias] if bias else [])
+        before = [tensor.clone() for tensor, _ in written]
+        try:
+            for tensor, new in written:
+                tensor.copy_(new)
+            self._sparsifier.state[fqn][DONE] = True
+        except BaseException:
+            for (tensor, _), old in zip(written, before, strict=True):
+                tensor.copy_(old)
+            raise
+        if value.stride() == weight.stride():
+            self._written = {fqn: value}

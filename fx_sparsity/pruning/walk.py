@@ -2,7 +2,7 @@
 
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -22,10 +22,9 @@ from fx_sparsity.graph.operators import (
 )
 from fx_sparsity.graph.provenance import shape_of
 from fx_sparsity.graph.sources import module_source
-from fx_sparsity.graph.uses import canonical_fqn, live_nodes, weight_uses
+from fx_sparsity.graph.uses import canonical_fqn, live_nodes
 from fx_sparsity.graph.weight_inputs import UnsupportedUse, WeightInputs
-from fx_sparsity.graph.weight_map import Use, WeightMap
-from fx_sparsity.pruning.batches import Batch
+from fx_sparsity.pruning.batches import Batch, GraphUse
 
 Read = Callable[[str, Tensor], Tensor]
 """(FQN, tensor of the graph) -> its value now."""
@@ -33,39 +32,6 @@ Take = Callable[[str, WeightInputs], None]
 """(FQN, inputs of that weight) -> nothing."""
 Refuse = Callable[[str, str], None]
 """(FQN, why the inputs of that weight cannot be known) -> nothing."""
-
-
-class GraphUse(NamedTuple):
-    """One use of a weight in a graph.
-
-    Attributes:
-        fqn: of the weight.
-        node: the consumer.
-        use: what discovery knows of it.
-        constant: whether the consumer is the same for all inputs.
-    """
-
-    fqn: str
-    node: fx.Node
-    use: Use
-    constant: bool
-
-
-def find_uses(graph: fx.GraphModule, weights: WeightMap) -> list[GraphUse]:
-    """Every use of the weights of a map, in graph order; those in subgraphs, too."""
-    named = canonical_names(weights)
-    found = []
-    for consumption in weight_uses(graph.graph, module_source(graph)):
-        fqn = named.get(canonical_fqn(consumption.origin.fqn))
-        use = consumption.use()
-        if fqn is not None and use is not None:
-            found.append(GraphUse(fqn, consumption.node, use, consumption.constant))
-    return found
-
-
-def canonical_names(weights: WeightMap) -> dict[str, str]:
-    """Every name of every weight -> its canonical one."""
-    return {name: site.fqn for site in weights.sites for name in site.names}
 
 
 class Walk:
@@ -211,35 +177,48 @@ class Walk:
             return self._columns(fqn) if self._named.get(name, name) == fqn else None
         if node.op != "call_function":
             return None
-        name, first = operator_name(node), node.args[0] if node.args else None
+        name = operator_name(node)
         if name in COMBINATIONS:
-            parts = [self._follow(part, fqn, value) for part in first]  # type: ignore[union-attr, arg-type]
-            if all(part is None for part in parts):
-                return None
-            others = [
-                torch.full(value(other).shape, -1, device=value(other).device)
-                if part is None
-                else part
-                for part, other in zip(parts, first, strict=True)  # type: ignore[arg-type]
-            ]
-            rest, kwargs = fx.map_arg((node.args[1:], node.kwargs), value)
-            return node.target(others, *rest, **kwargs)  # type: ignore[operator]
+            return self._follow_parts(node, fqn, value)
         if name in SAME_VALUES or is_view(node) or is_lookup(node):
-            passed = self._follow(first, fqn, value) if isinstance(first, fx.Node) else None
-            if passed is None:
-                return None
-            if name in SAME_VALUES:
-                return (passed, None) if name == "_weight_norm_interface" else passed
-            rest, kwargs = fx.map_arg((node.args[1:], node.kwargs), value)
-            try:
-                return node.target(passed, *rest, **kwargs)  # type: ignore[operator]
-            except RuntimeError:  # the numbers take no memory along `out`, which allows fewer views
-                return node.target(passed.contiguous(), *rest, **kwargs)  # type: ignore[operator]
+            return self._follow_view(node, fqn, value)
         if is_elementwise(node):
-            for operand in node.all_input_nodes:
-                passed = self._follow(operand, fqn, value)
-                if passed is not None and tuple(passed.shape) == shape_of(node):
-                    return passed
+            return self._follow_operands(node, fqn, value)
+        return None
+
+    def _follow_parts(self, node: fx.Node, fqn: str, value: Callable[[fx.Node], Any]) -> Any:
+        """Through `cat` and its kin: other tensors beside the weight have no column of it, -1."""
+        parts: Any = node.args[0]
+        columns = [self._follow(part, fqn, value) for part in parts]
+        if all(part is None for part in columns):
+            return None
+        filled = [
+            torch.full(value(part).shape, -1, device=value(part).device) if found is None else found
+            for found, part in zip(columns, parts, strict=True)
+        ]
+        rest, kwargs = fx.map_arg((node.args[1:], node.kwargs), value)
+        return node.target(filled, *rest, **kwargs)  # type: ignore[operator]
+
+    def _follow_view(self, node: fx.Node, fqn: str, value: Callable[[fx.Node], Any]) -> Any:
+        """Through an operator that moves elements of its first argument, or returns them all."""
+        name, first = operator_name(node), node.args[0] if node.args else None
+        passed = self._follow(first, fqn, value) if isinstance(first, fx.Node) else None
+        if passed is None:
+            return None
+        if name in SAME_VALUES:
+            return (passed, None) if name == "_weight_norm_interface" else passed
+        rest, kwargs = fx.map_arg((node.args[1:], node.kwargs), value)
+        try:
+            return node.target(passed, *rest, **kwargs)  # type: ignore[operator]
+        except RuntimeError:  # the numbers take no memory along `out`, which allows fewer views
+            return node.target(passed.contiguous(), *rest, **kwargs)  # type: ignore[operator]
+
+    def _follow_operands(self, node: fx.Node, fqn: str, value: Callable[[fx.Node], Any]) -> Any:
+        """Through elementwise arithmetic: by the operand that has the result's shape."""
+        for operand in node.all_input_nodes:
+            passed = self._follow(operand, fqn, value)
+            if passed is not None and tuple(passed.shape) == shape_of(node):
+                return passed
         return None
 
 

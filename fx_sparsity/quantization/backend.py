@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fx_sparsity.errors import FxSparsityError
 from fx_sparsity.graph import WeightMap
 from fx_sparsity.graph.example_inputs import ExampleInputs, InputError, call_arguments
-from fx_sparsity.graph.export import CaptureError
+from fx_sparsity.graph.frontends import CaptureError
 from fx_sparsity.sparsifier.mask import masked_weights
 from fx_sparsity.verification.read import READERS
 from fx_sparsity.verification.stored import StoredWeight

@@ -32,7 +32,8 @@ from fx_sparsity.quantization.backend import (
 )
 from fx_sparsity.sparsifier import BaseSparsifier, MaskError, SparsityRecord
 from fx_sparsity.verification.gate import Verification, read_weights, verify
-from fx_sparsity.verification.stored import StoredWeight, by_name
+from fx_sparsity.verification.read import by_name
+from fx_sparsity.verification.stored import StoredWeight
 
 Order = Literal["sparsify_first", "quantize_first", "interleaved", "qat"]
 """When masks come, next to the quantizer's prepare and convert; see `sparsify_and_quantize`."""
@@ -86,6 +87,18 @@ def sparsify_and_quantize(
             not in this order.
         ZeroNotRepresentableError: quantize-first, and a weight has no code that means zero.
         ValueError: unknown order, or `"qat"` without anything that trains.
+
+    Example:
+        >>> quantized, verification = fxs.sparsify_and_quantize(
+        ...     nn.Sequential(nn.Linear(8, 4)),
+        ...     fxs.WeightNormSparsifier(),
+        ...     (torch.randn(1, 8),),
+        ...     order="sparsify_first",
+        ...     backend="eager",
+        ...     mapping="2:4",
+        ... )
+        >>> [(row.fqn, row.dtype, row.zeros) for row in verification.raise_if_lost()]
+        [('0.weight', 'qint8', 16)]
     """
     if order not in get_args(Order):
         raise ValueError(f"order: expected one of {', '.join(get_args(Order))}, found {order!r}")

@@ -12,8 +12,8 @@ from fx_sparsity.graph import find_weights
 from fx_sparsity.masks import tightest_pattern, tiling_holds
 from fx_sparsity.reports import Report, format_table
 from fx_sparsity.sparsifier import MaskRecord
-from fx_sparsity.verification.read import read_weights
-from fx_sparsity.verification.stored import StoredWeight, by_name
+from fx_sparsity.verification.read import by_name, read_weights
+from fx_sparsity.verification.stored import StoredWeight
 
 
 class SparsityLostError(FxSparsityError, RuntimeError):
@@ -193,6 +193,17 @@ def verify(
             quantizing alone makes are found, and kept values are compared. Without it, only a float
             weight's further zeros are found.
         meant: FQNs of the weights that were meant to be quantized.
+
+    Example:
+        >>> model, sparsifier = nn.Linear(8, 4), fxs.WeightNormSparsifier()
+        >>> model = fxs.prepare(model, sparsifier, (torch.randn(1, 8),), "2:4")
+        >>> sparsifier.step()
+        >>> model, record = fxs.squash(model, sparsifier)
+        >>> fxs.verify(model, record).ok
+        True
+        >>> model.weight.data += 1
+        >>> fxs.verify(model, record).rows[0].faults
+        ('16 of 16 zeros lost', 'pattern 2:4 broken')
     """
     if record is None:
         return Verification(tuple(_found(model, meant)))
@@ -227,8 +238,8 @@ def _found(
     model: nn.Module | ExportedProgram, meant: Collection[str] | None
 ) -> Iterator[VerifiedWeight]:
     """What a model holds, where nobody recorded what it should."""
-    sites = find_weights(model)
-    roles = {name: site.roles for site in sites.sites for name in site.names}
+    sites = find_weights(model).by_any_name()
+    roles = {name: site.roles for name, site in sites.items()}
     for weight in read_weights(model):
         if weight.data.ndim < 2:
             continue

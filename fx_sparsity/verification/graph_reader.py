@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, fx
 
 from fx_sparsity.graph.operators import SAME_VALUES, bind, is_view, operator_name
-from fx_sparsity.graph.passes import SeenWeight
 from fx_sparsity.graph.sources import Source
+from fx_sparsity.graph.uses import SeenWeight
 from fx_sparsity.verification.stored import StoredWeight, float_weight
 
 

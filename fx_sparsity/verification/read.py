@@ -1,6 +1,6 @@
 """How a model stores its weights now: as floats, or in ways whose readers are registered here."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +9,7 @@ from torch.export import ExportedProgram
 from torch.nn.utils import parametrize
 
 from fx_sparsity.graph.operators import operator_name
-from fx_sparsity.graph.passes import WEIGHT_META
+from fx_sparsity.graph.uses import WEIGHT_META
 from fx_sparsity.sparsifier import Mask
 from fx_sparsity.verification.stored import Forms, OwnFormat, StoredWeight, float_weight, is_float
 
@@ -103,3 +103,31 @@ def _other_names(
         for name, original in entry.named_parameters(recurse=False):
             if original.shape == tensor.shape and name != "original":
                 yield f"{prefix}.parametrizations.{attribute}.{name}".removeprefix(".")
+
+
+def by_name(
+    stored: Iterable[StoredWeight], names: Mapping[str, Sequence[str]]
+) -> dict[str, list[StoredWeight]]:
+    """Every stored copy of each weight that is asked for; one float tensor counts once.
+
+    Args:
+        stored: what a model holds.
+        names: canonical FQN in the float model -> its further names there.
+    """
+    canonical = {name: fqn for fqn, aliases in names.items() for name in (fqn, *aliases)}
+    stored = list(stored)
+    exact = {weight.fqn for weight in stored}
+    found: dict[str, list[StoredWeight]] = {fqn: [] for fqn in names}
+    seen: set[tuple[str, int]] = set()
+    for weight in stored:
+        called = (weight.fqn, *(alias for alias in weight.aliases if alias not in exact))
+        fqn = next((canonical[name] for name in called if name in canonical), None)
+        if fqn is None:
+            continue
+        if not weight.quantized and weight.data.device.type != "meta":
+            place = (fqn, weight.data.data_ptr())
+            if place in seen:
+                continue
+            seen.add(place)
+        found[fqn].append(weight)
+    return found

@@ -1,6 +1,6 @@
 """How a model, quantized or not, holds one weight: read it, ask what is zero, write codes."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fx_sparsity.errors import FxSparsityError
-from fx_sparsity.graph.passes import SeenWeight
+from fx_sparsity.graph.uses import SeenWeight
 from fx_sparsity.patterns import Role
 
 
@@ -156,31 +156,3 @@ def float_weight(fqn: str, where: str, tensor: Tensor) -> StoredWeight:
 def is_float(value: Any) -> TypeGuard[Tensor]:
     """Whether a value is a plain floating-point tensor, rather than codes in a tensor's clothes."""
     return type(value) in (Tensor, nn.Parameter, nn.Buffer) and value.is_floating_point()
-
-
-def by_name(
-    stored: Iterable[StoredWeight], names: Mapping[str, Sequence[str]]
-) -> dict[str, list[StoredWeight]]:
-    """Every stored copy of each weight that is asked for; one float tensor counts once.
-
-    Args:
-        stored: what a model holds.
-        names: canonical FQN in the float model -> its further names there.
-    """
-    canonical = {name: fqn for fqn, aliases in names.items() for name in (fqn, *aliases)}
-    stored = list(stored)
-    exact = {weight.fqn for weight in stored}
-    found: dict[str, list[StoredWeight]] = {fqn: [] for fqn in names}
-    seen: set[tuple[str, int]] = set()
-    for weight in stored:
-        called = (weight.fqn, *(alias for alias in weight.aliases if alias not in exact))
-        fqn = next((canonical[name] for name in called if name in canonical), None)
-        if fqn is None:
-            continue
-        if not weight.quantized and weight.data.device.type != "meta":
-            place = (fqn, weight.data.data_ptr())
-            if place in seen:
-                continue
-            seen.add(place)
-        found[fqn].append(weight)
-    return found

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 import fx_sparsity as fxs
 from fx_sparsity import prune
 from fx_sparsity.graph import InputError
-from fx_sparsity.graph.export import CaptureError
+from fx_sparsity.graph.frontends import CaptureError
 from tests.coverage import architectures
 from tests.models import make
 from tests.pruning.tiny_methods import Everything, Recorded, TinyWanda
@@ -41,7 +41,7 @@ def no_graph(monkeypatch):
 
     import fx_sparsity.pruning.prune  # noqa: F401
 
-    monkeypatch.setattr(sys.modules["fx_sparsity.pruning.prune"], "capture", refuse)
+    monkeypatch.setattr(sys.modules["fx_sparsity.pruning.batches"], "capture_graphs", refuse)
 
 
 def test_a_model_without_a_graph_is_observed(caplog):

@@ -350,7 +350,8 @@ def test_blocks_without_gradients_or_with_autocasting_are_opened():
 def test_opened_blocks_give_what_the_model_gives():
     """Node by node, to the bit: the casts are those of the model's own blocks."""
     from fx_sparsity.graph.context_blocks import run_node
-    from fx_sparsity.pruning.batches import capture, read_batches
+    from fx_sparsity.pruning.batches import capture_graphs as capture
+    from fx_sparsity.pruning.batches import read_batches
 
     torch.manual_seed(0)
     model, x = Blocks().eval(), torch.randn(20, 12)

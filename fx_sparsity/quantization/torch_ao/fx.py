@@ -16,7 +16,7 @@ from torch.ao.quantization import quantize_fx
 
 from fx_sparsity.graph import AnnotateWeights, WeightMap
 from fx_sparsity.graph.example_inputs import ExampleInputs, call_arguments
-from fx_sparsity.graph.passes import WEIGHT_META, weight_arguments
+from fx_sparsity.graph.uses import WEIGHT_META, weight_arguments
 from fx_sparsity.quantization.backend import (
     Backend,
     BackendError,

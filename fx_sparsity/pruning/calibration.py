@@ -1,0 +1,87 @@
+"""The inputs of all weights: batches walk through the graphs, or the running model is observed."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from fx_sparsity.pruning.batches import Batch, Captured, Frame, canonical_names
+from fx_sparsity.pruning.bias import fits
+from fx_sparsity.pruning.observe import observe
+from fx_sparsity.pruning.plan import shared_inputs
+from fx_sparsity.pruning.pruner import CalibrationError, Pruner, Store
+from fx_sparsity.pruning.walk import Walk
+
+
+class Calibration:
+    """FQN after FQN, each when the pruner has taken in all inputs of the weight.
+
+    Args:
+        frame: the model as it was captured.
+        pruner: takes the inputs.
+        store: how the batches see weights that are done already.
+        batches: all of them.
+        sequential: whether the batches go on with what the pruned weights before give out.
+
+    Raises:
+        CalibrationError: graphs that use the weights in different orders.
+    """
+
+    def __init__(
+        self,
+        frame: Frame,
+        pruner: Pruner,
+        store: Store,
+        batches: Sequence[Batch],
+        sequential: bool = True,
+    ) -> None:
+        self._frame, self._pruner, self._batches = frame, pruner, batches
+        self._sequential = sequential
+        self._walks: list[Walk] = []
+        if pruner.plans and frame.captured:
+            self._walks = self._through_graphs(store)
+
+    @property
+    def activation_bytes(self) -> int:
+        """The most that activations of all batches took at a stop."""
+        return sum(walk.peak for walk in self._walks)
+
+    def __iter__(self) -> Iterator[str]:
+        if not self._frame.captured:
+            return self._observed()
+        steps = (fqns[0] for fqns in zip(*self._walks, strict=True))
+        return steps if self._sequential else iter(list(steps))
+
+    def _through_graphs(self, store: Store) -> list[Walk]:
+        pruner, plans = self._pruner, self._pruner.plans
+        named = canonical_names(self._frame.weights)
+        walks: list[Walk] = []
+        shared: list[Mapping[str, str]] = []
+        for captured, uses in zip(self._frame.captured, self._frame.uses, strict=True):
+            counted = [u for u in uses if u.fqn in plans and plans[u.fqn].counts(u.use)]
+            arguments = (named, pruner.columns, store.read, pruner.take, pruner.refuse)
+            walks.append(Walk(captured.graph, captured.batches, counted, *arguments))
+            shared.append(shared_inputs(walks[-1].order, counted, plans))
+        _check_orders(walks, self._frame.captured)
+        if self._sequential:
+            pruner.shares = dict(set.intersection(*(set(found.items()) for found in shared)))
+        return walks
+
+    def _observed(self) -> Iterator[str]:
+        """All weights at once, after the model has run."""
+        pruner, plans = self._pruner, self._pruner.plans
+        found = observe(self._frame.model, self._batches, pruner)
+        if pruner.biases is not None:
+            pruner.biases = {fqn: bias for fqn, bias in found.items() if fits(bias, plans[fqn])}
+        yield from plans
+
+
+def _check_orders(walks: Sequence[Walk], captured: Sequence[Captured]) -> None:
+    first = walks[0].order
+    for walk, found in zip(walks, captured, strict=True):
+        if walk.order != first:
+            differ = sorted({*first} ^ {*walk.order}) or [
+                a for a, b in zip(first, walk.order, strict=True) if a != b
+            ]
+            raise CalibrationError(
+                f"batches {captured[0].batches[0].number} and {found.batches[0].number} take "
+                f"graphs that use the weights in another order, from {differ[0]} on; "
+                "calibrate with batches of one shape"
+            )

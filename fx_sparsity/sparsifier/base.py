@@ -439,7 +439,7 @@ class BaseSparsifier(SparsifierCore):
         return graph_mask(model, name)
 
     def _update(self, name: str) -> None:
-        self.update_mask(**self.config_of(name))
+        self.update_mask(**self._arguments(name))
 
     def __getstate__(self) -> dict[str, Any]:
         bound = ("model", "groups", "_targets", "state")

@@ -156,6 +156,10 @@ class SparsifierCore(ABC):
 
     # -- for the two bases -----------------------------------------------------------------------
 
+    def _arguments(self, name: str) -> dict[str, Any]:
+        """What `update_mask` is given of a configuration."""
+        return self.config_of(name)
+
     def _squash(self, names: Iterable[str]) -> None:
         targets = [self._target(name) for name in names]
         for target in targets:

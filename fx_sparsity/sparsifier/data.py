@@ -245,7 +245,7 @@ class BaseDataSparsifier(SparsifierCore):
         del self.data_groups[name]
 
     def _update(self, name: str) -> None:
-        self.update_mask(name, self.get_data(name), **self.data_groups[name])
+        self.update_mask(name, self.get_data(name), **self._arguments(name))
 
     def __getstate__(self) -> dict[str, Any]:
         bound = ("_container", "_targets", "state", "data_groups")

@@ -1,5 +1,6 @@
 """Magnitude pruning: what has the smallest norm goes."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from numbers import Real
@@ -52,7 +53,10 @@ class _NormMixin(SparsifierCore):
         """
         if config.get("pattern") is None:
             block, zeros = config["sparse_block_shape"], config["zeros_per_block"]
-            pattern: Pattern = StorageBlock((int(block[0]), int(block[1])), zeros)
+            whole = zeros == math.prod(block)
+            pattern: Pattern = StorageBlock(
+                (int(block[0]), int(block[1])), None if whole else zeros
+            )
         else:
             pattern = Pattern.parse(config["pattern"])
         level = pattern.implied_level
@@ -90,6 +94,13 @@ class _NormMixin(SparsifierCore):
         if contains_nan(*weights.values()):
             bad = next(name for name, weight in weights.items() if contains_nan(weight))
             raise ScoreError(f"{bad} contains NaN; its mask cannot be computed")
+
+    def _arguments(self, name: str) -> dict[str, Any]:
+        """With a number of zeros, as subclasses that were written for `torch.ao.pruning` expect."""
+        config = self.config_of(name)
+        if config["zeros_per_block"] is not None:
+            return config
+        return {**config, "zeros_per_block": math.prod(config["sparse_block_shape"])}
 
     def _norm_mask(self, name: str, weight: Tensor, config: Mapping[str, Any]) -> None:
         target = self._target(name)
@@ -132,7 +143,7 @@ class WeightNormSparsifier(_NormMixin, BaseSparsifier):
         tensor_name: str,
         sparsity_level: float,
         sparse_block_shape: tuple[int, int],
-        zeros_per_block: int | None,
+        zeros_per_block: int,
         **config: Any,
     ) -> None:
         """See `BaseSparsifier.update_mask`."""
@@ -171,7 +182,7 @@ class DataNormSparsifier(_NormMixin, BaseDataSparsifier):
         data: Tensor,
         sparsity_level: float,
         sparse_block_shape: tuple[int, int],
-        zeros_per_block: int | None,
+        zeros_per_block: int,
         **config: Any,
     ) -> None:
         """See `BaseDataSparsifier.update_mask`."""

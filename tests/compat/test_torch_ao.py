@@ -230,7 +230,7 @@ def test_a_data_subclass_that_spells_out_the_configuration_works(positional):
                     zeros_per_block=zeros_per_block,
                 )
 
-    sparsifier = Flipped([("w", torch.tensor([[1.0, 2.0, 3.0, 4.0]]))], 0.5, (1, 1), 1)
+    sparsifier = Flipped([("w", torch.tensor([[1.0, 2.0, 3.0, 4.0]]))], 0.5, (1, 1))
     sparsifier.step()
     assert seen == {"w": (0.5, (1, 1), 1, {})}
     assert sparsifier.get_mask("w").tolist() == [[1, 1, 0, 0]]

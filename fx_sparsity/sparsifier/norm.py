@@ -53,10 +53,8 @@ class _NormMixin(SparsifierCore):
         """
         if config.get("pattern") is None:
             block, zeros = config["sparse_block_shape"], config["zeros_per_block"]
-            whole = zeros == math.prod(block)
-            pattern: Pattern = StorageBlock(
-                (int(block[0]), int(block[1])), None if whole else zeros
-            )
+            shape = (int(block[0]), int(block[1]))
+            pattern: Pattern = StorageBlock(shape, None if zeros == math.prod(shape) else zeros)
         else:
             pattern = Pattern.parse(config["pattern"])
         level = pattern.implied_level

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fx_sparsity.errors import FxSparsityError
+from fx_sparsity.graph.opaque import copied
 
 ExampleInputs = tuple[Any, ...] | Mapping[str, Any] | Tensor
 
@@ -58,4 +59,4 @@ def run_undisturbed(model: nn.Module, example_inputs: ExampleInputs) -> None:
     """Run a model on its example inputs, see `undisturbed`."""
     args, kwargs = call_arguments(example_inputs)
     with undisturbed(model):
-        model(*args, **kwargs)
+        model(*copied(args), **copied(kwargs))

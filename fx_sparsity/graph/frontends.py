@@ -16,6 +16,7 @@ from fx_sparsity.graph.example_inputs import (
     run_undisturbed,
     undisturbed,
 )
+from fx_sparsity.graph.opaque import exportable
 from fx_sparsity.graph.operators import MODULES
 from fx_sparsity.graph.sources import (
     Source,
@@ -115,7 +116,8 @@ def export_model(
 ) -> ExportedProgram:
     """Capture a model with `torch.export`, non-strict and undecomposed: the canonical graph.
 
-    The model is not changed, nor run on data.
+    The model is not changed, nor run on data. Inputs and outputs that are no pytrees, such as
+    caches, count as the tensors that they hold, in the order of `opaque.expanded`.
 
     Args:
         model: in the mode (train, eval) that is to be captured.
@@ -129,7 +131,10 @@ def export_model(
     """
     args, kwargs = call_arguments(example_inputs)
     try:
-        return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
+        with exportable(model, args, kwargs) as (args, kwargs):
+            return torch.export.export(
+                model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False
+            )
     except Exception as export_error:
         run_undisturbed(model, example_inputs)
         raise CaptureError(

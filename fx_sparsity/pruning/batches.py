@@ -14,6 +14,7 @@ from fx_sparsity.graph.context_blocks import OpenBlocks
 from fx_sparsity.graph.discovery import find_weights, read_graph
 from fx_sparsity.graph.example_inputs import ExampleInputs, InputError, call_arguments
 from fx_sparsity.graph.frontends import CaptureError, export_model
+from fx_sparsity.graph.opaque import copied, expanded
 from fx_sparsity.graph.sources import module_source
 from fx_sparsity.graph.uses import canonical_fqn, weight_uses
 from fx_sparsity.graph.weight_map import Use, WeightMap
@@ -28,7 +29,8 @@ class Batch:
     Attributes:
         number: its place among the batches.
         inputs: as the user gave them.
-        leaves: tensors and other values, in the order of the graph's placeholders.
+        leaves: tensors and other values, in the order of the graph's placeholders; of what is no
+            pytree, its tensors.
         spec: how they are nested.
     """
 
@@ -45,7 +47,7 @@ class Batch:
         """
         args, kwargs = call_arguments(self.inputs)
         try:
-            return model(*args, **kwargs)
+            return model(*copied(args), **copied(kwargs))
         except Exception as error:
             raise InputError(
                 f"batch {self.number}: {type(model).__name__} raises "
@@ -65,7 +67,7 @@ def read_batches(model: nn.Module, batches: Iterable[ExampleInputs]) -> list[Bat
     for number, inputs in enumerate(batches):
         args, kwargs = call_arguments(inputs)
         kwargs = dict(sorted(kwargs.items()))
-        leaves, spec = pytree.tree_flatten((args, kwargs))
+        leaves, spec = pytree.tree_flatten((expanded(args), expanded(kwargs)))
         for leaf in leaves:
             if isinstance(leaf, Tensor) and devices and leaf.device not in devices:
                 raise InputError(

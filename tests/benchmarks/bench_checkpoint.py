@@ -29,13 +29,15 @@ CELLS = (("unstructured 50%", "dense"), ("2:4", "dense"), ("2:4", "compressed"))
 
 def measure(nbytes: int, runs: int, folder: Path) -> list[str]:
     """The table's lines."""
-    src = folder / "src"
-    src.mkdir()
+    source = folder / "source"
+    source.mkdir()
     largest = nbytes // 16
     weight = torch.randn(largest // 2 // COLUMNS, COLUMNS).bfloat16()
     for shard in range(4):
         names = [f"layers.{4 * shard + i}.weight" for i in range(4)]
-        save_file({name: weight + i for i, name in enumerate(names)}, src / f"{shard}.safetensors")
+        save_file(
+            {name: weight + i for i, name in enumerate(names)}, source / f"{shard}.safetensors"
+        )
     os.sync()
     lines = [
         f"sparsify_checkpoint, {nbytes >> 20} MiB of bf16 in 4 shards; medians of {runs}",
@@ -47,8 +49,8 @@ def measure(nbytes: int, runs: int, folder: Path) -> list[str]:
         mapping = fxs.SparsityMapping().set_global(pattern)
 
         def copy() -> None:
-            shutil.copytree(src, folder / "dst")
-            for path in (*(folder / "dst").iterdir(), folder / "dst", folder):
+            shutil.copytree(source, folder / "target")
+            for path in (*(folder / "target").iterdir(), folder / "target", folder):
                 sync(path)
 
         def engine(config: SparsityConfig = config) -> None:
@@ -57,12 +59,12 @@ def measure(nbytes: int, runs: int, folder: Path) -> list[str]:
                 sparsifier.mask_for("w", weight, **own)
 
         def ours(mapping: fxs.SparsityMapping = mapping, layout: str = layout) -> None:
-            fxs.sparsify_checkpoint(src, folder / "dst", mapping, layout=layout)
+            fxs.sparsify_checkpoint(source, folder / "target", mapping, layout=layout)
 
         times: dict[str, list[float]] = {"copy": [], "engine": [], "ours": []}
         for _ in range(runs):
             for work in (copy, engine, ours):
-                shutil.rmtree(folder / "dst", ignore_errors=True)
+                shutil.rmtree(folder / "target", ignore_errors=True)
                 os.sync()
                 started = time.perf_counter()
                 work()

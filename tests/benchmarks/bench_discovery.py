@@ -26,7 +26,7 @@ LARGE = {
 
 def llama(**settings):
     with torch.device("meta"):
-        model = LlamaForCausalLM(LlamaConfig(use_cache=False, **settings)).eval()
+        model = LlamaForCausalLM(LlamaConfig(**settings)).eval()
         return model, {"input_ids": torch.zeros(1, 16, dtype=torch.long)}
 
 

@@ -77,7 +77,6 @@ def make(batches: int, layers: int = LAYERS) -> tuple[LlamaForCausalLM, list[dic
         num_hidden_layers=layers,
         num_attention_heads=8,
         max_position_embeddings=TOKENS,
-        use_cache=False,
     )
     model = LlamaForCausalLM(config).eval()
     ids = torch.randint(0, SMALL["vocab_size"], (batches, ROWS, TOKENS))

@@ -20,8 +20,7 @@ TEXT = {
     "num_attention_heads": 4,
     "max_position_embeddings": 64,
 }
-DECODER = {**TEXT, "use_cache": False}
-GROUPED = {**DECODER, "num_key_value_heads": 2}
+GROUPED = {**TEXT, "num_key_value_heads": 2}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
 VISION = {
     "hidden_size": WIDTH,
@@ -42,7 +41,6 @@ SEQ2SEQ = {
     "encoder_ffn_dim": 2 * WIDTH,
     "decoder_ffn_dim": 2 * WIDTH,
     "max_position_embeddings": 64,
-    "use_cache": False,
 }
 WAV = {
     "vocab_size": 32,
@@ -86,7 +84,7 @@ TRANSFORMERS = {
     "qwen2": ("decoder", "Qwen2", "ForCausalLM", GROUPED, tokens),
     "qwen3": ("decoder", "Qwen3", "ForCausalLM", {**GROUPED, "head_dim": 64}, tokens),
     "gemma2": ("decoder", "Gemma2", "ForCausalLM", {**GROUPED, "head_dim": 64}, tokens),
-    "phi": ("decoder", "Phi", "ForCausalLM", DECODER, tokens),
+    "phi": ("decoder", "Phi", "ForCausalLM", TEXT, tokens),
     "phi3": ("decoder", "Phi3", "ForCausalLM", {**GROUPED, "pad_token_id": 0}, tokens),
     "gpt2": (
         "decoder",
@@ -98,11 +96,10 @@ TRANSFORMERS = {
             "n_layer": 2,
             "n_head": 4,
             "n_positions": 64,
-            "use_cache": False,
         },
         tokens,
     ),
-    "gpt_neox": ("decoder", "GPTNeoX", "ForCausalLM", DECODER, tokens),
+    "gpt_neox": ("decoder", "GPTNeoX", "ForCausalLM", TEXT, tokens),
     "gptj": (
         "decoder",
         "GPTJ",
@@ -114,7 +111,6 @@ TRANSFORMERS = {
             "n_head": 4,
             "n_positions": 64,
             "rotary_dim": 16,
-            "use_cache": False,
         },
         tokens,
     ),
@@ -123,7 +119,7 @@ TRANSFORMERS = {
         "OPT",
         "ForCausalLM",
         {
-            **{k: v for k, v in DECODER.items() if k != "intermediate_size"},
+            **{k: v for k, v in TEXT.items() if k != "intermediate_size"},
             "ffn_dim": 4 * WIDTH,
             "word_embed_proj_dim": WIDTH,
         },
@@ -138,7 +134,6 @@ TRANSFORMERS = {
             "hidden_size": WIDTH,
             "n_layer": 2,
             "n_head": 4,
-            "use_cache": False,
         },
         tokens,
     ),
@@ -146,7 +141,7 @@ TRANSFORMERS = {
         "decoder",
         "Falcon",
         "ForCausalLM",
-        {k: v for k, v in DECODER.items() if k != "intermediate_size"},
+        {k: v for k, v in TEXT.items() if k != "intermediate_size"},
         tokens,
     ),
     "mpt": (
@@ -159,7 +154,6 @@ TRANSFORMERS = {
             "n_heads": 4,
             "n_layers": 2,
             "max_seq_len": 64,
-            "use_cache": False,
         },
         tokens,
     ),
@@ -192,7 +186,7 @@ TRANSFORMERS = {
         "DeepseekV3",
         "ForCausalLM",
         {
-            **DECODER,
+            **TEXT,
             "num_key_value_heads": 4,
             "moe_intermediate_size": 128,
             "n_routed_experts": 4,
@@ -217,7 +211,6 @@ TRANSFORMERS = {
             "hidden_size": WIDTH,
             "num_hidden_layers": 2,
             "state_size": 4,
-            "use_cache": False,
         },
         tokens,
     ),
@@ -234,7 +227,6 @@ TRANSFORMERS = {
             "head_dim": 64,
             "n_groups": 1,
             "chunk_size": 8,
-            "use_cache": False,
         },
         tokens,
     ),
@@ -248,7 +240,6 @@ TRANSFORMERS = {
             "num_hidden_layers": 2,
             "attention_hidden_size": WIDTH,
             "intermediate_size": 4 * WIDTH,
-            "use_cache": False,
         },
         tokens,
     ),
@@ -290,7 +281,6 @@ TRANSFORMERS = {
             "num_layers": 2,
             "num_heads": 4,
             "decoder_start_token_id": 0,
-            "use_cache": False,
         },
         pair,
     ),
@@ -386,7 +376,6 @@ def llava():
     return transformers.LlavaForConditionalGeneration(config), {
         "input_ids": text,
         **image(),
-        "use_cache": False,
     }
 
 

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from fx_sparsity import WeightNormSparsifier, find_weights, prepare
 from fx_sparsity.graph import AnnotateWeights, DenseParameter, InputError, Reason
-from fx_sparsity.graph.passes import WEIGHT_META
+from fx_sparsity.graph.uses import WEIGHT_META
 from tests.coverage.proof import Proof
 from tests.models import MODELS, make, make_bert
 

@@ -166,7 +166,6 @@ def test_transformers_models_save_and_tie(tmp_path):
         num_attention_heads=4,
         num_key_value_heads=2,
         tie_word_embeddings=True,
-        use_cache=False,
     )
     model = LlamaForCausalLM(config).eval()
     inputs = {"input_ids": torch.randint(64, (1, 8))}

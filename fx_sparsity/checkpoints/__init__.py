@@ -1,22 +1,17 @@
 """Checkpoints larger than memory, from files to files."""
 
 from fx_sparsity.checkpoints.checkpoint import Checkpoint, CheckpointError, find_checkpoint_weights
+from fx_sparsity.checkpoints.checkpoint_record import stated_patterns
+from fx_sparsity.checkpoints.mapped_checkpoint import MappedCheckpoint
 from fx_sparsity.checkpoints.prune_checkpoint import prune_checkpoint
-from fx_sparsity.checkpoints.sharded import CheckpointFiles, MappedCheckpoint
-from fx_sparsity.checkpoints.sparsify_checkpoint import (
-    LAYOUTS,
-    CheckpointReport,
-    CheckpointWeight,
-    convert,
-    sparsify_checkpoint,
-    stated_patterns,
-)
+from fx_sparsity.checkpoints.report import CheckpointReport, CheckpointWeight
+from fx_sparsity.checkpoints.rewriting import LAYOUTS
+from fx_sparsity.checkpoints.sparsify_checkpoint import convert, sparsify_checkpoint
 
 __all__ = [
     "LAYOUTS",
     "Checkpoint",
     "CheckpointError",
-    "CheckpointFiles",
     "CheckpointReport",
     "CheckpointWeight",
     "MappedCheckpoint",

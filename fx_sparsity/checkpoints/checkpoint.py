@@ -12,13 +12,15 @@ from pathlib import Path
 
 from torch import Tensor
 
-from fx_sparsity.checkpoints.sharded import INDEX, OTHER_WEIGHTS, CheckpointFiles
 from fx_sparsity.errors import FxSparsityError
 from fx_sparsity.graph import WeightMap, WeightSite
 from fx_sparsity.graph.weight_map import DenseParameter, Reason
 from fx_sparsity.patterns import Role
 from fx_sparsity.storage.compressed_file import CompressedFile
+from fx_sparsity.storage.container import FileFormatError
 
+_INDEX = ".safetensors.index.json"  # how its name ends
+_WEIGHTS = frozenset({".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf"})
 _EMBEDDING = re.compile(r"(?:.*[._])?(?:\w*embed\w*|wte|wpe)(?:[._].*)?", re.IGNORECASE)
 
 Roles = Mapping[str, Sequence[Role]]
@@ -33,37 +35,34 @@ class Checkpoint:
     """The safetensors files of a folder, or one file, and which tensor is in which.
 
     Args:
-        path: a folder, or a file.
+        path: one file, or a folder: its shards are those that its index names, else all
+            safetensors files in it.
 
     Attributes:
         folder: that holds the files.
         is_folder: whether the whole folder is meant.
         shards: names of the safetensors files.
-        index: name of the index; None where there is none.
+        index: name of the index, JSON whose `weight_map` is name -> file; None where there is none.
         others: names of the files beside them, in subfolders too.
         skipped: names of files with weights that are none of this checkpoint, as in other formats.
 
     Raises:
         CheckpointError: an index that does not fit the files.
-        FileFormatError: a file contradicts itself.
+        FileFormatError: a file contradicts itself, or there are several indices.
         FileNotFoundError: no safetensors file, or none that the index names.
         OSError: it cannot be read.
     """
 
     def __init__(self, path: str | Path) -> None:
         path = Path(path)
-        found = CheckpointFiles.find(path)
-        self.is_folder, self.folder = path.is_dir(), found.root
-        self.shards = list(found.weights)
-        self.index = next((name for name in found.others if name.endswith(INDEX)), None)
-        self.others = [name for name in found.others if name != self.index]
-        self.skipped = [name for name in found.ignored if not (found.root / name).is_dir()]
-        for folder in found.ignored:  # such as the pooling of a sentence encoder
-            for path in sorted((found.root / folder).rglob("*")):
-                if path.is_file():
-                    name = str(path.relative_to(found.root))
-                    (self.skipped if path.suffix in OTHER_WEIGHTS else self.others).append(name)
-        self._check_index()
+        self.is_folder = not path.is_file()
+        self.folder = path if self.is_folder else path.parent
+        self.shards = [path.name]
+        self.index: str | None = None
+        self.others: list[str] = []
+        self.skipped: list[str] = []
+        if self.is_folder:
+            self._read_folder(sorted(entry.name for entry in path.iterdir()))
 
     @cached_property
     def files(self) -> dict[str, CompressedFile]:
@@ -94,10 +93,30 @@ class Checkpoint:
         """One tensor, dense, in memory of its own."""
         return self.files[self.where[name]].read(name)
 
-    def _check_index(self) -> None:
-        if self.index is None:
-            return
-        index = json.loads((self.folder / self.index).read_text())["weight_map"]
+    def _read_folder(self, names: Sequence[str]) -> None:
+        indices = [name for name in names if name.endswith(_INDEX)]
+        if len(indices) > 1:
+            raise FileFormatError(f"{self.folder}: expected one index, found {', '.join(indices)}")
+        self.index = next(iter(indices), None)
+        self.shards = [name for name in names if name.endswith(".safetensors")]
+        index = None
+        if self.index is not None:
+            index = _read_index(self.folder / self.index)
+            self.shards = sorted(set(index.values()))
+            if absent := [shard for shard in self.shards if shard not in names]:
+                raise FileNotFoundError(f"{self.folder / absent[0]}, which {self.index} names")
+        if not self.shards:
+            raise FileNotFoundError(f"{self.folder}: expected safetensors files, found none")
+        for name in names:  # also those in folders, such as the pooling of a sentence encoder
+            entry = self.folder / name
+            for path in sorted(entry.rglob("*")) if entry.is_dir() else [entry]:
+                found = str(path.relative_to(self.folder))
+                if path.is_file() and found not in (*self.shards, self.index):
+                    (self.skipped if path.suffix in _WEIGHTS else self.others).append(found)
+        if index is not None:
+            self._check_index(index)
+
+    def _check_index(self, index: Mapping[str, str]) -> None:
         held = {key: s for s, file in self.files.items() for key in file.file.entries}
         for name in index.keys() | held.keys():
             says, is_in = index.get(name), held.get(name)
@@ -105,6 +124,17 @@ class Checkpoint:
                 raise CheckpointError(
                     f"{name}: {self.index} says it is in {says}, it is in {is_in or 'no file'}"
                 )
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    try:
+        found = json.loads(path.read_text())["weight_map"]
+        assert all(isinstance(name, str) and Path(name).name == name for name in found.values())
+    except (ValueError, TypeError, KeyError, AttributeError, AssertionError) as error:
+        raise FileFormatError(
+            f"{path}: expected a JSON object whose weight_map is name -> file in this directory"
+        ) from error
+    return found
 
 
 def find_checkpoint_weights(checkpoint: Checkpoint, roles: Roles | None = None) -> WeightMap:
@@ -122,14 +152,18 @@ def find_checkpoint_weights(checkpoint: Checkpoint, roles: Roles | None = None) 
     dense: list[DenseParameter] = []
     vectors = 0
     for name, shard in checkpoint.where.items():
-        dtype, shape = checkpoint.files[shard].dtype_and_shape(name)
+        file = checkpoint.files[shard]
+        if name in file.same_as:
+            continue  # an alias of another one
+        dtype, shape = file.dtype_and_shape(name)
         kind, axes = _axes(name, shape, roles or {})
         if not dtype.is_floating_point:
             dense.append(DenseParameter(name, shape, Reason.NOT_FLOATING))
         elif axes is not None:
             owner = name.rpartition(".")[0]
+            aliases = tuple(alias for alias, other in file.same_as.items() if other == name)
             text = str(dtype)[6:]
-            sites.append(WeightSite(name, (), owner, "", kind, axes, shape, text, ()))
+            sites.append(WeightSite(name, aliases, owner, "", kind, axes, shape, text, ()))
         elif len(shape) < 2:
             vectors += 1
         else:

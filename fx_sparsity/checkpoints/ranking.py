@@ -13,6 +13,7 @@ from fx_sparsity.graph.mapping import Assignment
 from fx_sparsity.masks import GlobalCut, Rank, global_cut
 from fx_sparsity.patterns import SparsityConfig, Unstructured
 from fx_sparsity.sparsifier import BaseDataSparsifier, DataNormSparsifier
+from fx_sparsity.storage.container import elements_of
 
 
 class Criterion:
@@ -44,7 +45,7 @@ class Criterion:
             if not key.startswith("_") and key not in ("state", "data_groups", "steps")
         }
         return {
-            "sparsifier": [type(sparsifier).__qualname__, settings],
+            "sparsifier": {"class": type(sparsifier).__qualname__, **settings},
             "ranked": self.ranked,
             "weights": {fqn: str(config) for fqn, config in self.assignment.items()},
             "roles": {site.fqn: site.roles for site in self.weights.sites},
@@ -76,6 +77,17 @@ class Criterion:
         roles = self.weights[name].roles
         own = {"pattern": str(config.pattern), "sparsity_level": config.level, "roles": roles}
         return self._sparsifier.mask_for(name, tensor, **own)
+
+    def reached(self, name: str, masked: int) -> SparsityConfig:
+        """The pattern that a weight's mask has: as asked, but where one level is for all weights.
+
+        Args:
+            name: of the weight.
+            masked: how many of its elements are.
+        """
+        if self.ranked != "model":
+            return self.assignment[name]
+        return SparsityConfig(Unstructured(), masked / elements_of(self.weights[name].shape))
 
     def _check_one_level(self) -> None:
         if not isinstance(self._sparsifier, DataNormSparsifier):

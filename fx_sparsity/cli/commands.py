@@ -11,14 +11,16 @@ from torch import Tensor
 from fx_sparsity.checkpoints import (
     LAYOUTS,
     Checkpoint,
+    CheckpointError,
     convert,
     find_checkpoint_weights,
     sparsify_checkpoint,
     stated_patterns,
 )
-from fx_sparsity.cli.display import progress, say, show
+from fx_sparsity.cli.display import say, show
 from fx_sparsity.cli.recipe import RecipeError, mapping_of, read_recipe, roles_of
 from fx_sparsity.masks import tightest_pattern, tiling_holds
+from fx_sparsity.progress import progress
 from fx_sparsity.sparsifier import DataNormSparsifier
 from fx_sparsity.storage import FORMATS, Contents, sizes
 
@@ -29,12 +31,6 @@ SOURCE = click.Path(exists=True, path_type=Path)
 TARGET = click.Path(path_type=Path)
 
 
-class _BadInput(click.ClickException):
-    """Files or settings that cannot be used."""
-
-    exit_code = BAD_INPUT
-
-
 class _Commands(click.Group):
     """Errors become one line on standard error and an exit code, without a traceback."""
 
@@ -42,7 +38,8 @@ class _Commands(click.Group):
         try:
             return super().invoke(ctx)
         except (ValueError, OSError, TypeError, MemoryError) as error:
-            raise _BadInput(str(error) or type(error).__name__) from error
+            click.echo(f"Error: {str(error) or type(error).__name__}", err=True)
+            raise SystemExit(BAD_INPUT) from error
 
 
 def _json_flag(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -106,6 +103,7 @@ def inspect(path: Path, roles: tuple[str, ...], as_json: bool) -> None:
     """
     source = Checkpoint(path)
     weights = find_checkpoint_weights(source, roles_of(read_recipe(None, {"roles": roles})))
+    sites = weights.by_any_name()
     rows: list[dict[str, Any]] = []
     totals: dict[str, int] = dict.fromkeys(("elements", "zeros", "bytes", *FORMATS, "smallest"), 0)
     for name, tensor in _tensors(source, "inspecting"):
@@ -113,8 +111,8 @@ def inspect(path: Path, roles: tuple[str, ...], as_json: bool) -> None:
         each = sizes(contents)
         zeros = int(where.count_nonzero())
         config = None
-        if name in weights:
-            config = tightest_pattern(where, weights[name].roles)
+        if name in sites:
+            config = tightest_pattern(where, sites[name].roles)
         row: dict[str, Any] = {
             "tensor": name,
             "dtype": str(tensor.dtype)[6:],
@@ -146,8 +144,8 @@ def inspect(path: Path, roles: tuple[str, ...], as_json: bool) -> None:
 
 
 @commands.command()
-@click.argument("src", type=SOURCE)
-@click.argument("dst", type=TARGET)
+@click.argument("source", type=SOURCE)
+@click.argument("target", type=TARGET)
 @_mapping_flags
 @click.option("--norm", type=click.Choice(["L1", "L2"]), help="How weights rank; L1 by default.")
 @click.option(
@@ -157,7 +155,7 @@ def inspect(path: Path, roles: tuple[str, ...], as_json: bool) -> None:
 )
 @click.option("--layout", type=click.Choice(LAYOUTS), help="How files hold tensors; dense.")
 @_json_flag
-def sparsify(src: Path, dst: Path, recipe: Path | None, as_json: bool, **flags: Any) -> None:
+def sparsify(source: Path, target: Path, recipe: Path | None, as_json: bool, **flags: Any) -> None:
     r"""Set the smallest weights of a checkpoint to zero, in the patterns asked for.
 
     The output has the same shards and all other files. Memory holds up to three of the largest
@@ -180,17 +178,15 @@ def sparsify(src: Path, dst: Path, recipe: Path | None, as_json: bool, **flags: 
     found = read_recipe(recipe, flags)
     if not {"pattern", "name", "regex", "kind"} & {key for key, value in found.items() if value}:
         raise RecipeError("nothing to do: give --pattern, --name, --regex, --kind or --recipe")
-    with progress("sparsifying") as tell:
-        report = sparsify_checkpoint(
-            src,
-            dst,
-            mapping_of(found),
-            DataNormSparsifier(norm=found.get("norm", "L1")),
-            ranked=found.get("ranked", "weight"),
-            layout=found.get("layout", "dense"),
-            roles=roles_of(found),
-            progress=tell,
-        )
+    report = sparsify_checkpoint(
+        source,
+        target,
+        mapping_of(found),
+        DataNormSparsifier(norm=found.get("norm", "L1")),
+        ranked=found.get("ranked", "weight"),
+        layout=found.get("layout", "dense"),
+        roles=roles_of(found),
+    )
     rows = [
         {
             "weight": name,
@@ -201,16 +197,16 @@ def sparsify(src: Path, dst: Path, recipe: Path | None, as_json: bool, **flags: 
         for name, weight in report.items()
     ]
     show(rows, as_json=as_json, numeric=("sparsity",))
-    for name in Checkpoint(src).skipped:
+    for name in Checkpoint(source).skipped:
         say(f"not copied, weights of another kind: {name}", as_json=as_json)
 
 
 @commands.command(name="convert")
-@click.argument("src", type=SOURCE)
-@click.argument("dst", type=TARGET)
+@click.argument("source", type=SOURCE)
+@click.argument("target", type=TARGET)
 @click.option("--to", "layout", type=click.Choice(LAYOUTS), default="dense", show_default=True)
 @_json_flag
-def convert_command(src: Path, dst: Path, layout: Any, as_json: bool) -> None:
+def convert_command(source: Path, target: Path, layout: Any, as_json: bool) -> None:
     r"""Write a file or a checkpoint anew in another layout.
 
     `dense` is what every runtime reads; `compressed` is what fxs.save writes, each tensor in its
@@ -222,9 +218,8 @@ def convert_command(src: Path, dst: Path, layout: Any, as_json: bool) -> None:
       fx-sparsity convert small/ dense/
       fx-sparsity convert model.safetensors small.safetensors --to compressed
     """
-    with progress("converting") as tell:
-        convert(src, dst, layout, progress=tell)
-    before, after = Checkpoint(src), Checkpoint(dst)
+    convert(source, target, layout)
+    before, after = Checkpoint(source), Checkpoint(target)
     row = {"files": len(after.shards), "bytes before": before.nbytes, "bytes after": after.nbytes}
     show([row], as_json=as_json, numeric=tuple(row))
 
@@ -237,7 +232,8 @@ def verify_command(path: Path, recipe: Path | None, as_json: bool, **flags: Any)
     r"""Check that patterns hold and that files are whole; exit code 1 where not.
 
     Patterns are those stated by flags or a recipe, or else by the checkpoint itself, in the
-    sparsity.json that `sparsify` left. Files are checked as far as they carry checksums.
+    sparsity.json that `sparsify` and `prune_checkpoint` leave. Files are checked as far as they
+    carry checksums.
 
     \b
     Examples:
@@ -350,12 +346,11 @@ def _tensors(
     source: Checkpoint, what: str, names: Iterable[str] | None = None
 ) -> Iterator[tuple[str, Tensor]]:
     """Tensors one after another, with a progress bar."""
-    with progress(what) as tell:
-        done = 0
-        for name in source.where if names is None else names:
-            if name not in source.where:
-                raise ValueError(f"{name}: not in {source.folder}")
-            file = source.files[source.where[name]]
-            yield name, file.read(name)
-            done += file.stored_bytes(name)
-            tell(name, done, source.nbytes)
+    names = [*(source.where if names is None else names)]
+    if absent := [name for name in names if name not in source.where]:
+        raise CheckpointError(f"{absent[0]}: not in {source.folder}")
+    sizes = {name: source.files[source.where[name]].stored_bytes(name) for name in names}
+    with progress(what, sum(sizes.values()), True, in_bytes=True) as advance:
+        for name, size in sizes.items():
+            yield name, source.read(name)
+            advance(name, size)

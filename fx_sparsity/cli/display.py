@@ -1,14 +1,12 @@
 """What commands show: rich tables on a terminal, plain lines in a pipe, JSON on request."""
 
-import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from fx_sparsity.reports import format_table
@@ -55,29 +53,6 @@ def say(text: str, *, as_json: bool) -> None:
     """Print a sentence; nothing beside JSON."""
     if not as_json:
         click.echo(text)
-
-
-@contextlib.contextmanager
-def progress(what: str) -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar on standard error, where that is a terminal.
-
-    Yields:
-        To be called with what is being done, bytes done and bytes in all.
-    """
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TimeElapsedColumn(),
-        console=Console(stderr=True),
-        disable=not sys.stderr.isatty(),
-        transient=True,
-    )
-    with bar:
-        task = bar.add_task(what)
-        yield lambda name, done, total: bar.update(
-            task, description=f"{what} {name}", completed=done, total=total
-        )
 
 
 def _text(value: Any) -> str:

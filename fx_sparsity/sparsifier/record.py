@@ -13,7 +13,9 @@ from fx_sparsity.masks.bits import pack_bits, unpack_bits
 from fx_sparsity.patterns import Pattern, Role, Tiling
 from fx_sparsity.sparsifier.core import SparsifierCore, roles_of
 
-_ZEROS = "::zeros"
+ZEROS = "::zeros"
+"""Behind a weight's name: the kept zeros, in a record's file."""
+_METADATA = "sparsity_record"
 
 
 @dataclass(frozen=True)
@@ -109,8 +111,8 @@ class SparsityRecord(Mapping[str, MaskRecord]):
             for name, w in self.items()
         }
         masks = {name: w.packed.cpu() for name, w in self.items()}
-        masks |= {f"{name}{_ZEROS}": w.packed_zeros.cpu() for name, w in self.items()}
-        save_file(masks, path, metadata={"sparsity_record": json.dumps(meta)})
+        masks |= {f"{name}{ZEROS}": w.packed_zeros.cpu() for name, w in self.items()}
+        save_file(masks, path, metadata=record_metadata(meta))
 
     @classmethod
     def load(cls, path: str | Path) -> "SparsityRecord":
@@ -122,7 +124,7 @@ class SparsityRecord(Mapping[str, MaskRecord]):
         from safetensors import safe_open
 
         with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get("sparsity_record")
+            text = (file.metadata() or {}).get(_METADATA)
             if text is None:
                 raise ValueError(f"{path} holds no sparsity record")
             return cls(
@@ -133,7 +135,7 @@ class SparsityRecord(Mapping[str, MaskRecord]):
                         pattern=entry["pattern"],
                         level=entry["level"],
                         packed=file.get_tensor(name),
-                        packed_zeros=file.get_tensor(f"{name}{_ZEROS}"),
+                        packed_zeros=file.get_tensor(f"{name}{ZEROS}"),
                         aliases=tuple(entry["aliases"]),
                     )
                     for name, entry in json.loads(text).items()
@@ -151,3 +153,12 @@ class SparsityRecord(Mapping[str, MaskRecord]):
 
     def __repr__(self) -> str:
         return f"SparsityRecord({len(self)} weights)"
+
+
+def record_metadata(weights: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """What the header of a record's file says.
+
+    Args:
+        weights: name -> shape, roles, pattern, level and aliases, as `MaskRecord` has them.
+    """
+    return {_METADATA: json.dumps(weights)}

@@ -13,7 +13,7 @@ from fx_sparsity.storage.formats import (
 )
 from fx_sparsity.storage.load_sparse import load_sparse
 from fx_sparsity.storage.loading import faults, load
-from fx_sparsity.storage.mapped import MappedFile, create_file
+from fx_sparsity.storage.mapped import MappedFile
 from fx_sparsity.storage.meta import parameters_on_meta
 from fx_sparsity.storage.saving import export, save
 
@@ -27,7 +27,6 @@ __all__ = [
     "MappedFile",
     "SafetensorsFile",
     "SafetensorsWriter",
-    "create_file",
     "export",
     "faults",
     "load",

@@ -1,19 +1,14 @@
 """Safetensors files in memory maps: tensors whose memory is the file, read where they are used."""
 
-import json
-import math
 import mmap
-import os
-import struct
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from fx_sparsity.storage.container import DTYPE_NAMES, Entry, FileFormatError, read_layout
+from fx_sparsity.storage.container import Entry, FileFormatError, read_layout
 
 
 class MappedFile(Mapping[str, Tensor]):
@@ -76,37 +71,3 @@ class MappedFile(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._tensors)
-
-
-def create_file(
-    path: str | Path,
-    tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]],
-    metadata: Mapping[str, str] | None = None,
-) -> None:
-    """Make a safetensors file of zeros, to be written through a `MappedFile`.
-
-    Its room on the disk is taken now, since writing through a map has no way to fail.
-
-    Args:
-        path: overwritten.
-        tensors: name -> (dtype, shape).
-        metadata: for the header.
-    """
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    offset = 0
-    widest_first = sorted(tensors, key=lambda name: (-tensors[name][0].itemsize, name))
-    for name in widest_first:  # so that every tensor begins at a multiple of its elements' size
-        dtype, shape = tensors[name]
-        end = offset + math.prod(shape) * dtype.itemsize
-        header[name] = {
-            "dtype": DTYPE_NAMES[dtype],
-            "shape": list(shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        file.flush()
-        os.posix_fallocate(file.fileno(), 0, 8 + len(text) + offset)

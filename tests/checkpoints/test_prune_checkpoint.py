@@ -14,8 +14,9 @@ from torch import nn
 
 import fx_sparsity as fxs
 from fx_sparsity import SparsityMapping, prune, prune_checkpoint
-from fx_sparsity.checkpoints import CheckpointError
+from fx_sparsity.checkpoints import Checkpoint, CheckpointError, stated_patterns
 from fx_sparsity.graph import InputError, MappingError
+from fx_sparsity.masks import tiling_holds
 from fx_sparsity.pruning.methods import ExactUpdate, Swaps
 from fx_sparsity.storage import parameters_on_meta
 from tests.models import make
@@ -90,7 +91,6 @@ def llama():
         num_attention_heads=4,
         num_key_value_heads=2,
         tie_word_embeddings=True,
-        use_cache=False,
     )
     with parameters_on_meta():
         empty = LlamaForCausalLM(config)
@@ -140,7 +140,8 @@ def test_bit_for_bit_as_in_memory(tmp_path, make_model, method, sequential):
     assert report.activation_bytes == expected.activation_bytes > 0
     assert given.names == []
     assert {p.device.type for p in empty.parameters()} == {"meta"}
-    assert sorted(os.listdir(target)) == sorted([*os.listdir(source), "sparsity.record"])
+    anew = ["sparsity.json", "sparsity.record"]
+    assert sorted(os.listdir(target)) == sorted([*os.listdir(source), *anew])
     for name in ("config.json", "model.safetensors.index.json"):
         assert (target / name).read_bytes() == (source / name).read_bytes()
 
@@ -297,7 +298,7 @@ def test_calls_that_cannot_work_are_refused(tmp_path):
     refuse(tmp_path, ValueError, "Fisher needs gradients of all weights", method=Fisher)
     refuse(tmp_path, TypeError, "needs no data; call prepare", method=fxs.WeightNormSparsifier)
     refuse(tmp_path, FileNotFoundError, "nowhere", source=tmp_path / "nowhere")
-    refuse(tmp_path, FileExistsError, "source exists", target=tmp_path / "source")
+    refuse(tmp_path, CheckpointError, "is the source, or lies", target=tmp_path / "source")
     refuse(tmp_path, InputError, "expected at least one batch", batches=[])
     refuse(tmp_path, InputError, "rejects them", batches=[(torch.randn(9, 5),)])
     wrong = SparsityMapping().set_module_name("9", "2:4")
@@ -309,7 +310,11 @@ def test_calls_that_cannot_work_are_refused(tmp_path):
         )
     assert os.listdir(tmp_path) == ["source"]
     (tmp_path / "target.partial").mkdir()
-    refuse(tmp_path, FileExistsError, "was not begun by this")
+    (tmp_path / "target.partial" / "mine.txt").touch()
+    refuse(tmp_path, CheckpointError, "holds mine.txt, but no run began it; remove that folder")
+    (tmp_path / "target").mkdir()
+    (tmp_path / "target" / "mine.txt").touch()
+    refuse(tmp_path, CheckpointError, "target: is there already; remove it")
 
 
 # -- interruptions -------------------------------------------------------------------------------
@@ -369,12 +374,12 @@ KILLED = """
 import os, pickle, signal, sys
 import torch
 import fx_sparsity as fxs
+from fx_sparsity.checkpoints.run import Run
 from tests.pruning.tiny_methods import TinyWanda
 from tests.checkpoints.test_prune_checkpoint import mlp, on_meta
 
 calls, at = 0, int(sys.argv[3])
-checkpoint = sys.modules["fx_sparsity.checkpoints.prune_checkpoint"]
-plain = checkpoint._CheckpointStore._save
+plain = Run.save
 
 def save(self):
     global calls
@@ -383,7 +388,7 @@ def save(self):
         os.kill(os.getpid(), signal.SIGKILL)
     plain(self)
 
-checkpoint._CheckpointStore._save = save
+Run.save = save
 model, batches = mlp()
 fxs.prune_checkpoint(on_meta(model), TinyWanda(), batches, source=sys.argv[1], target=sys.argv[2])
 """
@@ -392,12 +397,12 @@ fxs.prune_checkpoint(on_meta(model), TinyWanda(), batches, source=sys.argv[1], t
 def test_a_kill_is_made_up_for(tmp_path):
     """Killed when the third weight is written and not yet noted: it is restored and done again.
 
-    What is noted before: that it has begun, that all is copied, and two weights.
+    What is noted before: that it has begun, and two weights.
     """
     model, batches = mlp()
     places = {"source": save_shards(model, tmp_path / "s"), "target": tmp_path / "t"}
     killed = subprocess.run(
-        [sys.executable, "-c", KILLED, *map(str, places.values()), "5"],
+        [sys.executable, "-c", KILLED, *map(str, places.values()), "4"],
         capture_output=True,
         timeout=200,
         check=False,
@@ -406,13 +411,44 @@ def test_a_kill_is_made_up_for(tmp_path):
     partial, source = read(tmp_path / "t.partial"), read(tmp_path / "s")
     differ = {name for name in source if not torch.equal(partial[name], source[name])}
     assert differ == {"0.weight", "2.weight", "4.weight"}
-    noted = json.loads((tmp_path / "t.partial" / ".pruning.json").read_text())["done"]
+    noted = json.loads((tmp_path / "t.partial" / ".run.json").read_text())["done"]["rows"]
     assert [row["fqn"] for row in noted] == ["0.weight", "2.weight"]
     report = prune_checkpoint(on_meta(model), TinyWanda(), batches, **places)
     state, _, _ = in_memory(model, TinyWanda(), batches, None)
     found = read(tmp_path / "t")
     assert all(same_bits(found[name], state[name]) for name in found)
     assert len(report) == 4
+
+
+# -- what it says of itself ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "unstructured 33%", "rows 25%", "block:4x4 50%"])
+def test_the_stated_patterns_are_those_of_the_files(tmp_path, pattern):
+    """By the names of the checkpoint: tied weights, and names of its own."""
+    model, empty, batches = llama()
+    tensors = {f"base.{name}": t.detach().clone() for name, t in model.state_dict().items()}
+    names = {name.removeprefix("base."): name for name in tensors}
+    (tmp_path / "source").mkdir()
+    save_file(tensors, tmp_path / "source" / "model.safetensors")
+    places = {"source": tmp_path / "source", "target": tmp_path / "target", "names": names}
+    mapping = {"global": pattern, "module_name": {"model.layers.0.mlp.up_proj": None}}
+    report = prune_checkpoint(empty, fxs.WandaSparsifier(), batches, mapping, **places)
+    stated, roles = stated_patterns(Checkpoint(tmp_path / "target"))
+    tied = {"base.lm_head.weight", "base.model.embed_tokens.weight"}
+    pruned = {names[fqn] for fqn in report}
+    assert stated.keys() == roles.keys() == (pruned | tied if pruned & tied else pruned)
+    result = read(tmp_path / "target")
+    for name, config in stated.items():
+        tiling = config.pattern.tiling(result[name].shape, roles[name])
+        assert tiling_holds(result[name] == 0, tiling, config.level)
+    weights = json.loads((tmp_path / "target" / "sparsity.json").read_text())["weights"]
+    dense = weights["base.model.layers.0.mlp.up_proj.weight"]
+    assert dense["pattern"] is None
+    assert "excluded by name" in dense["reason"]
+    for name in stated:
+        assert weights[name]["zeros"] == int((result[name] == 0).sum())
+        assert weights[name]["elements"] == result[name].numel()
 
 
 # -- memory --------------------------------------------------------------------------------------

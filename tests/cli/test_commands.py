@@ -149,7 +149,7 @@ def test_convert_to_compressed_tensors_and_back(folder):
         (["sparsify", "{}/model", "{}/out", "--name", "mpl=2:4"], "the nearest are 'mlp'"),
         (["sparsify", "{}/model", "{}/out", "--name", "2:4"], "expected NAME=PATTERN"),
         (["sparsify", "{}/model", "{}/out", "--regex", "(=2:4"], "regex '('"),
-        (["sparsify", "{}/model", "{}/model", "--pattern", "2:4"], "the same"),
+        (["sparsify", "{}/model", "{}/model", "--pattern", "2:4"], "is the source"),
         (["sparsify", "{}/model", "{}/out", "--pattern", "3:5"], "embed.weight: pattern 3:5 needs"),
         (["sparsify", "{}/model", "{}/out", "--recipe", "{}/bad.yaml"], "expected pattern"),
         (["inspect", "{}/model", "--roles", "mlp=up,down"], "expected some of out, in"),

@@ -18,8 +18,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import fx_sparsity as fxs
-from fx_sparsity.storage import parameters_on_meta
-from fx_sparsity.storage.mapped import MappedFile, create_file
+from fx_sparsity.storage import MappedFile, SafetensorsWriter, parameters_on_meta
 
 MIB = 2**20
 M_MMAP_THRESHOLD = -3  # malloc.h
@@ -43,10 +42,11 @@ def make_checkpoint(root, layers, width):
     places = {}
     for shard, part in enumerate((names[::2], names[1::2])):
         file = f"model-{shard}.safetensors"
-        create_file(root / file, dict.fromkeys(part, (torch.float32, (width, width))))
-        mapped = MappedFile(root / file, writable=True)
-        for name in part:
-            mapped[name].normal_(0, width**-0.5)
+        with open(root / file, "wb") as opened:
+            writer = SafetensorsWriter(opened, 200 * len(part))
+            for name in part:
+                writer.add(name, torch.randn(width, width) * width**-0.5)
+            writer.finish({})
         places |= dict.fromkeys(part, file)
     (root / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
 

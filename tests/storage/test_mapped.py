@@ -9,10 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from fx_sparsity.checkpoints import CheckpointFiles, MappedCheckpoint
 from fx_sparsity.storage import FileFormatError, MappedFile
 from fx_sparsity.storage.container import DTYPES
-from fx_sparsity.storage.mapped import create_file
 
 SHAPES = st.lists(st.integers(0, 5), max_size=3)
 ENTRIES = st.dictionaries(
@@ -52,8 +50,7 @@ def test_maps_read_what_the_library_wrote(tmp_path_factory, entries):
 @given(ENTRIES)
 def test_the_library_reads_what_is_written_through_maps(tmp_path_factory, entries):
     path, tensors = tmp_path_factory.mktemp("map") / "x.safetensors", filled(entries)
-    create_file(path, {name: (t.dtype, t.shape) for name, t in tensors.items()}, {"a": "b"})
-    assert all(not bits(tensor).any() for tensor in load_file(path).values())
+    save_file({name: torch.zeros_like(tensor) for name, tensor in tensors.items()}, path)
     mapped = MappedFile(path, writable=True)
     for name, tensor in tensors.items():
         mapped[name].copy_(tensor)
@@ -104,57 +101,3 @@ def test_files_of_other_kinds_are_refused(tmp_path, data):
     (tmp_path / "x").write_bytes(data)
     with pytest.raises(FileFormatError, match="not a safetensors file"):
         MappedFile(tmp_path / "x")
-
-
-def shards(root, index=True):
-    one, two = {"a": torch.randn(3), "b": torch.randn(2, 2)}, {"c": torch.randn(4)}
-    save_file(one, root / "m-1.safetensors")
-    save_file(two, root / "m-2.safetensors")
-    if index:
-        places = {"a": "m-1.safetensors", "b": "m-1.safetensors", "c": "m-2.safetensors"}
-        (root / "m.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
-    return {**one, **two}
-
-
-@pytest.mark.parametrize("index", [True, False])
-def test_a_checkpoint_is_all_of_its_shards(tmp_path, index):
-    tensors = shards(tmp_path, index)
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "pytorch_model.bin").write_text("")
-    (tmp_path / "original").mkdir()
-    files = CheckpointFiles.find(tmp_path)
-    assert files.weights == ("m-1.safetensors", "m-2.safetensors")
-    assert set(files.others) == {"config.json"} | ({"m.safetensors.index.json"} if index else set())
-    assert files.ignored == ("original", "pytorch_model.bin")
-    held = MappedCheckpoint(files)
-    assert held.keys() == tensors.keys()
-    assert all(torch.equal(held[name], tensor) for name, tensor in tensors.items())
-
-
-def test_what_an_index_does_not_name_is_ignored(tmp_path):
-    shards(tmp_path)
-    save_file({"a": torch.zeros(9)}, tmp_path / "consolidated.safetensors")
-    files = CheckpointFiles.find(tmp_path)
-    assert files.ignored == ("consolidated.safetensors",)
-    assert CheckpointFiles.find(tmp_path / "m-2.safetensors").weights == ("m-2.safetensors",)
-
-
-def test_checkpoints_of_unknown_kind_are_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="expected safetensors files, found none"):
-        CheckpointFiles.find(tmp_path)
-    with pytest.raises(FileNotFoundError):
-        CheckpointFiles.find(tmp_path / "nowhere")
-    shards(tmp_path, index=False)
-    save_file({"c": torch.zeros(9)}, tmp_path / "other.safetensors")
-    with pytest.raises(FileFormatError, match=r"c is in other.safetensors and in m-2.safetensors"):
-        MappedCheckpoint(CheckpointFiles.find(tmp_path))
-    index = tmp_path / "m.safetensors.index.json"
-    index.write_text('{"weight_map": {"a": "m-3.safetensors"}}')
-    with pytest.raises(FileNotFoundError, match=r"m-3.safetensors, which m.safetensors.index.json"):
-        CheckpointFiles.find(tmp_path)
-    index.write_text('{"weight_map": {"a": "../m.safetensors"}}')
-    with pytest.raises(FileFormatError, match="name -> file in this directory"):
-        CheckpointFiles.find(tmp_path)
-    (tmp_path / "n.safetensors.index.json").write_text("{}")
-    with pytest.raises(FileFormatError, match="expected one index"):
-        CheckpointFiles.find(tmp_path)

@@ -1,0 +1,161 @@
+"""What a pruned checkpoint says of its weights: `sparsity.json`, and their masks."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fx_sparsity.checkpoints.checkpoint import Checkpoint, CheckpointError
+from fx_sparsity.checkpoints.report import CheckpointReport
+from fx_sparsity.checkpoints.run import put_json
+from fx_sparsity.patterns import Role, SparsityConfig
+from fx_sparsity.sparsifier.record import ZEROS, record_metadata
+from fx_sparsity.storage.bit_packing import as_integers, find_bits
+from fx_sparsity.storage.container import bytes_of
+
+REPORT = "sparsity.json"
+"""Name of the file that says what was asked of each weight, and how many zeros it has."""
+RECORD = "sparsity.record"
+"""Name of the file with the masks, which `SparsityRecord.load` reads."""
+
+_PART = 1 << 20  # elements, where something is compared on the way
+_LONG = 1.2345678901234567e-300  # no level takes more characters
+
+
+class PackedMask(NamedTuple):
+    """One weight's mask, packed as `MaskRecord` has it.
+
+    Attributes:
+        keep: a bit for each element that is kept.
+        kept_zeros: a bit for each of them that is zero anyway; empty where there are none.
+        masked, zeros: how many elements are not kept, and how many are zero.
+    """
+
+    keep: Tensor
+    kept_zeros: Tensor
+    masked: int
+    zeros: int
+
+
+def pack_mask(keep: Tensor, value: Tensor) -> PackedMask:
+    """Pack a mask; beside the result, little memory is taken.
+
+    Args:
+        keep: boolean, True is kept.
+        value: of the same shape, zero where nothing is kept.
+    """
+    flat, kept = value.reshape(-1), keep.reshape(-1)
+    packed, count = find_bits(as_integers(kept))
+    masked, among_kept = kept.numel() - count, 0
+    zeros = torch.zeros_like(packed)
+    for start in range(0, flat.numel(), _PART):
+        part = (flat[start : start + _PART] == 0).logical_and_(kept[start : start + _PART])
+        bits, count = find_bits(as_integers(part))
+        among_kept += count
+        zeros[start // 8 : start // 8 + len(bits)] = bits
+    return PackedMask(packed, zeros if among_kept else zeros[:0], masked, masked + among_kept)
+
+
+class CheckpointRecord:
+    """The files `sparsity.json` and `sparsity.record` of a run, the latter written mask by mask.
+
+    Masks go one behind the other into a safetensors file, whose header is written last, into room
+    left for it. What lies behind the masks that are held is of a run that was killed.
+
+    Args:
+        folder: of the files.
+        weights: name -> shape, roles, pattern and aliases of every weight that may come.
+        held: name -> bytes of its mask and of its kept zeros, and its level, in the order of the
+            file; `add` adds to it.
+    """
+
+    def __init__(
+        self, folder: Path, weights: Mapping[str, Mapping[str, Any]], held: dict[str, list[Any]]
+    ) -> None:
+        self._folder, self._weights, self._held = folder, weights, held
+        self._path = folder / RECORD
+        if not held:
+            # Room for the longest header that there can be: all masks, each at the far end.
+            sizes = {name: -(-torch.Size(w["shape"]).numel() // 8) for name, w in weights.items()}
+            end = 2 * sum(sizes.values())
+            places = {key: (end, size) for n, size in sizes.items() for key in (n, n + ZEROS)}
+            longest = {name: {**weight, "level": _LONG} for name, weight in weights.items()}
+            room = len(_header(longest, places))
+            room += -room % 8
+            self._path.write_bytes(room.to_bytes(8, "little").ljust(8 + room))
+        with open(self._path, "r+b") as file:
+            self._room = int.from_bytes(file.read(8), "little")
+            self._end = 8 + self._room + sum(mask + zeros for mask, zeros, _ in held.values())
+            file.truncate(self._end)
+
+    def add(self, name: str, mask: PackedMask, level: float) -> None:
+        """Write the mask of one weight, of which the share `level` was to go."""
+        with open(self._path, "r+b") as file:
+            file.seek(self._end)
+            for bits in (mask.keep, mask.kept_zeros):
+                file.write(bytes_of(bits))
+                self._end += len(bits)
+        self._held[name] = [len(mask.keep), len(mask.kept_zeros), level]
+
+    def sync(self) -> None:
+        """Have all masks on the disk."""
+        with open(self._path, "r+b") as file:
+            os.fsync(file.fileno())
+
+    def finish(self, report: CheckpointReport) -> None:
+        """Write the header, and `sparsity.json`.
+
+        Args:
+            report: of the weights, by the names of their tensors in the checkpoint.
+        """
+        places, start = {}, 0
+        for name, (*sizes, _) in self._held.items():
+            for key, size in zip((name, name + ZEROS), sizes, strict=True):
+                places[key] = (start, size)
+                start += size
+        levels = {name: level for name, (*_, level) in self._held.items()}
+        weights = {name: {**self._weights[name], "level": level} for name, level in levels.items()}
+        header = _header(weights, places)
+        with open(self._path, "r+b") as file:
+            file.seek(8)
+            file.write(header.ljust(self._room))
+        self.sync()
+        rows = {row.pop("fqn"): row for row in report.to_dict()["rows"]}
+        put_json(self._folder / REPORT, {"version": 1, "weights": rows})
+
+
+def stated_patterns(
+    checkpoint: Checkpoint,
+) -> tuple[dict[str, SparsityConfig], dict[str, tuple[Role, ...]]]:
+    """Patterns that a checkpoint's `sparsity.json` states, and the roles of those weights' axes.
+
+    Empty where there is no such file.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+    """
+    path = checkpoint.folder / REPORT
+    if not checkpoint.is_folder or not path.exists():
+        return {}, {}
+    try:
+        weights = json.loads(path.read_text())["weights"]
+        stated = {n: w for n, w in weights.items() if w["pattern"] is not None}
+        configs = {name: SparsityConfig.parse(weight["pattern"]) for name, weight in stated.items()}
+        return configs, {name: tuple(weight["roles"]) for name, weight in stated.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: states no patterns: {error!r}") from error
+
+
+def _header(
+    weights: Mapping[str, Mapping[str, Any]], places: Mapping[str, tuple[int, int]]
+) -> bytes:
+    """Of a file of masks; name -> first byte and number of bytes."""
+    entries = {
+        name: {"dtype": "U8", "shape": [size], "data_offsets": [start, start + size]}
+        for name, (start, size) in places.items()
+    }
+    return json.dumps({"__metadata__": record_metadata(weights), **entries}).encode()

@@ -1,0 +1,66 @@
+"""Which files of a folder are a checkpoint, and its tensors in memory maps."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from fx_sparsity.checkpoints import Checkpoint, CheckpointError, MappedCheckpoint
+from fx_sparsity.storage import FileFormatError
+
+
+def shards(root, index=True):
+    one, two = {"a": torch.randn(3), "b": torch.randn(2, 2)}, {"c": torch.randn(4)}
+    save_file(one, root / "m-1.safetensors")
+    save_file(two, root / "m-2.safetensors")
+    if index:
+        places = {"a": "m-1.safetensors", "b": "m-1.safetensors", "c": "m-2.safetensors"}
+        (root / "m.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    return {**one, **two}
+
+
+@pytest.mark.parametrize("index", [True, False])
+def test_a_checkpoint_is_all_of_its_shards(tmp_path, index):
+    tensors = shards(tmp_path, index)
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "pytorch_model.bin").write_text("")
+    (tmp_path / "original").mkdir()
+    (tmp_path / "original" / "params.json").write_text("{}")
+    (tmp_path / "original" / "consolidated.pth").write_text("")
+    checkpoint = Checkpoint(tmp_path)
+    assert checkpoint.shards == ["m-1.safetensors", "m-2.safetensors"]
+    assert checkpoint.index == ("m.safetensors.index.json" if index else None)
+    assert checkpoint.others == ["config.json", "original/params.json"]
+    assert checkpoint.skipped == ["original/consolidated.pth", "pytorch_model.bin"]
+    held = MappedCheckpoint(checkpoint)
+    assert held.keys() == tensors.keys()
+    assert all(torch.equal(held[name], tensor) for name, tensor in tensors.items())
+
+
+def test_what_an_index_does_not_name_is_ignored(tmp_path):
+    shards(tmp_path)
+    save_file({"a": torch.zeros(9)}, tmp_path / "consolidated.safetensors")
+    assert Checkpoint(tmp_path).skipped == ["consolidated.safetensors"]
+    assert Checkpoint(tmp_path / "m-2.safetensors").shards == ["m-2.safetensors"]
+
+
+def test_checkpoints_of_unknown_kind_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="expected safetensors files, found none"):
+        Checkpoint(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        Checkpoint(tmp_path / "nowhere")
+    shards(tmp_path, index=False)
+    save_file({"c": torch.zeros(9)}, tmp_path / "other.safetensors")
+    with pytest.raises(CheckpointError, match=r"c: in m-2.safetensors and in other.safetensors"):
+        MappedCheckpoint(Checkpoint(tmp_path))
+    index = tmp_path / "m.safetensors.index.json"
+    index.write_text('{"weight_map": {"a": "m-3.safetensors"}}')
+    with pytest.raises(FileNotFoundError, match=r"m-3.safetensors, which m.safetensors.index.json"):
+        Checkpoint(tmp_path)
+    index.write_text('{"weight_map": {"a": "../m.safetensors"}}')
+    with pytest.raises(FileFormatError, match="name -> file in this directory"):
+        Checkpoint(tmp_path)
+    (tmp_path / "n.safetensors.index.json").write_text("{}")
+    with pytest.raises(FileFormatError, match="expected one index"):
+        Checkpoint(tmp_path)

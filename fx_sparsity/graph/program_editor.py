@@ -11,6 +11,7 @@ from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from fx_sparsity.graph.operators import bind
 from fx_sparsity.graph.passes import is_mask_name, mask_path
 from fx_sparsity.sparsifier import Mask
 
@@ -94,15 +95,16 @@ def replace_nodes(
 
     Args:
         program: not changed.
-        calls: name of a node -> FQN for the module's tensors, the module, and the name of the node
-            that is its one input. The module gives what the node gives, and mutates nothing.
+        calls: name of a node -> FQN for the module's tensors, the module, and the argument of the
+            node that is its one input. The module gives what the node gives, and mutates nothing.
     """
     gm = _copied_graph(program)
     state = dict(program.state_dict)
     specs = list(program.graph_signature.input_specs)
     nodes = {node.name: node for node in gm.graph.nodes}
-    for name, (path, module, input_name) in calls.items():
-        node, x = nodes[name], nodes[input_name]
+    for name, (path, module, argument_name) in calls.items():
+        node = nodes[name]
+        x = bind(node)[argument_name]  # by now another node, where a call before has replaced it
         tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         body = _traced(module, x.meta["val"], tensors)
         first = next(n for n in gm.graph.nodes if n.op != "placeholder")

@@ -149,7 +149,8 @@ class _Known:
         assert isinstance(plan.layer, DenseLinear)
         assert plan.choice.packing is not None
         assert isinstance(plan.place, NodePlace)
-        key = f"{config} {plan.place.seen.steps}", plan.choice.packing
+        place = plan.place
+        key = f"{config} {place.seen.steps} {place.transposed}", plan.choice.packing
         layer = plan.choice.packed
         if not isinstance(layer, LoweredLinear) or key in self._packed:
             layer = plan.layer.pack(plan.choice.packing, self._packed.get(key))

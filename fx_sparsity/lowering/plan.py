@@ -75,12 +75,13 @@ def choose(
 
 
 def pack_all(planned: Iterable[Planned]) -> dict[Place, LoweredLinear | Lookup]:
-    """The packed form of each layer that gets one; tied weights are packed once."""
+    """The packed form of each layer that gets one; what sees the same of one weight shares it."""
     packed: dict[Place, LoweredLinear | Lookup] = {}
-    first: dict[tuple[int, str], LoweredLinear] = {}
+    first: dict[tuple[object, ...], LoweredLinear] = {}
     for plan in planned:
         if plan.layer is not None and plan.choice.packing is not None:
-            key = id(plan.place.tensor), plan.choice.packing
+            place = plan.place
+            key = id(place.tensor), place.transposed, place.view, plan.choice.packing
             new = plan.choice.packed
             if new is None or key in first:
                 new = plan.layer.pack(plan.choice.packing, first.get(key))

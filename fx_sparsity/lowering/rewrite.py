@@ -31,7 +31,6 @@ class NodePlace(Place):
 
     Attributes:
         node: the node.
-        x: node of its activations.
         operator: its row in the operator table.
         form: how it computes a linear layer.
         seen: what it sees of the weight.
@@ -39,7 +38,6 @@ class NodePlace(Place):
     """
 
     node: fx.Node = field(kw_only=True)
-    x: fx.Node = field(kw_only=True)
     operator: Operator = field(kw_only=True)
     form: LinearForm = field(kw_only=True)
     seen: SeenWeight = field(kw_only=True)
@@ -85,9 +83,9 @@ class NodePlace(Place):
         if stored.obstacle:
             return stored.obstacle
         data = stored.data if stored.view is not None else self.seen_part(stored)
+        if data.ndim != 2:
+            return f"its weight has {data.ndim} dimensions"
         weight = data.t() if self.form.transposed else data
-        if weight.ndim != 2:
-            return f"its weight has {weight.ndim} dimensions"
         if stored.scale is None:
             return DenseLinear(weight.contiguous(), input_dtype=weight.dtype)
         return self._codes(stored, weight)
@@ -144,7 +142,6 @@ def places_by(graph_module: fx.GraphModule, source: Source) -> Iterator[NodePlac
             tokens,
             dtypes,
             node=node,
-            x=x,
             operator=row,
             form=form,
             seen=seen,
@@ -178,7 +175,8 @@ class LowerNodes(PassBase):
         ):
             graph_module.add_submodule(name, layer)
             with graph.inserting_before(place.node):
-                new = graph.call_module(name, (place.x,))
+                # Asked for now: where the layer before was lowered, it is another node by then.
+                new = graph.call_module(name, (bind(place.node)[place.form.x],))
             new.meta = dict(place.node.meta)
             place.node.replace_all_uses_with(new)
             graph.erase_node(place.node)
@@ -200,7 +198,7 @@ def lower_program(
     """A program with the operators of packed layers in the place of nodes; `program` stays."""
     taken = {name.rpartition(".")[0] for name in (*program.state_dict, *program.constants)}
     calls = {
-        place.node.name: (name, layer, place.x.name)
+        place.node.name: (name, layer, place.form.x)
         for (place, layer), name in zip(packed.items(), _names(packed, taken), strict=True)
     }
     return replace_nodes(program, calls)

@@ -21,7 +21,7 @@ from fx_sparsity.lowering import (
     timing,
     unlower,
 )
-from fx_sparsity.lowering.by_tokens import ByTokens
+from fx_sparsity.lowering.lowered import ByTokens
 from fx_sparsity.quantization import pt2e, sparsify_and_quantize
 from fx_sparsity.verification import SparsityLostError, read_weights
 from tests.models import TiedLanguageModel, make_bert

@@ -9,7 +9,7 @@ from torch import nn
 import fx_sparsity as fxs
 from fx_sparsity.kernels import PackingError
 from fx_sparsity.lowering import check_packed, lower, timing
-from fx_sparsity.lowering.by_tokens import ByTokens
+from fx_sparsity.lowering.lowered import ByTokens
 from fx_sparsity.lowering.packed_weights import read_packed
 from fx_sparsity.verification import SparsityLostError
 from tests.lowering import test_lower

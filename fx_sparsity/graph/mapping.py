@@ -1,8 +1,8 @@
 """Which weight gets which sparsity: the shape of quantization's `QConfigMapping`, on weights."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterator, Mapping
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any
 
@@ -37,6 +37,11 @@ class Assignment(Mapping[str, SparsityConfig]):
     configs: Mapping[str, SparsityConfig]
     dense: Mapping[str, str]
     unmatched: tuple[str, ...] = ()
+
+    def among(self, fqns: Container[str]) -> "Assignment":
+        """The same for some of the weights."""
+        configs = {fqn: config for fqn, config in self.configs.items() if fqn in fqns}
+        return replace(self, configs=configs)
 
     def __getitem__(self, fqn: str) -> SparsityConfig:
         return self.configs[fqn]

@@ -1,7 +1,8 @@
 """The verbs `prepare` and `squash`: from a mapping to masks on a model, and to baked-in zeros."""
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -12,13 +13,13 @@ from torch.nn.utils import parametrize
 from fx_sparsity.graph.compiled import has_backward, is_compiled, real_tensors
 from fx_sparsity.graph.discovery import find_weights
 from fx_sparsity.graph.example_inputs import ExampleInputs
-from fx_sparsity.graph.mapping import MappingLike, SparsityMapping
+from fx_sparsity.graph.mapping import Assignment, MappingLike, SparsityMapping
 from fx_sparsity.graph.passes import InsertMasks, RemoveMasks, is_masked, mask_path
 from fx_sparsity.graph.program_editor import insert_masks, remove_masks
 from fx_sparsity.graph.received import Received
 from fx_sparsity.graph.sources import Source, graph_source, inputs_without_data, module_source
 from fx_sparsity.graph.uses import canonical_fqn
-from fx_sparsity.graph.weight_map import WeightMap
+from fx_sparsity.graph.weight_map import DenseParameter, Reason, WeightMap
 from fx_sparsity.patterns import SparsityConfig
 from fx_sparsity.sparsifier import BaseSparsifier, Mask, MaskError, SparsityRecord
 from fx_sparsity.sparsifier.target import check_maskable, graph_mask, mask_on
@@ -91,23 +92,77 @@ def prepare(
             "the graph are; pass model=, the compiled module"
         )
     weights = find_weights(subject, example_inputs, dynamic_shapes=dynamic_shapes, model=model)
-    assignment = None if mapping is None else SparsityMapping.of(mapping).resolve(weights)
+    mapping = None if mapping is None else SparsityMapping.of(mapping)
+    assignment = None if mapping is None else mapping.resolve(weights)
+    held = subject if model is None else model
+    if isinstance(held, nn.Module) and not (isinstance(held, fx.GraphModule) and is_compiled(held)):
+        unmasked = {} if assignment is None else assignment.dense
+        weights = _without(weights, refusals(held, weights, unmasked, mapping))
+        assignment = None if assignment is None else assignment.among(weights)
     if not weights and weights.frontend != "torch.compile":  # some graphs of a backend have none
-        found = ", ".join(f"{p.fqn} ({p.reason})" for p in weights.dense) or "none"
+        found = ", ".join(f"{p.fqn} ({p.text})" for p in weights.dense) or "none"
         raise MaskError(
             f"this {type(subject).__name__} has no weight to mask; parameters of two or more "
             f"dimensions: {found}. The codes of a model that is quantized already are masked by "
             "quantization.sparsify_codes"
         )
+    _log_dense(weights, assignment)
+    return mask_weights(subject, sparsifier, weights, assignment, example_inputs, model)
+
+
+def _log_dense(weights: WeightMap, assignment: Assignment | None) -> None:
+    """Whatever stays dense, with its reason, and entries of a mapping that speak of no weight."""
     if assignment is not None:
         for fqn, reason in assignment.dense.items():
             _log.info("%s stays dense: %s", fqn, reason)
         for entry in assignment.unmatched:
             _log.warning("no weight matches %s of the mapping", entry)
     for parameter in weights.dense:
-        level = logging.INFO if parameter.reason.explained else logging.WARNING
+        settled = parameter.reason.explained and parameter.reason is not Reason.UNMASKABLE
+        level = logging.INFO if settled else logging.WARNING
         _log.log(level, "%s stays dense: %s", parameter.fqn, parameter.text)
-    return mask_weights(subject, sparsifier, weights, assignment, example_inputs, model)
+
+
+def refusals(
+    model: nn.Module,
+    weights: WeightMap,
+    unmasked: Container[str] = (),
+    mapping: SparsityMapping | None = None,
+) -> dict[str, str]:
+    """FQN -> the reason why no mask can stand on a weight, such as another parametrization of it.
+
+    Args:
+        model: that holds the weights.
+        weights: of the model.
+        unmasked: FQNs of weights that are to stay dense anyway.
+        mapping: names weights; those that it names must take a mask.
+
+    Raises:
+        MaskError: a weight that the mapping names cannot.
+    """
+    found = {}
+    for site in weights.sites:
+        owner, attribute = _owner(model, site.fqn)
+        if site.fqn in unmasked or mask_on(owner, attribute) is not None:
+            continue
+        try:
+            check_maskable(site.fqn, owner, attribute)
+        except MaskError as error:
+            if mapping is not None and mapping.names(site):
+                raise
+            found[site.fqn] = str(error)
+    return found
+
+
+def _without(weights: WeightMap, reasons: Mapping[str, str]) -> WeightMap:
+    """A map in which weights that cannot be masked are among what stays dense."""
+    sites = tuple(site for site in weights.sites if site.fqn not in reasons)
+    dense = tuple(
+        DenseParameter(site.fqn, site.shape, Reason.UNMASKABLE, reasons[site.fqn])
+        for site in weights.sites
+        if site.fqn in reasons
+    )
+    return replace(weights, sites=sites, dense=(*weights.dense, *dense))
 
 
 def mask_weights(

@@ -69,6 +69,7 @@ class Reason(StrEnum):
     UNREACHABLE = "does not reach the outputs for these inputs"
     OPERATOR = "operator without a row in the table"
     FRONTEND = "the graph does not show it"
+    UNMASKABLE = "no mask can stand on it"
 
     @property
     def explained(self) -> bool:

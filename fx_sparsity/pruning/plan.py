@@ -18,7 +18,7 @@ from fx_sparsity.graph.operators import (
     shows_inputs,
     writes,
 )
-from fx_sparsity.graph.prepare import group_entry
+from fx_sparsity.graph.prepare import group_entry, refusals
 from fx_sparsity.graph.sources import named_tensors
 from fx_sparsity.graph.uses import canonical_fqn
 from fx_sparsity.graph.weight_map import Use, WeightSite
@@ -107,9 +107,12 @@ def decide(
         dense |= assignment.dense
         for entry in assignment.unmatched:
             _log.warning("no weight matches %s of the mapping", entry)
+    dense |= refusals(frame.model, frame.weights, dense, mapping)
     plans: dict[str, Plan] = {}
     done: dict[str, Plan] = {}
     for fqn, config in configs.items():
+        if fqn in dense:
+            continue
         site = frame.weights[fqn]
         try:
             _check_reachable(site, frame, mapping)

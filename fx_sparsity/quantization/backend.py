@@ -143,7 +143,7 @@ BACKENDS: dict[str, tuple[str, str, str]] = {
     "eager": ("fx_sparsity.quantization.torch_ao.eager", "EagerBackend", ""),
     "fx": ("fx_sparsity.quantization.torch_ao.fx", "FXBackend", ""),
     "pt2e": ("fx_sparsity.quantization.pt2e", "PT2EBackend", "torchao"),
-    "torchao": ("fx_sparsity.quantization.torchao", "TorchAOBackend", "torchao"),
+    "torchao": ("fx_sparsity.quantization.torchao_backend", "TorchAOBackend", "torchao"),
 }
 """Name -> module, class, and the package that it needs besides torch; the extra has its name."""
 

@@ -7,6 +7,7 @@ import torch
 from expecttest import assert_expected_inline
 from torch import fx, nn
 from torch.fx.passes.infra.pass_manager import PassManager
+from torch.nn.utils import parametrize
 
 import fx_sparsity as fxs
 from fx_sparsity.graph import InputError, InsertMasks, MappingError, RemoveMasks
@@ -398,3 +399,48 @@ def test_a_detached_sparsifier_takes_a_graph():
     second.step()
     plain, _ = fxs.squash(gm, second)
     assert plain.get_parameter("0.weight").eq(0).sum() == 64
+
+
+class Odd(nn.Module):
+    """A parametrization whose output is its own."""
+
+    def forward(self, weight):
+        return weight.tanh()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        nn.utils.parametrizations.spectral_norm,
+        lambda layer: parametrize.register_parametrization(layer, "weight", Odd()),
+    ],
+)
+def test_a_weight_on_which_no_mask_can_stand_stays_dense_unless_it_is_named(change, caplog):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), change(nn.Linear(8, 8)))
+    x = (torch.randn(2, 8),)
+    sparsifier = fxs.WeightNormSparsifier()
+    fxs.prepare(model, sparsifier, x, "2:4")
+    sparsifier.step()
+    assert list(sparsifier.names) == ["0.weight"]
+    assert "1.weight stays dense: no mask can stand on it: 1.weight is already parametrized" in (
+        caplog.text
+    )
+    fxs.unprepare(model, sparsifier)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(MaskError, match=r"1\.weight is already parametrized"):
+        fxs.prepare(model, sparsifier, x, {"module_name": {"1": "2:4"}})
+    after = model.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    method = fxs.WandaSparsifier()
+    _, report = fxs.prune(model, method, [x], "2:4")
+    assert list(report) == ["0.weight"]
+    assert "is already parametrized" in report.dense["1.weight"]
+
+
+def test_weight_norms_are_masked_beneath_the_norm():
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)))
+    sparsifier = fxs.WeightNormSparsifier()
+    fxs.prepare(model, sparsifier, (torch.randn(2, 8),), "2:4")
+    sparsifier.step()
+    assert int((model[0].weight == 0).sum()) == 32

@@ -137,7 +137,7 @@ def _pt2e(dynamic):
 
 
 def _torchao(linear):
-    from fx_sparsity.quantization.torchao import EMBEDDING_CONFIG
+    from fx_sparsity.quantization.torchao_backend import EMBEDDING_CONFIG
 
     return lambda qat: {nn.Linear: linear, nn.Embedding: EMBEDDING_CONFIG}
 

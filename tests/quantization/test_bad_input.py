@@ -109,7 +109,7 @@ def test_a_missing_package_names_the_extra(name, monkeypatch):
 
     for module in [m for m in sys.modules if m.partition(".")[0] == "torchao"]:
         monkeypatch.setitem(sys.modules, module, None)
-    monkeypatch.delitem(sys.modules, f"fx_sparsity.quantization.{name}", raising=False)
+    monkeypatch.delitem(sys.modules, BACKENDS[name][0], raising=False)
     with pytest.raises(BackendError, match=r'pip install "fx_sparsity\[torchao\]"'):
         get_backend(name)
 

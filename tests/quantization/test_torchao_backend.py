@@ -34,7 +34,7 @@ from fx_sparsity.quantization import (
     sparsify_and_quantize,
     sparsify_codes,
 )
-from fx_sparsity.quantization.torchao import TorchAOBackend, is_torchao, read_tensor
+from fx_sparsity.quantization.torchao_backend import TorchAOBackend, is_torchao, read_tensor
 from fx_sparsity.verification import ZeroNotRepresentableError, read_weights, verify
 from tests.models import Root, make
 from tests.sparsifier.test_base import assert_unchanged, snapshot
@@ -597,6 +597,6 @@ def test_other_models_hold_nothing_of_torchao():
 
 def test_a_missing_package_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
-    monkeypatch.delitem(sys.modules, "fx_sparsity.quantization.torchao", raising=False)
+    monkeypatch.delitem(sys.modules, "fx_sparsity.quantization.torchao_backend", raising=False)
     with pytest.raises(BackendError, match=r'pip install "fx_sparsity\[torchao\]"'):
         get_backend("torchao")

@@ -18,12 +18,21 @@ from fx_sparsity.graph.frontends import (
 from fx_sparsity.graph.operators import OPERATORS
 from fx_sparsity.graph.sources import (
     Source,
+    attribute_modules,
+    attribute_tensors,
     exported_tensors,
     graph_source,
     module_source,
     named_tensors,
+    place_of,
 )
-from fx_sparsity.graph.uses import canonical_fqn, module_uses, uses_of_module, weight_uses
+from fx_sparsity.graph.uses import (
+    Consumption,
+    canonical_fqn,
+    module_uses,
+    uses_of_module,
+    weight_uses,
+)
 from fx_sparsity.graph.weight_map import DenseParameter, Reason, Use, WeightMap, WeightSite
 
 
@@ -39,7 +48,8 @@ def find_weights(
     A module is captured with `torch.export`. Where that fails, its graphs come from Dynamo; what
     they do not show, from a symbolic trace; and what is then still open, from the classes of its
     modules. `WeightMap.frontend` tells which were needed. Without example inputs the classes
-    alone are looked at. Weights are parameters: buffers are followed, but not listed.
+    alone are looked at. Weights are parameters. What acts as one without being a parameter, such as
+    a buffer or a layer in a plain list, cannot be masked as one, and is among what stays dense.
 
     Args:
         subject: a module; or, read as they are: an `fx.GraphModule`, an `ExportedProgram`, or the
@@ -53,7 +63,7 @@ def find_weights(
             forward's results counts.
 
     Returns:
-        The sites in graph order, and every parameter of two or more dimensions that is none.
+        The sites in graph order, and every tensor of two or more dimensions that is none.
 
     Raises:
         InputError: the module rejects `example_inputs`.
@@ -86,17 +96,20 @@ class _Search:
 
     Attributes:
         tensors: by FQN.
-        parameters: which of them are parameters.
+        parameters, buffers: which of them are that.
         model: tells the classes of owners; None where there are no modules.
         uses: canonical FQN -> (kind, use, whether it is the same for all inputs).
         reasons: canonical FQN -> why consumers did not count as uses.
+        constants: tensors that act as weights, but are no parameters; with the operators concerned.
     """
 
     tensors: Mapping[str, Tensor]
     parameters: set[str]
+    buffers: set[str]
     model: nn.Module | None
     uses: dict[str, list[tuple[str, Use, bool]]] = field(default_factory=dict)
     reasons: dict[str, set[tuple[Reason, str]]] = field(default_factory=dict)
+    constants: dict[str, tuple[Tensor, set[str]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         first: dict[int, str] = {}
@@ -115,16 +128,20 @@ class _Search:
     ) -> "_Search":
         """A search among the tensors of a model; see `find_weights` for the arguments."""
         if isinstance(subject, ExportedProgram):
-            return cls(exported_tensors(subject), set(subject.graph_signature.parameters), None)
+            signature = subject.graph_signature
+            names = set(signature.parameters), set(signature.buffers)
+            return cls(exported_tensors(subject), *names, None)
         if isinstance(subject, fx.GraphModule) and is_compiled(subject) and model is None:
             source = graph_source(subject, example_inputs, None)
             found = dict(filter(None, map(source, subject.graph.nodes)))
             parameters = {name for name, held in found.items() if isinstance(held, nn.Parameter)}
-            return cls(found, parameters, None)
+            return cls(found, parameters, found.keys() - parameters, None)
         held_by = model if isinstance(subject, fx.GraphModule) and is_compiled(subject) else subject
         assert held_by is not None
-        names = {name for name, _ in held_by.named_parameters(remove_duplicate=False)}
-        return cls(dict(named_tensors(held_by)), names, held_by)
+        parameters = {name for name, _ in held_by.named_parameters(remove_duplicate=False)}
+        registered = dict(named_tensors(held_by))
+        tensors = registered | attribute_tensors(held_by)
+        return cls(tensors, parameters, registered.keys() - parameters, held_by)
 
     def through(self, ways: Iterable[Frontend]) -> WeightMap:
         """Look in one way after the other, until nothing is open any more."""
@@ -145,22 +162,61 @@ class _Search:
         if way.classes is not None:
             for path, module in way.classes.named_modules():
                 self.take(uses_of_module(path, module), wanted)
+            for path, module in attribute_modules(way.classes).items():
+                for name, kind, _ in uses_of_module(path, module):
+                    self._take_constant(name, module.get_parameter(name[len(path) + 1 :]), kind)
 
     def _read(self, gm: fx.GraphModule, source: Source, wanted: set[str]) -> None:
-        for found in weight_uses(gm.graph, source):
+        seeds: dict[str, Tensor] = {}
+        constants: list[tuple[str, Consumption, Use]] = []
+        settled: set[tuple[fx.Node, str]] = set()  # arguments that show a parameter
+        for found in weight_uses(gm.graph, self._named(source, seeds)):
             fqn = self.canonical.get(found.origin.fqn, found.origin.fqn)
-            if not (fqn in wanted or (found.origin.dequantized and self.tensors[fqn].ndim >= 2)):
-                continue
-            if (use := found.use()) is not None:
-                kind = OPERATORS[use.op].kind
-                self.uses.setdefault(fqn, []).append((kind, use, found.constant))
-            else:
-                self.reasons.setdefault(fqn, set()).add(found.reason())
+            use = found.use()
+            if fqn in self.parameters:
+                settled.add((found.node, found.arg))
+            if fqn in wanted or (found.origin.dequantized and seeds[found.origin.fqn].ndim >= 2):
+                if use is not None:
+                    kind = OPERATORS[use.op].kind
+                    self.uses.setdefault(fqn, []).append((kind, use, found.constant))
+                else:
+                    self.reasons.setdefault(fqn, set()).add(found.reason())
+            elif use is not None and not found.constant and fqn not in self.parameters:
+                constants.append((fqn, found, use))
+        for fqn, found, use in constants:
+            if (found.node, found.arg) not in settled:
+                self._take_constant(fqn, seeds[found.origin.fqn], OPERATORS[use.op].kind)
         self.take(module_uses(gm.graph, gm), wanted)
         for fqn, name in _inside_leaves(gm).items():
             if self.canonical.get(fqn) in wanted - self.uses.keys():
                 reason = (Reason.FRONTEND, f"inside {name}")
                 self.reasons.setdefault(self.canonical[fqn], set()).add(reason)
+
+    def _named(self, source: Source, seeds: dict[str, Tensor]) -> Source:
+        """A source with the model's own names for what a capture lifted; `seeds` gets tensors."""
+        places = {place_of(tensor): name for name, tensor in reversed([*self.tensors.items()])}
+
+        def named(node: fx.Node) -> tuple[str, Tensor] | None:
+            if (found := source(node)) is None:
+                return None
+            name, tensor = found
+            if name not in self.tensors and (place := place_of(tensor)) is not None:
+                name = places.get(place, name)
+                tensor = self.tensors.get(name, tensor)
+            seeds[name] = tensor
+            return name, tensor
+
+        return named
+
+    def _take_constant(self, fqn: str, tensor: Tensor, kind: str) -> None:
+        """Note that something acts as a weight that is no parameter of the model.
+
+        What is looked up in buffers is mostly positions, and what has one axis only, frequencies.
+        """
+        table = kind == "lookup" and not isinstance(tensor, nn.Parameter)
+        axes = sum(size > 1 for size in tensor.shape)
+        if tensor.is_floating_point() and axes >= 2 and not table:
+            self.constants.setdefault(fqn, (tensor, set()))[1].add(kind)
 
     def take(self, uses: Iterable[tuple[str, str, Use]], wanted: set[str]) -> None:
         """Take in uses by name."""
@@ -200,6 +256,7 @@ class _Search:
             and fqn not in self.uses
             and tensor.ndim >= 2
         ]
+        dense += [self._constant(fqn, *found) for fqn, found in self.constants.items()]
         vectors = sum(
             self.tensors[fqn].ndim < 2 and self.canonical[fqn] == fqn for fqn in self.parameters
         )
@@ -223,6 +280,10 @@ class _Search:
             dtype=str(tensor.dtype).removeprefix("torch."),
             uses=tuple(use for _, use, _ in found),
         )
+
+    def _constant(self, fqn: str, tensor: Tensor, kinds: set[str]) -> DenseParameter:
+        reason = Reason.BUFFER if fqn in self.buffers else Reason.CONSTANT
+        return DenseParameter(fqn, tuple(tensor.shape), reason, ", ".join(sorted(kinds)))
 
     def _dense_parameter(self, fqn: str, unseen: tuple[Reason, str]) -> DenseParameter:
         tensor, name = self.tensors[fqn], canonical_fqn(fqn)

@@ -234,7 +234,8 @@ COMBINATIONS = frozenset({"cat", "stack"})
 """Operators that put tensors beside one another; the axes stay what they were."""
 SAME_VALUES = frozenset(
     {
-        *("alias", "clone", "contiguous", "detach", "lift_fresh_copy", "requires_grad_"),
+        *("alias", "clone", "contiguous", "detach", "detach_", "requires_grad_"),
+        *("lift_fresh", "lift_fresh_copy"),
         *("to", "_to_copy", "float", "half", "bfloat16", "double", "type_as"),
         *("dequantize_per_tensor", "dequantize_per_channel", "dequantize_affine"),
         *("quantize_per_tensor", "quantize_per_channel", "quantize_affine"),

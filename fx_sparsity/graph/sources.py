@@ -4,7 +4,7 @@ A frontend differs from the others by one function, `source(node) -> (fqn, tenso
 """
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -22,18 +22,24 @@ from fx_sparsity.graph.compiled import (
 from fx_sparsity.graph.example_inputs import ExampleInputs, call_arguments
 
 Source = Callable[[fx.Node], tuple[str, Tensor] | None]
+_TORCHS_OWN = vars(nn.Module()).keys()
+"""Attributes that every module has; registered tensors and modules are in some of these."""
 
 
 def exported_source(program: ExportedProgram) -> Source:
-    """Parameters and buffers are placeholders, listed in the program's signature."""
+    """Parameters, buffers and constants are placeholders, listed in the program's signature."""
     signature = program.graph_signature
-    names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    names = {
+        **signature.inputs_to_parameters,
+        **signature.inputs_to_buffers,
+        **signature.inputs_to_lifted_tensor_constants,
+    }
 
     def source(node: fx.Node) -> tuple[str, Tensor] | None:
         if node.op != "placeholder" or (fqn := names.get(node.name)) is None:
             return None
         tensor = program.state_dict.get(fqn, program.constants.get(fqn))
-        return None if tensor is None else (fqn, tensor)
+        return (fqn, tensor) if isinstance(tensor, Tensor) else None
 
     return source
 
@@ -87,7 +93,7 @@ def compiled_source(
     """
     placeholders = gm.graph.find_nodes(op="placeholder")
     position = {node: input_position(node, i) for i, node in enumerate(placeholders)}
-    tensors = {} if model is None else dict(named_tensors(model))
+    tensors = {} if model is None else dict(named_tensors(model)) | attribute_tensors(model)
     named = {id(tensor): fqn for fqn, tensor in reversed(tensors.items())}
     faked = fake_names(gm, tensors)
     attribute = module_source(gm)
@@ -120,6 +126,55 @@ def named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
     ]
 
 
+def attribute_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Tensors that a model holds neither as parameters nor as buffers, by the path to them.
+
+    They are attributes of its modules, also in lists, tuples and dicts, and whatever modules hold
+    that stand in these, where torch does not look for them.
+    """
+    registered = {id(tensor) for _, tensor in named_tensors(model)}
+    held = ((path, found) for path, found in _held("", model, set()) if isinstance(found, Tensor))
+    return {path: tensor for path, tensor in held if id(tensor) not in registered}
+
+
+def attribute_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules that a model holds where torch does not look for them; see `attribute_tensors`."""
+    registered = set(model.modules())
+    held = (
+        (path, found) for path, found in _held("", model, set()) if isinstance(found, nn.Module)
+    )
+    return {path: module for path, module in held if module not in registered}
+
+
+def _held(path: str, holder: object, seen: set[int]) -> Iterator[tuple[str, Tensor | nn.Module]]:
+    """(path, what is there) of every tensor and module within reach; the first path to each."""
+    if id(holder) in seen:
+        return
+    if isinstance(holder, Tensor | nn.Module | Mapping | list | tuple):
+        seen.add(id(holder))
+    if isinstance(holder, Tensor | nn.Module):
+        yield path, holder
+    for name, member in _members(holder):
+        yield from _held(f"{path}.{name}" if path else str(name), member, seen)
+
+
+def _members(holder: object) -> Iterable[tuple[object, object]]:
+    """What a module or a container holds, by name, key or place."""
+    if isinstance(holder, nn.Module):
+        own = {name: held for name, held in vars(holder).items() if name not in _TORCHS_OWN}
+        return [*holder._parameters.items(), *holder._modules.items(), *own.items()]
+    if isinstance(holder, Mapping):
+        return holder.items()
+    return enumerate(holder) if isinstance(holder, list | tuple) else ()
+
+
+def place_of(tensor: Tensor) -> Any:
+    """What tells a tensor from others by the memory that it shows; None where that does not."""
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta or not tensor.numel():
+        return None
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+
+
 def exported_tensors(program: ExportedProgram) -> dict[str, Tensor]:
     """Parameters, then buffers and constants, by FQN; a tied tensor is one object.
 
@@ -130,7 +185,6 @@ def exported_tensors(program: ExportedProgram) -> dict[str, Tensor]:
     tensors = {name: held[name] for name in signature.parameters} | held
     first: dict[Any, Tensor] = {}
     for name, tensor in tensors.items():
-        if isinstance(tensor, Tensor) and tensor.device.type != "meta" and tensor.numel():
-            place = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        if isinstance(tensor, Tensor) and (place := place_of(tensor)) is not None:
             tensors[name] = first.setdefault(place, tensor)
     return {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)}

@@ -61,7 +61,7 @@ class WeightSite:
 
 
 class Reason(StrEnum):
-    """Why a parameter of two or more dimensions is not a weight. The list is closed."""
+    """Why a tensor of two or more dimensions is not a weight. The list is closed."""
 
     SCALE = "only scales, element by element"
     ADDED = "only added"
@@ -69,17 +69,19 @@ class Reason(StrEnum):
     UNREACHABLE = "does not reach the outputs for these inputs"
     OPERATOR = "operator without a row in the table"
     FRONTEND = "the graph does not show it"
+    BUFFER = "no parameter: a buffer"
+    CONSTANT = "no parameter: a constant or an attribute"
     UNMASKABLE = "no mask can stand on it"
 
     @property
     def explained(self) -> bool:
-        """Whether the reason settles the matter; the last two mean that a weight may be missed."""
+        """Whether the reason settles the matter; the others mean that a weight may be missed."""
         return self not in (Reason.OPERATOR, Reason.FRONTEND)
 
 
 @dataclass(frozen=True)
 class DenseParameter:
-    """A parameter of two or more dimensions that got no role.
+    """A parameter of two or more dimensions that got no role, or a weight that is no parameter.
 
     Attributes:
         fqn: canonical name.
@@ -105,7 +107,8 @@ class WeightMap(Mapping[str, WeightSite]):
 
     Attributes:
         sites: every weight found.
-        dense: every parameter of two or more dimensions that got no role.
+        dense: every parameter of two or more dimensions that got no role, and what acts as a weight
+            without being a parameter.
         vectors: number of parameters of fewer dimensions, which are never weights.
         frontend: which capture the map was read from.
     """

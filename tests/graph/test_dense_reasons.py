@@ -1,0 +1,123 @@
+"""Tensors that act as weights but are no parameters, and reasons that settle a matter."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from fx_sparsity import find_weights
+from fx_sparsity.graph import Reason
+
+X = (torch.randn(2, 8),)
+
+
+class Outside(nn.Module):
+    """One layer that torch knows of, and others in plain containers."""
+
+    def __init__(self, container):
+        super().__init__()
+        self.first = nn.Linear(8, 8)
+        self.rest = container(nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x):
+        x = self.first(x)
+        for layer in self.rest.values() if isinstance(self.rest, dict) else self.rest:
+            x = layer(x)
+        return x
+
+
+class Broken(Outside):
+    """The same, where `torch.export` gives up."""
+
+    def forward(self, x):
+        x = x if x.sum().item() > -1e9 else -x
+        return super().forward(x)
+
+
+def keyed(layers):
+    return dict(zip("abc", layers, strict=True))
+
+
+@pytest.mark.parametrize("kind", [Outside, Broken])
+@pytest.mark.parametrize(
+    ("container", "names"), [(list, "012"), (tuple, "012"), (keyed, "abc"), (lambda x: [[*x]], "")]
+)
+def test_layers_in_plain_containers_are_listed(kind, container, names):
+    if not names:
+        container, names = list, "012"
+        model = kind(list)
+        model.rest = {"inner": model.rest}
+        model.forward = lambda x: nn.Sequential(model.first, *model.rest["inner"])(x)
+        path = "rest.inner"
+    else:
+        model, path = kind(container), "rest"
+    weights = find_weights(model, X)
+    assert list(weights) == ["first.weight"]
+    assert [p.fqn for p in weights.dense] == [f"{path}.{name}.weight" for name in names]
+    assert {p.text for p in weights.dense} == {"no parameter: a constant or an attribute: linear"}
+    assert "nothing of two or more" not in str(weights)
+    assert all(p.reason.explained for p in weights.dense)
+
+
+def test_layers_in_plain_containers_are_listed_without_inputs():
+    weights = find_weights(Outside(list))
+    assert list(weights) == ["first.weight"]
+    assert [p.fqn for p in weights.dense] == [f"rest.{i}.weight" for i in range(3)]
+
+
+class Held(nn.Module):
+    """Matrices held in every other way; and tables that only shift, scale, mask or are looked up."""
+
+    def __init__(self):
+        super().__init__()
+        self.plain, self.unused = torch.randn(8, 8), torch.randn(8, 8)
+        self.by_name = {
+            "a": nn.Parameter(torch.randn(8, 8)),
+            "b": (nn.Parameter(torch.ones(9, 8)),),
+        }
+        self.register_buffer("kept", torch.randn(8, 8))
+        self.register_buffer("passing", torch.randn(8, 8), persistent=False)
+        self.register_buffer("position", torch.randn(2, 8))
+        self.register_buffer("window", torch.randn(16, 8))
+        self.register_buffer("frequencies", torch.randn(1, 8, 1))
+        self.register_buffer("order", torch.arange(8)[None].repeat(2, 1))
+        self.scale = torch.randn(2, 8)
+
+    def forward(self, x):
+        x = x @ self.plain @ self.by_name["a"] @ self.kept @ self.passing
+        x = x @ torch.tensor([[1.0] * 8] * 8)
+        rows = x.argmax(-1)
+        x = x + self.by_name["b"][0][rows] + self.window[rows]
+        turned = (self.frequencies @ x.unsqueeze(1)).sum(1)
+        return (x + self.position + turned) * self.scale.gather(1, self.order)
+
+
+def test_what_acts_as_a_matrix_is_listed_however_it_is_held():
+    weights = find_weights(Held(), X)
+    assert not weights
+    found = {p.fqn: p.text for p in weights.dense}
+    constant = next(name for name in found if name.startswith("lifted"))
+    attribute, buffer = "no parameter: a constant or an attribute", "no parameter: a buffer"
+    assert found == {
+        "plain": f"{attribute}: matmul",
+        "by_name.a": f"{attribute}: matmul",
+        "by_name.b.0": f"{attribute}: lookup",
+        "kept": f"{buffer}: matmul",
+        "passing": f"{buffer}: matmul",
+        constant: f"{attribute}: matmul",
+    }
+
+
+def test_a_mask_that_is_a_plain_attribute_hides_no_weight():
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.mask = nn.Parameter(torch.randn(8, 8)), torch.ones(8, 8)
+
+        def forward(self, x):
+            return F.linear(x, self.weight * self.mask)
+
+    weights = find_weights(Masked(), X)
+    assert weights["weight"].roles == ("out", "in")
+    assert not weights.dense
+    assert Reason.BUFFER.explained

@@ -6,7 +6,7 @@ results are gradients, to add a buffer to a graph, nor to keep on capturing afte
 Dynamo takes as long to import as torch itself, so functions import it that need it.
 """
 
-import re
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -16,7 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.fx.graph import _PyTreeCodeGen
 
 _UNLIMITED = 1 << 30
-_STEP = re.compile(r"\._(?:modules|parameters|buffers)\['([^']+)'\]|\.(\w+)|\[(\d+)\]")
+_HOLDERS = ("__dict__", "_modules", "_parameters", "_buffers")
+"""Attributes of modules that are on the way to what they register; no FQN has them in it."""
 
 
 def capture_graphs(
@@ -57,20 +58,56 @@ def inductor() -> Callable[..., Any]:
     return found
 
 
+def compiled_callable() -> object:
+    """What `torch.compile` was given whose graph a backend is handed right now.
+
+    What Dynamo notes on a graph leads to the code around it, and after a graph break that may be
+    but a submodule; the wrapper that `torch.compile` made is on the stack.
+
+    Returns:
+        A module; the object whose method it is; or a function. None where a backend is called by
+        hand.
+    """
+    from torch._dynamo import eval_frame
+
+    frame = inspect.currentframe()
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "compile_wrapper" and code.co_filename == eval_frame.__file__:
+            called = inspect.unwrap(frame.f_locals["fn"])
+            bound = None if isinstance(called, nn.Module) else getattr(called, "__self__", None)
+            return called if bound is None else bound
+        frame = frame.f_back
+    return None
+
+
 def source_target(node: fx.Node) -> str | None:
     """FQN of the module attribute that a placeholder of a Dynamo graph stands for.
 
-    Dynamo notes how it found the tensor, such as `L['self']._modules['fc']._parameters['weight']`;
-    the FQN counts from the module whose code was compiled. None for other inputs.
+    Dynamo notes how it found the tensor, as a chain of sources: attributes and items, from the
+    tensor back to a local or global variable. The FQN counts from the first module on that way, the
+    one whose code was compiled. None for other inputs.
     """
-    source = getattr(node, "_dynamo_source", None)
+    steps = _steps(getattr(node, "_dynamo_source", None))
+    if len(steps) < 2 or steps[-2] not in ("_parameters", "_buffers"):
+        return None
+    return ".".join(step for step in steps if step not in _HOLDERS)
+
+
+def _steps(source: Any) -> list[str]:
+    """Attributes and items that lead from the first module on the way of a source to its end."""
     if source is None:
-        return None
-    text = source.name() if callable(source.name) else source.name
-    if not re.search(r"\._(parameters|buffers)\['[^']+'\]$", text):
-        return None
-    path = text.partition("]")[2]
-    return ".".join(next(filter(None, step)) for step in _STEP.findall(path))
+        return []
+    from torch._dynamo.source import NNModuleSource
+
+    steps: list[str] = []
+    of_module = 0
+    while source is not None:
+        of_module = len(steps) if isinstance(source, NNModuleSource) else of_module
+        step = getattr(source, "index", getattr(source, "member", None))
+        steps += [] if step is None else [str(step)]
+        source = getattr(source, "base", None)
+    return steps[:of_module][::-1]
 
 
 def is_compiled(gm: fx.GraphModule) -> bool:

@@ -11,6 +11,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 
 import fx_sparsity as fxs
 from fx_sparsity.graph import MappingError
+from fx_sparsity.graph.compiled import compiled_callable, source_target
 from fx_sparsity.sparsifier import MaskError
 from tests.models import MODELS, make
 
@@ -203,6 +204,124 @@ def test_graph_breaks_give_one_sparsifier_several_graphs(given):
     _, record = fxs.squash(model, sparsifier)
     torch.testing.assert_close(model(x), masked)
     assert all(mask.keep.float().mean() == 0.5 for mask in record.values())
+
+
+def mlp():
+    return nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+
+
+class Wrapper(nn.Module):
+    """Hands attributes that it has not on to its inner module, as peft's wrappers do."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self._modules["net"], name)
+
+    def forward(self, x):
+        return self.net(x)
+
+
+class Containers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.items = nn.ModuleList([mlp(), nn.Linear(4, 4)])
+        self.keyed = nn.ModuleDict({"a-b": nn.Linear(4, 4), "b": nn.Linear(4, 4)})
+        self.plain = nn.ParameterList([torch.randn(4, 4)])
+        self.norm = nn.BatchNorm1d(4)
+        self.own = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x):
+        for module in (*self.items, *self.keyed.values()):
+            x = module(x)
+        return self.norm(x @ self.plain[0] @ self.own)
+
+
+def part_compiled():
+    return torch.compile(mlp(), backend="eager")
+
+
+@pytest.mark.parametrize(
+    "make_module",
+    [
+        mlp,
+        Containers,
+        lambda: Wrapper(mlp()),
+        lambda: Wrapper(Wrapper(Containers())),
+        lambda: nn.Sequential(Wrapper(mlp())),
+        lambda: nn.DataParallel(Wrapper(mlp())),
+        lambda: nn.ModuleDict({"part": Wrapper(mlp())})["part"],
+        lambda: nn.Sequential(part_compiled()),
+        lambda: nn.Sequential(Wrapper(part_compiled())),
+        lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)),
+    ],
+)
+@pytest.mark.parametrize("way", ["module", "function", "method"])
+def test_names_count_from_the_compiled_module(make_module, way):
+    """The oracle: the names that the module itself has for the tensors that the graph receives."""
+    module = make_module().eval()
+    named = {id(t): fqn for fqn, t in (*module.named_parameters(), *module.named_buffers())}
+    seen = set()
+
+    def backend(gm, received):
+        for node, value in zip(gm.graph.find_nodes(op="placeholder"), received, strict=True):
+            assert source_target(node) == named.get(id(value))
+            seen.add(id(value))
+        owner = compiled_callable()
+        assert owner is (call if way == "function" else module)
+        return gm.forward
+
+    def call(x):
+        return module(x)
+
+    torch._dynamo.reset()
+    given = {"module": module, "function": call, "method": module.forward}[way]
+    torch.compile(given, backend=backend)(torch.randn(2, 4))
+    assert {id(parameter) for parameter in module.parameters()} <= seen
+
+
+def test_a_compiled_part_of_an_eager_module_has_names_of_its_own():
+    part = mlp()
+    names, owners = [], []
+
+    def backend(gm, received):
+        names.extend(filter(None, map(source_target, gm.graph.find_nodes(op="placeholder"))))
+        owners.append(compiled_callable())
+        return gm.forward
+
+    torch._dynamo.reset()
+    Wrapper(torch.compile(part, backend=backend))(torch.randn(2, 4))
+    assert names == [name for name, _ in part.named_parameters()]
+    assert owners == [part]
+    assert compiled_callable() is None
+
+
+def test_graph_breaks_hide_the_compiled_module_from_no_graph():
+    class Deeper(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = Breaking()
+
+        def forward(self, x):
+            return self.inner(x) + 1
+
+    module, owners = Deeper(), []
+
+    def backend(gm, received):
+        owners.append(compiled_callable())
+        return gm.forward
+
+    torch.compile(module, backend=backend)(torch.randn(2, 4))
+    torch._dynamo.reset()
+    module.compile(backend=backend)
+    module(torch.randn(2, 4))
+    assert len(owners) >= 4
+    assert all(owner is module for owner in owners)
 
 
 def test_masks_survive_copying_and_rebuilding_the_graph():

@@ -78,6 +78,9 @@ def write_mask(x: Tensor, tiling: Tiling, level: float, rank: Rank, out: Tensor)
     direct = (own_dtype or out.dtype == torch.bool) and out.is_contiguous()
     mask = out if direct and out.device == x.device else torch.empty(x.shape, dtype=torch.bool)
     _write(x.detach().contiguous(), shape, tiling, level, rank, mask)
+    if not mask.is_inference():
+        # As torch's own operators do, so that a backward pass notices that its mask is gone.
+        torch.autograd.graph.increment_version(mask)
     if mask is not out:
         out.copy_(mask)
     return True

@@ -371,6 +371,10 @@ class BaseSparsifier(SparsifierCore):
         if self.model is not None:
             self._bind(self.model, ordered, entries)
             return
+        if absent := [name for name, (mask, _, _) in entries.items() if mask.is_meta]:
+            raise MaskError(
+                f"error loading {absent[0]}: its mask has no data, it is on the meta device"
+            )
         self._targets, self.state, self.groups = {}, {}, ordered
         for name, (mask, squashed, counters) in entries.items():
             self._register(Target(name, [], Mask(mask), squashed=squashed), counters)
@@ -414,6 +418,8 @@ class BaseSparsifier(SparsifierCore):
         if tensor is None:
             raise MaskError(f"error loading {name}: the model has no such tensor")
         check_shape(name, tensor, mask)
+        if mask.is_meta:
+            raise MaskError(f"error loading {name}: its mask has no data, it is on the meta device")
         held_by = owners[id(tensor)]
         if (in_graph := self._mask_in_graph(model, name)) is not None:
             return Target(name, held_by, in_graph, in_graph=True), False

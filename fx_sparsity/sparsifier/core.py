@@ -2,7 +2,7 @@
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -127,8 +127,10 @@ class SparsifierCore(ABC):
 
         Raises:
             ValueError: a tensor cannot be ranked (NaN), or has no data yet (meta device); it is
-                named, and no mask was changed.
+                named.
             DetachedError: the sparsifier has no model.
+
+            Whatever is raised, every mask is as it was.
         """
         del use_path
         if not self.enable_mask_update:
@@ -149,12 +151,24 @@ class SparsifierCore(ABC):
             )
         with torch.no_grad():
             self.check_updates(names)
-            for name in names:
-                self._update(name)
-                self._target(name).given = False
+            self._update_all(names)
         self.steps += 1
 
     # -- for the two bases -----------------------------------------------------------------------
+
+    def _update_all(self, names: Sequence[str]) -> None:
+        """Compute all masks, or put back those that were there."""
+        undo: list[Callable[[], None]] = []
+        try:
+            for name in names:
+                undo.append(self._target(name).mask.saved())
+                self._update(name)
+        except BaseException:
+            for put_back in undo:
+                put_back()
+            raise
+        for name in names:
+            self._target(name).given = False
 
     def _arguments(self, name: str) -> dict[str, Any]:
         """What `update_mask` is given of a configuration."""

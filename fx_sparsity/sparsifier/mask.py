@@ -1,12 +1,48 @@
 """The mask parametrization: zeros a weight while the original stays trainable beneath it."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fx_sparsity.masks.bits import pack_bits, unpack_bits
+
 GRAPH_MASKS = "sparsity_masks"
 """Submodule of a GraphModule under which the masks of its own weights live, each by its FQN."""
+
+
+class _Select(torch.autograd.Function):
+    """`torch.where(keep, weight, zero)`, whose backward takes sparse gradients, too.
+
+    Those of embedding tables with `sparse=True` stay sparse.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(weight: Tensor, keep: Tensor, zero: Tensor) -> Tensor:
+        return torch.where(keep, weight, zero)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])  # so that an edit of the mask before backward is noticed
+        ctx.save_for_forward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        ((keep,), (grad,)) = ctx.saved_tensors, grads
+        if grad.layout is not torch.sparse_coo:
+            return torch.where(keep, grad, 0), None, None
+        grad = grad.coalesce()
+        indices = grad.indices()
+        values = torch.where(keep[indices.unbind()], grad.values(), 0)
+        return torch.sparse_coo_tensor(indices, values, grad.shape, is_coalesced=True), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
+        (keep,) = ctx.saved_tensors
+        return torch.where(keep, tangents[0], 0)
 
 
 class Mask(nn.Module):
@@ -38,7 +74,10 @@ class Mask(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         """`weight` with zeros, in its own dtype."""
-        return torch.where(self.keep, weight, self.zero)
+        if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and weight.requires_grad):
+            return torch.where(self.keep, weight, self.zero)
+        selected: Tensor = _Select.apply(weight, self.keep, self.zero)
+        return selected
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """Assigning to the masked weight replaces the original as it is."""
@@ -57,6 +96,18 @@ class Mask(nn.Module):
             keep: boolean, of the mask's shape.
         """
         self.mask.copy_(keep)
+
+    def saved(self) -> Callable[[], None]:
+        """What puts the mask back as it is now; takes an eighth of a byte an element.
+
+        A mask of other values than zeros and ones is kept as it is.
+        """
+        keep = self.keep
+        if self.mask.dtype == torch.bool or torch.equal(keep.to(self.mask.dtype), self.mask):
+            packed, shape = pack_bits(keep), self.mask.shape
+            return lambda: self.update(unpack_bits(packed, shape))
+        held = self.mask.clone()
+        return lambda: self.update(held)
 
     def restore(self, mask: Tensor) -> None:
         """Hold what another mask holds, in its dtype: in place, or else in a new buffer.

@@ -115,9 +115,10 @@ class Target:
                 )
 
     def squash(self) -> None:
-        """Bake the zeros into the original, in place, and take the parametrization off."""
-        if self.squashed:
-            return
+        """Bake the zeros into the original, in place, and take the parametrization off.
+
+        Where that is done already, training may have moved the zeros since: they are baked again.
+        """
         self.mask.bake(self.original)
         self.detach()
         self.squashed = True

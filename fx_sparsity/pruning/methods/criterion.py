@@ -2,16 +2,26 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fx_sparsity.masks import ScoreError, compute_mask
 from fx_sparsity.patterns import Tiling
 from fx_sparsity.pruning.methods.calibrated import CalibratedSparsifier, Solution
-from fx_sparsity.pruning.methods.groups import UNSEEN, about, group_levels, required, unseen_groups
+from fx_sparsity.pruning.methods.groups import (
+    UNSEEN,
+    FilledTiling,
+    about,
+    group_levels,
+    required,
+    unseen_groups,
+)
 from fx_sparsity.pruning.methods.statistics import Statistic, Statistics
 from fx_sparsity.pruning.methods.where import select
+from fx_sparsity.sparsifier.core import roles_of
+from fx_sparsity.sparsifier.target import MaskError
 
 Criterion = Callable[[Tensor, Statistics], Tensor]
 """A weight, float32 [groups, out, in], and its statistics in; scores of that shape out."""
@@ -33,6 +43,28 @@ class CriterionSparsifier(CalibratedSparsifier):
         self.criterion = criterion
         self.needs = frozenset(needs)
 
+    def update_mask(self, module: nn.Module, tensor_name: str, **config: Any) -> None:
+        """See `BaseSparsifier.update_mask`; only for criteria that look at the weight alone.
+
+        Raises:
+            MaskError: the criterion needs data.
+            ScoreError: the scores cannot be ranked; the weight is named.
+        """
+        if self.needs:
+            super().update_mask(module, tensor_name, **config)
+        name = self.name_of(module, tensor_name)
+        found = self.pattern_of(config)
+        if found is None:
+            raise MaskError(f"{name}: {type(self).__name__} has no default pattern; pass a mapping")
+        (pattern, level), weight = found, self.get_tensor(name).detach()
+        nothing = Statistics(torch.zeros(1, dtype=torch.int64))
+        tiling = pattern.tiling(weight.shape, roles_of(config, weight.ndim))
+        try:
+            scores = self.criterion(weight.float(), nothing)
+            compute_mask(scores, tiling, level, out=self.get_mask(name))
+        except ScoreError as error:
+            raise ScoreError(f"{name}: {error}") from error
+
     def solve(self, weight: Tensor, stats: Statistics, tiling: Tiling, level: float) -> Solution:
         """See `CalibratedSparsifier.solve`.
 
@@ -46,6 +78,8 @@ class CriterionSparsifier(CalibratedSparsifier):
                 f"expected scores of the weight's shape {tuple(weight.shape)}, "
                 f"the criterion returned {tuple(scores.shape)}"
             )
+        if isinstance(tiling, FilledTiling):
+            scores = tiling.rank_first(scores)
         unseen = unseen_groups(stats) if self.needs else []
         if unseen:
             scores = scores.clone()

@@ -2,11 +2,29 @@
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from fx_sparsity.patterns import PatternError, Tiling
 from fx_sparsity.pruning.methods.statistics import Statistics
+
+
+@dataclass(frozen=True)
+class FilledTiling(Tiling):
+    """A tiling of a matrix that has columns which stand for nothing: they go before all others.
+
+    Attributes:
+        filling: these columns. Weights and inputs are zeros there.
+    """
+
+    filling: tuple[int, ...] = ()
+
+    def rank_first(self, scores: Tensor) -> Tensor:
+        """Scores of [groups, out, in] that make the filling go first."""
+        scores = scores.clone()
+        scores[..., self.filling] = -math.inf
+        return scores
 
 
 def matrix_tiling(tiling: Tiling) -> Tiling:

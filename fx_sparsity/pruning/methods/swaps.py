@@ -24,7 +24,7 @@ class Swaps(Refinement):
     each kept weight moves to where it is best (coordinate descent). With G = (W - V) H,
 
     - exchanging kept k for pruned j changes a row's error by
-      2 v_k G_k + v_k^2 H_kk - (G_j + v_k H_jk)^2 / H_jj;
+      2 v_k G_k + v_k^2 H_kk - (G_j + v_k H_jk)^2 / H_jj, where j must be worth something;
     - moving kept j to where it is best adds G_j / H_jj to it.
 
     Columns are gone through in stretches, first from right to left, since SparseGPT has left to the
@@ -129,7 +129,8 @@ def _exchange_one(
     worth = (g.gather(1, back).unsqueeze(2) + v.unsqueeze(1) * corner[back]).square()
     worth /= diagonal[back].unsqueeze(2)
     change = (2 * v * g + v.square() * diagonal).unsqueeze(1) - worth
-    possible = keep.unsqueeze(1) & ~keep.gather(1, back).unsqueeze(2) & (change < -_LEAST * worth)
+    gains = (worth > 0) & (change < -_LEAST * worth)
+    possible = keep.unsqueeze(1) & ~keep.gather(1, back).unsqueeze(2) & gains
     change = torch.where(possible, change, torch.inf).flatten(1)
     least, at = change.min(1)
     rows = (least < torch.inf).nonzero().squeeze(1)

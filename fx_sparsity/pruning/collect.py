@@ -9,6 +9,7 @@ from torch import Tensor
 from fx_sparsity.graph.weight_inputs import WeightInputs
 from fx_sparsity.pruning.matrix_form import MatrixForm
 from fx_sparsity.pruning.methods import Statistic, Statistics
+from fx_sparsity.pruning.methods.groups import FilledTiling
 
 
 class Collector:
@@ -45,7 +46,15 @@ class Collector:
 
     @property
     def statistics(self) -> Statistics:
-        """The sums, with tokens as whole numbers."""
+        """The sums, with tokens as whole numbers.
+
+        Filling has inputs like the mean of the others in size: it is no input that is always zero.
+        """
+        gram, tiling = self._sums.gram, self.form.tiling
+        if gram is not None and isinstance(tiling, FilledTiling):
+            diagonal = gram.diagonal(dim1=1, dim2=2)
+            own = diagonal.sum(1, keepdim=True) - diagonal[:, tiling.filling].sum(1, keepdim=True)
+            diagonal[:, tiling.filling] = own / self.form.width
         return replace(self._sums, tokens=self._sums.tokens.round().long())
 
     @property
@@ -73,7 +82,7 @@ class Collector:
         Inputs of a part of the outputs count for that part: three slices of one weight with the
         same inputs make up the whole that has them once.
         """
-        stats, (_, outputs, size) = self._sums, self.form.sizes
+        stats, outputs, size = self._sums, self.form.sizes[1], self.form.width
         share = inputs.out / outputs
         found = size if isinstance(places, slice) else len(places)
         stats.tokens[group] += inputs.tokens * share * found / size

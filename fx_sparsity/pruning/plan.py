@@ -190,7 +190,8 @@ def make_plan(site: WeightSite, config: SparsityConfig, groups: tuple[Role, int]
     axis = roles.index(groups[0]) if groups[1] > 1 else 0
     try:
         tiling = config.pattern.tiling(site.shape, site.roles)
-        form = MatrixForm.of(site.shape, roles, tiling, (axis, groups[1]))
+        grouped = (axis, groups[1])
+        form = MatrixForm.of(site.shape, roles, tiling, grouped, config.level)
     except PatternError as error:
         raise PatternError(f"{site.fqn}: {error}") from error
     return Plan(site.fqn, config, form, roles, notes)
@@ -237,7 +238,7 @@ def _key(use: GraphUse, plan: Plan) -> tuple[object, ...]:
     whole = whole and not any(writes(user) for node in others for user in node.users)
     outer = zip(plan.form.shape, plan.roles, strict=True)
     inner = tuple(size if role not in ("out", "dim") else None for size, role in outer)
-    form = (plan.roles, inner, plan.form.order)
+    form = (plan.roles, inner, plan.form.order, plan.form.places)
     return (use.use.op, use.use.arg, sorted(bound.items(), key=str), form, whole or use.fqn)
 
 

@@ -259,7 +259,7 @@ def _kept(fqn: str, dense: Tensor, solution: Solution) -> Tensor:
 def _data_notes(plan: Plan, stats: Statistics) -> list[str]:
     """What to know of the data that a weight saw."""
     notes = []
-    groups, _, size = plan.form.sizes
+    groups, size = plan.form.sizes[0], plan.form.width
     idle = (stats.tokens == 0).nonzero().flatten().tolist()
     if idle and groups > 1:
         first = ", ".join(map(str, idle[:8])) + (", ..." if len(idle) > 8 else "")

@@ -33,7 +33,8 @@ struct Row {
       const float g_after = g[j] + v[k] * hj[k];
       const float worth = g_after * g_after * inverse[j];
       const float change = 2 * v[k] * g[k] + v[k] * v[k] * row_of(k)[k] - worth;
-      if (change < best.change && change < -least * worth) best = {change, k, j};
+      const bool gains = worth > 0 && change < -least * worth;
+      if (gains && change < best.change) best = {change, k, j};
     }
   }
 

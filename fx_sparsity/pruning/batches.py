@@ -1,7 +1,7 @@
 """Calibration batches, the graphs that take them, and the uses of weights in these."""
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -60,8 +60,13 @@ def read_batches(model: nn.Module, batches: Iterable[ExampleInputs]) -> list[Bat
 
     Raises:
         InputError: there is none, one is no call's arguments, or lies on a device where the model
-            has no tensor.
+            has no tensor; or `batches` is a single one, whose rows or names are no batches.
     """
+    if isinstance(batches, Tensor | Mapping | str):
+        raise InputError(
+            f"batches: expected an iterable of batches, found one {type(batches).__name__}; "
+            "pass a list of batches, such as [batch]"
+        )
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
     read: list[Batch] = []
     for number, inputs in enumerate(batches):

@@ -83,7 +83,8 @@ def prune(
         `model`, and what was done to each weight.
 
     Raises:
-        InputError: there is no batch, one lies on another device, or the model rejects it.
+        InputError: there is no batch, `batches` is a single one, one lies on another device, or the
+            model rejects it.
         MappingError: an unknown name, or a weight that cannot take its pattern.
         PatternError: a pattern without a matrix form for a weight.
         MaskError: a weight that cannot be masked, or that holds NaN or no data.

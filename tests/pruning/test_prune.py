@@ -301,6 +301,9 @@ def parametrized(model):
 
 REFUSED = {
     "no batch": (None, TinyWanda, [], {}, "expected at least one batch"),
+    "a tensor": (None, TinyWanda, torch.randn(32, 8), {}, "found one Tensor; pass a list of"),
+    "a dict": (None, TinyWanda, {"input": torch.randn(3, 8)}, {}, "found one dict; pass a list of"),
+    "one string": (None, TinyWanda, "xy", {}, "found one str; pass a list of"),
     "a string": (None, TinyWanda, ["x"], {}, "expected a tuple of positional"),
     "shape": (None, TinyWanda, [(torch.randn(3, 5),)], {}, "rejects them"),
     "device": (None, TinyWanda, [(torch.empty(3, 8, device="meta"),)], {}, "on meta, but the"),
@@ -348,6 +351,20 @@ def test_refusals_change_nothing(case):
         assert torch.equal(after[name].nan_to_num(7), value.nan_to_num(7))
     assert sparsifier.names == []
     assert all(module.training for module in model.modules())
+
+
+def test_batches_come_in_any_iterable():
+    model, batches = mlp()
+    x = torch.cat([x for (x,) in batches])
+    data = torch.utils.data.TensorDataset(x)
+    loader = torch.utils.data.DataLoader(data, batch_size=20)
+    masks = []
+    for given in (batches, tuple(batches), iter(batches), [x for (x,) in batches], loader):
+        method = TinyWanda()
+        _, report = prune(copy.deepcopy(model), method, given)
+        assert report.batches == 2
+        masks.append(method.get_mask("4.weight"))
+    assert all(torch.equal(mask, masks[0]) for mask in masks)
 
 
 def test_later_batches_are_named():

@@ -48,16 +48,26 @@ def pack_mask(keep: Tensor, value: Tensor) -> PackedMask:
         keep: boolean, True is kept.
         value: of the same shape, zero where nothing is kept.
     """
-    flat, kept = value.reshape(-1), keep.reshape(-1)
-    packed, count = find_bits(as_integers(kept))
-    masked, among_kept = kept.numel() - count, 0
-    zeros = torch.zeros_like(packed)
-    for start in range(0, flat.numel(), _PART):
-        part = (flat[start : start + _PART] == 0).logical_and_(kept[start : start + _PART])
-        bits, count = find_bits(as_integers(part))
-        among_kept += count
-        zeros[start // 8 : start // 8 + len(bits)] = bits
-    return PackedMask(packed, zeros if among_kept else zeros[:0], masked, masked + among_kept)
+    packed, kept = find_bits(as_integers(keep.reshape(-1)))
+    zeros, others = _find_others(value.reshape(-1))
+    zeros.bitwise_not_().bitwise_and_(packed)
+    masked, zero = keep.numel() - kept, keep.numel() - others
+    if zero == masked:
+        zeros = torch.empty(0, dtype=torch.uint8)  # a slice would hold on to the memory
+    return PackedMask(packed, zeros, masked, zero)
+
+
+def _find_others(flat: Tensor) -> tuple[Tensor, int]:
+    """A bit for every element other than zero, and how many there are."""
+    integers = as_integers(flat)
+    if not len(flat) or integers.min() != torch.iinfo(integers.dtype).min:
+        return find_bits(integers)
+    bits, count = torch.empty(-(-len(flat) // 8), dtype=torch.uint8), 0
+    for start in range(0, len(flat), _PART):  # -0.0, which is zero, has a bit that is not
+        part, found = find_bits(as_integers(flat[start : start + _PART] != 0))
+        bits[start // 8 : start // 8 + len(part)] = part
+        count += found
+    return bits, count
 
 
 class CheckpointRecord:

@@ -9,6 +9,7 @@ import torch
 from click.testing import CliRunner
 from expecttest import assert_expected_inline
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import fx_sparsity as fxs
 from fx_sparsity.cli.commands import commands
@@ -105,6 +106,18 @@ def test_verify(folder):
     content[-20] ^= 1
     path.write_bytes(content)
     assert "expected checksum" in run("verify", folder / "small", code=1)
+
+
+def test_verify_knows_what_both_verbs_state(folder):
+    flags = ("--pattern", "unstructured 50%", "--ranked", "model")
+    run("sparsify", folder / "model", folder / "sparse", *flags)
+    assert "2 patterns stated, 0 faults" in run("verify", folder / "sparse")
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64, bias=False))
+    fxs.export(model, folder / "dense.safetensors")
+    places = {"source": folder / "dense.safetensors", "target": folder / "pruned"}
+    method, batches = fxs.WandaSparsifier(), [(torch.randn(8, 64),)]
+    fxs.prune_checkpoint(model, method, batches, {"global": "2:4"}, **places)
+    assert "2 patterns stated, 0 faults" in run("verify", folder / "pruned")
 
 
 def test_diff(folder):

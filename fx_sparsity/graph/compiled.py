@@ -9,6 +9,7 @@ Dynamo takes as long to import as torch itself, so functions import it that need
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from types import MethodType
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -65,8 +66,8 @@ def compiled_callable() -> object:
     but a submodule; the wrapper that `torch.compile` made is on the stack.
 
     Returns:
-        A module; the object whose method it is; or a function. None where a backend is called by
-        hand.
+        A module, also where it was one of its methods; or a function. None where a backend is
+        called by hand.
     """
     from torch._dynamo import eval_frame
 
@@ -75,8 +76,10 @@ def compiled_callable() -> object:
         code = frame.f_code
         if code.co_name == "compile_wrapper" and code.co_filename == eval_frame.__file__:
             called = inspect.unwrap(frame.f_locals["fn"])
-            bound = None if isinstance(called, nn.Module) else getattr(called, "__self__", None)
-            return called if bound is None else bound
+            if not isinstance(called, MethodType):
+                return called
+            bound = called.__self__
+            return bound if isinstance(bound, nn.Module) else called.__func__
         frame = frame.f_back
     return None
 

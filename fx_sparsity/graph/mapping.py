@@ -197,12 +197,23 @@ class SparsityMapping:
                 misfits.append(f"{site.fqn}: {error}")
         if misfits:
             raise MappingError("\n".join(misfits))
-        return Assignment(configs, dense, tuple(self._unmatched(weights)))
+        return Assignment(configs, dense, self.unmatched(weights))
 
     def names(self, site: WeightSite) -> bool:
         """Whether an entry of `set_module_name` speaks of a weight or its owner."""
         found = self._entries.select(site.names)
         return found is not None and found.by_name
+
+    def unmatched(self, weights: WeightMap) -> tuple[str, ...]:
+        """Entries that speak of none of some weights, in words such as `regex 'mlp'`."""
+        fqns = [fqn for site in weights.sites for fqn in site.names]
+        types = {kind for site in weights.sites for kind in _types(site)}
+        entries = self._entries
+        return (
+            *(f"name {name!r}" for name in entries.unknown_names(fqns)),
+            *(f"regex {regex!r}" for regex in entries.regexes if not matches(regex, fqns)),
+            *(f"type {kind!r}" for kind in entries.types if kind not in types),
+        )
 
     def _lookup(self, site: WeightSite) -> tuple[SparsityConfig | None, str]:
         if (found := self._entries.select(site.names, _types(site))) is not None:
@@ -210,14 +221,6 @@ class SparsityMapping:
         if callable(self._rest):
             return self._rest(site), "excluded by the rule"
         return self._rest, "no entry of the mapping speaks of it"
-
-    def _unmatched(self, weights: WeightMap) -> Iterator[str]:
-        for regex in self._entries.regexes:
-            if not any(matches(regex, site.names) for site in weights.sites):
-                yield f"regex {regex!r}"
-        for kind in self._entries.types:
-            if not any(kind in _types(site) for site in weights.sites):
-                yield f"type {kind!r}"
 
     def _check_names(self, weights: WeightMap) -> None:
         fqns = [fqn for site in weights.sites for fqn in site.names]

@@ -59,7 +59,10 @@ class SparseLinear(PackedModule):
             self.register_buffer(name, part)
         self.register_buffer("scale", scale)
         self.register_buffer("row_sums", row_sums)
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=bias.requires_grad)
+        if bias is not None:  # inference tensors take no such flag outside inference mode
+            wanted = bias.requires_grad and not bias.is_inference()
+            bias = nn.Parameter(bias, requires_grad=wanted)
+        self.bias = bias
         self._settle()
 
     @classmethod

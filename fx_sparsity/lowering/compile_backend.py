@@ -3,24 +3,30 @@
 torch finds it through the entry point `torch_dynamo_backends` of this package.
 """
 
+import ctypes
 import logging
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from functools import cache, partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fx_sparsity.graph import MappingLike, SparsityMapping, WeightSite, find_weights
-from fx_sparsity.graph.compiled import inductor, real_tensors
+from fx_sparsity.graph.compiled import compiled_callable, inductor, real_tensors
 from fx_sparsity.graph.sources import Source, compiled_source
+from fx_sparsity.graph.uses import canonical_fqn
 from fx_sparsity.lowering.layers import DenseLinear
 from fx_sparsity.lowering.lowered import LoweredLinear
 from fx_sparsity.lowering.plan import Bytes, Planned, choose, layer_rows, no_kernel
 from fx_sparsity.lowering.policy import AUTO, LoweringError, Policy, Rules, checked_tokens
 from fx_sparsity.lowering.report import LoweredWeight, LoweringReport
 from fx_sparsity.lowering.rewrite import LowerNodes, NodePlace, places_by
+from fx_sparsity.lowering.selection import Selection
 from fx_sparsity.masks.bits import pack_bits, unpack_bits
 from fx_sparsity.masks.engine import compute_mask
 from fx_sparsity.masks.rank import Rank
@@ -39,8 +45,8 @@ class BackendOptions:
             dict that its `from_dict` reads. None for a model that is sparse already.
         policy: which layers get a kernel, as `lower` takes it.
         tokens: to measure with, as `lower` takes them.
-        model: the module that is compiled; tells names of weights where graph breaks inside its
-            submodules hide them from Dynamo.
+        model: whose weights these are, where it is not the module that is compiled itself but a
+            function that calls it.
         report: called with the `LoweringReport` of every graph that is compiled.
         inductor: options of Inductor, such as `{"freezing": True}`.
     """
@@ -76,9 +82,11 @@ def backend(
 ) -> Callable[..., Any]:
     """Compile a graph for inference: prune by `mapping`, lower by `policy`, and let Inductor do it.
 
-    Masks are computed and weights are packed once a parameter, and kept as long as it lives: graph
-    breaks and recompilations find the same ones. A parameter that was edited in place gets new ones
-    when its graph is compiled again; until then what was compiled sees none of the edit.
+    The mapping is resolved once for all graphs of a module: a weight that is used in several is
+    what its first use says. Masks are computed and weights are packed once a parameter, and kept as
+    long as it lives: graph breaks and recompilations find the same ones. A parameter that was
+    edited in place gets new ones when its graph is compiled again; until then what was compiled
+    sees none of the edit.
 
     Args:
         graph: from Dynamo.
@@ -116,41 +124,49 @@ def _check_inference(example_inputs: Sequence[Any]) -> None:
         )
 
 
+class _Asked(NamedTuple):
+    """What a mapping asks of one weight, with the roles of its axes."""
+
+    config: SparsityConfig
+    roles: tuple[Role, ...]
+
+
 class _Known:
-    """What was computed for one parameter, as it is since its last edit.
+    """What was computed for one parameter, with the values that it has.
 
     Attributes:
-        version: of the parameter, which counts its edits.
+        values: a checksum of these. Autograd counts edits, too, but neither those through `.data`
+            nor any of a tensor that was made under `torch.inference_mode()`.
     """
 
-    def __init__(self, version: int) -> None:
-        self.version = version
-        self._masks: dict[str, Tensor] = {}
-        self._dense: dict[str, Tensor] = {}
-        self._packed: dict[tuple[str, str], LoweredLinear] = {}
+    def __init__(self, values: int) -> None:
+        self.values = values
+        self._masks: dict[_Asked, Tensor] = {}
+        self._dense: dict[_Asked, Tensor] = {}
+        self._packed: dict[tuple[_Asked | None, str, str], LoweredLinear] = {}
 
-    def masked(self, config: SparsityConfig, roles: Sequence[Role], weight: Tensor) -> Tensor:
+    def masked(self, asked: "_Asked", weight: Tensor) -> Tensor:
         """The weight with what its mask prunes set to zero."""
-        if (dense := self._dense.get(str(config))) is not None:
+        if (dense := self._dense.get(asked)) is not None:
             return dense
-        if (packed := self._masks.get(str(config))) is None:
-            tiling = config.pattern.tiling(weight.shape, roles)
-            keep = compute_mask(weight.detach(), tiling, config.level, Rank.MAGNITUDE)
-            packed = self._masks[str(config)] = pack_bits(keep)
+        if (packed := self._masks.get(asked)) is None:
+            tiling = asked.config.pattern.tiling(weight.shape, asked.roles)
+            keep = compute_mask(weight.detach(), tiling, asked.config.level, Rank.MAGNITUDE)
+            packed = self._masks[asked] = pack_bits(keep)
         keep = unpack_bits(packed, weight.shape).to(weight.device)
         return torch.where(keep, weight.detach(), weight.new_zeros(()))
 
-    def keep(self, config: SparsityConfig, masked: Tensor) -> Tensor:
+    def keep(self, asked: "_Asked", masked: Tensor) -> Tensor:
         """Hold on to a masked weight that stays dense, for all graphs."""
-        return self._dense.setdefault(str(config), masked)
+        return self._dense.setdefault(asked, masked)
 
-    def packed(self, plan: Planned, config: SparsityConfig | None) -> LoweredLinear:
+    def packed(self, plan: Planned, asked: "_Asked | None") -> LoweredLinear:
         """The layer that a plan asks for; layers of one weight share its packed parts."""
         assert isinstance(plan.layer, DenseLinear)
         assert plan.choice.packing is not None
         assert isinstance(plan.place, NodePlace)
         place = plan.place
-        key = f"{config} {place.seen.steps} {place.transposed}", plan.choice.packing
+        key = asked, f"{place.seen.steps} {place.transposed}", plan.choice.packing
         layer = plan.choice.packed
         if not isinstance(layer, LoweredLinear) or key in self._packed:
             layer = plan.layer.pack(plan.choice.packing, self._packed.get(key))
@@ -163,30 +179,45 @@ _KNOWN = WeakTensorKeyDictionary()
 
 
 def _known(parameter: Tensor) -> _Known:
-    known = _KNOWN.get(parameter)
-    if known is None or known.version != parameter._version:
-        known = _KNOWN[parameter] = _Known(parameter._version)
+    known, values = _KNOWN.get(parameter), _checksum(parameter)
+    if known is None or known.values != values:
+        known = _KNOWN[parameter] = _Known(values)
     return known
+
+
+def _checksum(tensor: Tensor, start: int = 0) -> int:
+    """CRC-32 of the values of a tensor, or of the tensors that it is made of."""
+    if is_traceable_wrapper_subclass(tensor):  # such as torchao's
+        names, _ = tensor.__tensor_flatten__()
+        for name in names:
+            start = _checksum(getattr(tensor, name), start)
+        return start
+    data = tensor.detach().cpu().contiguous()
+    return zlib.crc32((ctypes.c_char * data.nbytes).from_address(data.data_ptr()), start)
 
 
 def _lowered(
     graph: fx.GraphModule, example_inputs: Sequence[Any], options: BackendOptions
 ) -> fx.GraphModule:
     """The graph, with masks and kernels."""
-    source = compiled_source(graph, example_inputs, options.model)
-    weights = find_weights(graph, tuple(example_inputs), model=options.model)
-    configs: Mapping[str, SparsityConfig] = {}
-    if options.mapping is not None:
-        configs = SparsityMapping.of(options.mapping).resolve(weights, partial=True)
+    owner = compiled_callable() if options.model is None else options.model
+    model = owner if isinstance(owner, nn.Module) else None
+    mapping = None if options.mapping is None else SparsityMapping.of(options.mapping)
+    source = _plainly_named(compiled_source(graph, example_inputs, model))
     parameters = dict(filter(None, map(source, graph.graph.nodes)))
-    masked = {
-        fqn: _known(parameters[fqn]).masked(config, weights[fqn].roles, parameters[fqn])
-        for fqn, config in configs.items()
-    }
+    weights = find_weights(graph, tuple(example_inputs), model=model)
+    selection = Selection.of(owner)
+    selected = selection.take_in(weights, parameters)
+    configs = {} if mapping is None else mapping.resolve(selected, partial=True)
+    asked = {fqn: _Asked(config, selected[fqn].roles) for fqn, config in configs.items()}
+    known = cache(lambda fqn: _known(parameters[fqn]))
+    masked = {fqn: known(fqn).masked(wanted, parameters[fqn]) for fqn, wanted in asked.items()}
 
     def sparse(node: fx.Node) -> tuple[str, Tensor] | None:
         found = source(node)
-        return None if found is None else (found[0], masked.get(*found))
+        if found is None or found[1].dtype == torch.bool:  # a mask selects, and is no weight
+            return None
+        return found[0], masked.get(*found)
 
     planned = choose(
         list(places_by(graph, sparse)), Policy(options.policy), checked_tokens(options.tokens)
@@ -196,41 +227,52 @@ def _lowered(
         if plan.choice.packing is not None:
             fqn = plan.place.fqn
             assert isinstance(plan.place, NodePlace)
-            packed[plan.place] = _known(parameters[fqn]).packed(plan, configs.get(fqn))
+            packed[plan.place] = known(fqn).packed(plan, asked.get(fqn))
     rows = layer_rows(planned, packed, Bytes(), Bytes())
     named = {plan.place.fqn for plan in planned}
     rows += [
         _dense_row(site, parameters[site.fqn]) for site in weights.sites if site.fqn not in named
     ]
-    report = LoweringReport(tuple(rows))
+    report = LoweringReport(tuple(rows), tuple(selection.notes(mapping, model)))
     _log.info("%s", report)
+    for note in report.notes:
+        _log.warning("%s", note)
     if options.report is not None:
         options.report(report)
     # What Dynamo noted on the graph speaks of its inputs alone, and forbids buffers of its own.
     graph = fx.GraphModule(graph, graph.graph)
     graph.meta = {}
     LowerNodes(packed)(graph)
-    _read_masked(graph, source, masked, configs)
+    _read_masked(
+        graph, source, {fqn: partial(known(fqn).keep, asked[fqn], masked[fqn]) for fqn in masked}
+    )
     return graph
 
 
+def _plainly_named(source: Source) -> Source:
+    """The same source, where what lies beneath a parametrization has the name of its weight."""
+
+    def named(node: fx.Node) -> tuple[str, Tensor] | None:
+        found = source(node)
+        return None if found is None else (canonical_fqn(found[0]), found[1])
+
+    return named
+
+
 def _read_masked(
-    graph: fx.GraphModule,
-    source: Source,
-    masked: Mapping[str, Tensor],
-    configs: Mapping[str, SparsityConfig],
+    graph: fx.GraphModule, source: Source, keep: Mapping[str, Callable[[], Tensor]]
 ) -> None:
     """Read masked weights, as constants, in the place of those that still have readers."""
     holder = nn.Module()
     graph.add_module(_MASKED, holder)
-    for node in graph.graph.find_nodes(op="placeholder"):
+    placeholders = graph.graph.find_nodes(op="placeholder")
+    for position, node in enumerate(placeholders):
         found = source(node)
-        if found is None or found[0] not in masked or not node.users:
+        if found is None or found[0] not in keep or not node.users:
             continue
-        fqn, parameter = found
-        name = fqn.replace(".", "_")
-        holder.register_buffer(name, _known(parameter).keep(configs[fqn], masked[fqn]))
-        with graph.graph.inserting_after(graph.graph.find_nodes(op="placeholder")[-1]):
+        name = f"input_{position}"
+        holder.register_buffer(name, keep[found[0]]())
+        with graph.graph.inserting_after(placeholders[-1]):
             new = graph.graph.get_attr(f"{_MASKED}.{name}")
         new.meta = {k: v for k, v in node.meta.items() if k in ("val", "example_value")}
         node.replace_all_uses_with(new)

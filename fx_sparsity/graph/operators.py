@@ -218,8 +218,20 @@ MODULES: dict[type[nn.Module], tuple[str, Axes]] = {
 counts. Each of them calls its weights `weight`, `weight_...` or `..._weight`.
 """
 
-ADDITIONS = frozenset({"add", "add_", "sub", "sub_", "rsub", "cat", "stack", "where"})
+COPIES = frozenset({"copy_", "copy", "setitem"})
+"""Operators that write their last argument into the first."""
+SCATTERS = frozenset({"slice_scatter", "select_scatter", "diagonal_scatter", "as_strided_scatter"})
+"""Operators that return their first argument with the second in a part of it: that which the view
+of the same name shows, without `_scatter`.
+"""
+ADDITIONS = COPIES | SCATTERS | {"add", "add_", "sub", "sub_", "rsub", "cat", "stack", "where"}
 """Consumers that only add a parameter to something, or put it beside something."""
+EMPTY = frozenset(
+    f"{start}{fill}{end}"
+    for fill in ("empty", "zeros", "ones", "full")
+    for start, end in (("new_", ""), ("", "_like"))
+)
+"""Operators that take nothing but shape and dtype from their first argument."""
 NORMALIZATIONS = frozenset(
     {"layer_norm", "native_layer_norm", "rms_norm", "group_norm", "native_group_norm"}
 )
@@ -249,7 +261,13 @@ Elementwise arithmetic is not listed: torch tags it (see `is_elementwise`).
 """
 
 
-_PYTHON_NAMES = {"truediv": "div", "iadd": "add_", "isub": "sub_", "imul": "mul_"}
+_PYTHON_NAMES = {
+    "truediv": "div",
+    "iadd": "add_",
+    "isub": "sub_",
+    "imul": "mul_",
+    "__setitem__": "setitem",
+}
 _TRANSPOSES = ("T", "mT", "H", "mH")
 
 
@@ -278,7 +296,7 @@ def operator_name(node: fx.Node) -> str:
     if isinstance(target, torch._ops.OpOverload):
         return target._schema.name.rpartition("::")[2]
     if node.op == "call_method":
-        return str(target)
+        return _PYTHON_NAMES.get(str(target), str(target))
     if target is getattr and node.args[1] in _TRANSPOSES:
         return str(node.args[1])
     name = getattr(target, "__name__", str(target))
@@ -339,6 +357,18 @@ def writes(node: fx.Node) -> bool:
         return node.target._schema.is_mutable
     name = operator_name(node)
     return name == "setitem" or (name.endswith("_") and not name.endswith("__"))
+
+
+def written(node: fx.Node) -> fx.Node | None:
+    """What a node changes in place: the argument that its schema marks so, or else the first."""
+    if not writes(node):
+        return None
+    target = node.args[0] if node.args else None
+    if isinstance(node.target, torch._ops.OpOverload):
+        arguments = node.target._schema.arguments
+        marked = [a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write]
+        target = bind(node).get(marked[0]) if marked else None
+    return target if isinstance(target, fx.Node) else None
 
 
 def _indices(node: fx.Node) -> tuple[Any, ...]:

@@ -8,7 +8,7 @@ projections, stacked experts and transposed storage; no copy of any data.
 """
 
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +17,9 @@ from torch import Tensor, fx
 
 from fx_sparsity.graph.operators import (
     COMBINATIONS,
+    COPIES,
     SAME_VALUES,
+    SCATTERS,
     Axes,
     bind,
     is_elementwise,
@@ -87,6 +89,10 @@ def follow(node: fx.Node, origins: Origins, constant: bool) -> Iterator[tuple[fx
     elif constant and name in COMBINATIONS:
         for value, origin in _received(node, origins):
             yield value, _combined(node, name, origin, origins)
+    elif constant and name in COPIES:
+        yield from _copied(node, origins)
+    elif constant and name in SCATTERS:
+        yield from _scattered(node, origins)
     elif constant and is_elementwise(node):
         yield from _unbroadcast(node, origins)
 
@@ -115,6 +121,68 @@ def _unbroadcast(node: fx.Node, origins: Origins) -> Iterator[tuple[fx.Node, Ori
     for value, origin in received:
         if isinstance(origin.view, Tensor) and origin.view.shape == result:
             yield value, origin
+
+
+def _copied(node: fx.Node, origins: Origins) -> Iterator[tuple[fx.Node, Origin]]:
+    """What is copied over another tensor, in that one's shape where it is known."""
+    value = node.args[-1]
+    if not isinstance(value, fx.Node):
+        return
+    for origin in origins.get(value, ()):
+        shape = shape_of(node) if operator_name(node) != "setitem" else None
+        if shape is None or origin.through or not isinstance(origin.view, Tensor):
+            yield value, origin
+        else:
+            yield value, replace(origin, view=origin.view.expand(shape))
+
+
+def _scattered(node: fx.Node, origins: Origins) -> Iterator[tuple[fx.Node, Origin]]:
+    """A tensor, and what takes the place of a part of it."""
+    base, source = node.args[:2]
+    assert isinstance(base, fx.Node)
+    assert isinstance(source, fx.Node)
+    for origin in origins.get(base, ()):
+        yield base, replace(origin, exact=False)
+    shape = shape_of(base)
+    region = None if shape is None else replay(node, region_of(shape))
+    for origin in origins.get(source, ()):
+        yield source, placed(origin, region) or mixed(node, origin)
+
+
+def region_of(shape: Sequence[int]) -> Origin:
+    """All of a tensor that is written into."""
+    whole = torch.empty(shape, device="meta")
+    return Origin("", whole, whole)
+
+
+def placed(origin: Origin, region: Origin | None) -> Origin | None:
+    """The origin of a whole tensor into whose `region` a tensor is written.
+
+    Its axes are those of the region, as long as the whole's. None where that is not known.
+    """
+    if origin.through or region is None or region.before is not None:
+        return None
+    view, whole = region.view, region.parameter
+    along = [axes_along(region, dim) for dim in range(whole.ndim)]
+    axes = [axis for found in along for axis in found]
+    try:
+        spread = origin.view.expand(view.shape)
+    except (AttributeError, RuntimeError):
+        return None  # shapes that are not known, or several tensors
+    if len(axes) > len(set(axes)) or any(len(found) > 1 for found in along):
+        return None
+    shape = list(view.shape)
+    for size, found in zip(whole.shape, along, strict=True):
+        for axis in found:
+            shape[axis] = size
+    copy = replace(origin, view=spread).copied(shape)
+    strides = [copy.view.stride(found[0]) if found else 0 for found in along]
+    return replace(copy, view=copy.view.as_strided(whole.shape, strides), exact=False)
+
+
+def mixed(node: fx.Node, origin: Origin) -> Origin:
+    """The origin of what is computed from a parameter by an operator without a row."""
+    return replace(origin, view=None, through=origin.through or operator_name(node))
 
 
 def shape_of(node: fx.Node) -> tuple[int, ...] | None:
@@ -146,7 +214,7 @@ def _pass_on(node: fx.Node, name: str, origin: Origin) -> Origin | None:
         return replace(origin, dequantized=quantized)
     if node.target is operator.getitem and _is_pair(node.args[0]):
         return origin if node.args[1] == 0 else None
-    return _replay(node, name, origin)
+    return replay(node, origin)
 
 
 def _is_pair(node: Any) -> bool:
@@ -154,20 +222,34 @@ def _is_pair(node: Any) -> bool:
     return operator_name(node) == "_weight_norm_interface"
 
 
-def _replay(node: fx.Node, name: str, origin: Origin) -> Origin | None:
-    """Apply a view operator; None where its arguments depend on data."""
+def viewing(node: fx.Node) -> Callable[[Any], Any] | None:
+    """The view that a node takes of its first argument, or writes into.
+
+    None where it depends on data.
+    """
+    name = operator_name(node)
+    given = {"setitem": node.args[1:2], **dict.fromkeys(SCATTERS, node.args[2:])}
+    rest = given.get(name, node.args[1:])
     try:
-        args, kwargs = fx.map_arg((node.args[1:], node.kwargs), lambda arg: _value(arg, name))
+        args, kwargs = fx.map_arg((rest, node.kwargs), lambda arg: _value(arg, name))
     except ValueError:
         return None
+    if name in ("T", "mT", "H", "mH"):
+        return operator.attrgetter(name)
+    target: Any = node.target
+    if name == "setitem":
+        target = operator.getitem
+    elif name in SCATTERS:
+        target = getattr(torch.ops.aten, name.removesuffix("_scatter"))
+    elif node.op == "call_method":
+        return operator.methodcaller(name, *args, **kwargs)
+    return lambda view: target(view, *args, **kwargs)
 
-    def apply(view: Any) -> Any:
-        if name in ("T", "mT", "H", "mH"):
-            return getattr(view, name)
-        if node.op == "call_method":
-            return getattr(view, name)(*args, **kwargs)
-        return node.target(view, *args, **kwargs)  # type: ignore[operator]
 
+def replay(node: fx.Node, origin: Origin) -> Origin | None:
+    """Apply a node's view; None where it depends on data."""
+    if (apply := viewing(node)) is None:
+        return None
     copy = origin.copied(origin.view.shape) if isinstance(origin.view, Tensor) else origin
     for start in (origin, copy):
         try:
@@ -262,7 +344,7 @@ def roles_of_parameter(origin: Origin, axes: Axes) -> tuple[Role, ...] | None:
     single = [by_axis.get(axis, rest) for axis, size in enumerate(view.shape) if size == 1]
     roles: list[Role] = []
     for dim, size in enumerate(parameter.shape):
-        found = {by_axis.get(axis, rest) for axis in _axes_along(origin, dim)}
+        found = {by_axis.get(axis, rest) for axis in axes_along(origin, dim)}
         if len(found) > 1:
             found.discard("batch")
         if len(found) > 1:
@@ -280,7 +362,7 @@ def roles_of_parameter(origin: Origin, axes: Axes) -> tuple[Role, ...] | None:
     return tuple(roles)
 
 
-def _axes_along(origin: Origin, dim: int) -> list[int]:
+def axes_along(origin: Origin, dim: int) -> list[int]:
     """Axes of the view that walk along dimension `dim` of the parameter.
 
     An axis of stride t and size s visits multiples of t below t * s; a dimension of stride u and

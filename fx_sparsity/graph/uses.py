@@ -11,8 +11,10 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fx_sparsity.graph.compiled import returned
+from fx_sparsity.graph.memory import Memory
 from fx_sparsity.graph.operators import (
     ADDITIONS,
+    EMPTY,
     MODULES,
     NORMALIZATIONS,
     OPERATORS,
@@ -21,10 +23,12 @@ from fx_sparsity.graph.operators import (
     is_elementwise,
     operator_name,
     writes,
+    written,
 )
 from fx_sparsity.graph.provenance import (
     Origin,
     follow,
+    mixed,
     origin_of,
     roles_of_parameter,
     shape_of,
@@ -230,22 +234,27 @@ def _uses(
     origins: dict[fx.Node, list[Origin]] = {**seeds}
     dependent = set(inputs)
     results: dict[fx.Node, list[list[Origin]]] = {}
+    memory = Memory()
     for node in graph.nodes:
+        root = memory.meet(node)
+        if root is not node and node.op == "get_attr":
+            origins[node] = list(origins.get(root, ()))
         if node.target is operator.getitem and node.args[0] in results:
             passed_out = results[node.args[0]]
             origins[node] = passed_out[i] if (i := node.args[1]) < len(passed_out) else []
         received = [value for value in node.all_input_nodes if value in origins]
-        constant = dependent.isdisjoint(node.all_input_nodes)
+        constant = dependent.isdisjoint([root, *_read(node)])
         if not constant:
             dependent.add(node)
         if received and _observes(node):
             origins[node] = list(origins[received[0]])
-        elif node.op not in ("call_function", "call_method") or not received or node not in live:
-            continue
-        elif isinstance(node.target, torch._ops.HigherOrderOperator):
-            results[node] = yield from _inside(node, origins, dependent)
-        else:
-            yield from _consumed(node, received, origins, constant)
+        elif node.op in ("call_function", "call_method") and received and node in live:
+            if isinstance(node.target, torch._ops.HigherOrderOperator):
+                results[node] = yield from _inside(node, origins, dependent)
+            else:
+                yield from _consumed(node, received, origins, constant)
+        if written(node) is not None:
+            yield from _write(node, memory, seeds, origins, dependent)
     (returned,) = graph.output_node().args
     values = returned if isinstance(returned, list | tuple) else [returned]
     return [list(origins.get(v, ())) if isinstance(v, fx.Node) else [] for v in values]
@@ -267,15 +276,38 @@ def _consumed(
     rest = [origin for value in received if value not in settled for origin in origins[value]]
     if constant and not is_elementwise(node):
         # Nothing is decided yet: what matters is who consumes the result.
-        origins[node] += [_mixed(node, origin) for origin in rest]
+        origins[node] += [mixed(node, origin) for origin in rest]
     else:
         for origin in rest:
             yield Consumption(node, "", origin, None, constant)
 
 
-def _mixed(node: fx.Node, origin: Origin) -> Origin:
-    """The origin of what is computed from a parameter by an operator without a row."""
-    return replace(origin, view=None, through=origin.through or operator_name(node))
+def _write(
+    node: fx.Node,
+    memory: Memory,
+    seeds: Mapping[fx.Node, list[Origin]],
+    origins: dict[fx.Node, list[Origin]],
+    dependent: set[fx.Node],
+) -> Iterator[Consumption]:
+    """A write in place: all views of what it changes hold what is written from then on."""
+    if node not in dependent:
+        memory.spread(node, origins)
+        return
+    root = memory.root(node)
+    held = origins.get(root, [])
+    for shown in memory.shown(root):
+        # A parameter that is overwritten for good is no activation, but what it is is not known.
+        origins[shown] = [mixed(node, origin) for origin in held] if root in seeds else []
+    dependent.update(memory.shown(root))
+    if root not in seeds:
+        for origin in held:
+            yield Consumption(node, "", origin, None, False)
+
+
+def _read(node: fx.Node) -> list[fx.Node]:
+    """Arguments whose values count."""
+    read = node.all_input_nodes
+    return read[1:] if operator_name(node) in EMPTY else read
 
 
 def _observes(node: fx.Node) -> bool:

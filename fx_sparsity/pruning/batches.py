@@ -1,9 +1,10 @@
 """Calibration batches, the graphs that take them, and the uses of weights in these."""
 
+import copy
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, fx, nn
@@ -15,7 +16,7 @@ from fx_sparsity.graph.discovery import find_weights, read_graph
 from fx_sparsity.graph.example_inputs import ExampleInputs, InputError, call_arguments
 from fx_sparsity.graph.frontends import CaptureError, export_model
 from fx_sparsity.graph.opaque import copied, expanded
-from fx_sparsity.graph.sources import module_source
+from fx_sparsity.graph.sources import module_source, named_tensors
 from fx_sparsity.graph.uses import canonical_fqn, weight_uses
 from fx_sparsity.graph.weight_map import Use, WeightMap
 
@@ -28,7 +29,9 @@ class Batch:
 
     Attributes:
         number: its place among the batches.
-        inputs: as the user gave them.
+        inputs: as the user gave them: a tuple or a dict.
+        args: positional arguments.
+        kwargs: keyword arguments.
         leaves: tensors and other values, in the order of the graph's placeholders; of what is no
             pytree, its tensors.
         spec: how they are nested.
@@ -36,6 +39,8 @@ class Batch:
 
     number: int
     inputs: ExampleInputs
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
     leaves: tuple[Any, ...]
     spec: pytree.TreeSpec
 
@@ -45,9 +50,8 @@ class Batch:
         Raises:
             InputError: whatever the model raises, with its own words.
         """
-        args, kwargs = call_arguments(self.inputs)
         try:
-            return model(*copied(args), **copied(kwargs))
+            return model(*copied(self.args), **copied(self.kwargs))
         except Exception as error:
             raise InputError(
                 f"batch {self.number}: {type(model).__name__} raises "
@@ -72,6 +76,9 @@ def read_batches(model: nn.Module, batches: Iterable[ExampleInputs]) -> list[Bat
     for number, inputs in enumerate(batches):
         args, kwargs = call_arguments(inputs)
         kwargs = dict(sorted(kwargs.items()))
+        inputs = kwargs or args
+        if is_exported(model):
+            args, kwargs = _by_signature(model, args, kwargs)
         leaves, spec = pytree.tree_flatten((expanded(args), expanded(kwargs)))
         for leaf in leaves:
             if isinstance(leaf, Tensor) and devices and leaf.device not in devices:
@@ -79,7 +86,7 @@ def read_batches(model: nn.Module, batches: Iterable[ExampleInputs]) -> list[Bat
                     f"batch {number} has a tensor on {leaf.device}, but the model is on "
                     f"{', '.join(sorted(map(str, devices)))}; move one of them"
                 )
-        read.append(Batch(number, (kwargs or tuple(args)), tuple(leaves), spec))
+        read.append(Batch(number, inputs, args, kwargs, tuple(leaves), spec))
     if not read:
         raise InputError("batches: expected at least one batch of inputs, found none")
     return read
@@ -177,6 +184,41 @@ class Frame(NamedTuple):
         return [use for use in self.uses[0] if use.fqn == fqn] if self.uses else []
 
 
+def is_exported(model: nn.Module) -> TypeGuard[fx.GraphModule]:
+    """Whether a module is that of an exported program: a graph of operators, noted on its inputs.
+
+    Its mode is in its operators.
+    """
+    return (
+        isinstance(model, fx.GraphModule)
+        and hasattr(model.graph._codegen, "pytree_info")
+        and all("val" in node.meta for node in model.graph.find_nodes(op="placeholder"))
+        and not model.graph.find_nodes(op="call_method")
+        and not any(
+            named_tensors(model.get_submodule(str(node.target)))
+            for node in model.graph.find_nodes(op="call_module")
+        )
+    )
+
+
+def _signature(graph: fx.GraphModule) -> Any:
+    """Names and nesting of the inputs of an exported program's module."""
+    return graph.graph._codegen.pytree_info  # type: ignore[attr-defined]
+
+
+def _by_signature(
+    graph: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of a call, those that were positional or named at the export like there."""
+    signature = _signature(graph)
+    positional = signature.orig_args[: signature.in_spec.child(0).num_children]
+    if not args:
+        args = tuple(kwargs[name] for name in positional if name in kwargs)
+        kwargs = {name: value for name, value in kwargs.items() if name not in positional}
+    order = {name: place for place, name in enumerate(signature.orig_args)}
+    return args, dict(sorted(kwargs.items(), key=lambda item: order.get(item[0], len(order))))
+
+
 def capture(model: nn.Module, batches: Sequence[Batch], dynamic_shapes: Any = None) -> Frame:
     """Graphs of a model for all batches, and the uses of its weights in them.
 
@@ -190,7 +232,15 @@ def capture(model: nn.Module, batches: Sequence[Batch], dynamic_shapes: Any = No
 
     Raises:
         InputError: the model rejects a batch.
+        ValueError: `dynamic_shapes` of a graph, which has its shapes already.
     """
+    if is_exported(model):
+        if dynamic_shapes is not None:
+            raise ValueError("dynamic_shapes: a graph has the shapes that it was exported with")
+        graph = _taking(model, batches)
+        weights = read_graph(model, graph)
+        captured = [Captured(graph, tuple(batches))]
+        return Frame(model, weights, captured, [find_uses(graph, weights)], "its own graph")
     try:
         captured = capture_graphs(model, batches, dynamic_shapes)
     except CaptureError as error:
@@ -202,6 +252,40 @@ def capture(model: nn.Module, batches: Sequence[Batch], dynamic_shapes: Any = No
     uses = [find_uses(found.graph, weights) for found in captured]
     count = len(captured)
     return Frame(model, weights, captured, uses, f"{count} graph{'' if count == 1 else 's'}")
+
+
+def _taking(model: fx.GraphModule, batches: Sequence[Batch]) -> fx.GraphModule:
+    """A copy of a graph, which shares its tensors, and stays as it is when that one is masked.
+
+    Raises:
+        InputError: it does not take one of the batches.
+    """
+    expected = _signature(model).in_spec
+    for batch in batches:
+        if batch.spec != expected or not _fits(model, batch):
+            given = ", ".join(map(_form, batch.leaves))
+            noted = ", ".join(
+                f"{node.name} {_form(node.meta['val'])}"
+                for node in model.graph.find_nodes(op="placeholder")
+            )
+            raise InputError(
+                f"batch {batch.number}: the graph takes {noted}; the batch is {given}. "
+                "Export it with these shapes, or with dynamic ones"
+            )
+    graph = over_same_tensors(model)
+    OpenBlocks()(graph)
+    return graph
+
+
+def over_same_tensors(model: fx.GraphModule) -> fx.GraphModule:
+    """A copy of a graph, over the very parameters and buffers."""
+    return copy.deepcopy(model, {id(tensor): tensor for _, tensor in named_tensors(model)})
+
+
+def _form(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+    return repr(value)
 
 
 def capture_graphs(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fx_sparsity.graph.operators import OPERATORS, bind
-from fx_sparsity.pruning.batches import Batch, Frame
+from fx_sparsity.pruning.batches import Batch, Frame, is_exported, over_same_tensors
 from fx_sparsity.pruning.plan import Plan
 
 
@@ -47,6 +47,8 @@ def estimate_batch_norms(model: nn.Module, batches: Sequence[Batch]) -> int:
     Returns:
         How many batch norms there were.
     """
+    if is_exported(model):
+        return _estimate_in_graph(model, batches)
     kinds = (nn.modules.batchnorm._BatchNorm,)
     norms = [m for m in model.modules() if isinstance(m, kinds) and m.running_mean is not None]
     if not norms:
@@ -62,4 +64,25 @@ def estimate_batch_norms(model: nn.Module, batches: Sequence[Batch]) -> int:
     finally:
         for norm, momentum, training in before:
             norm.momentum, norm.training = momentum, training
+    return len(norms)
+
+
+def _estimate_in_graph(model: fx.GraphModule, batches: Sequence[Batch]) -> int:
+    """The same where batch norms are operators: in a copy of the graph they train."""
+    graph = over_same_tensors(model)
+    norms = graph.graph.find_nodes(
+        op="call_function", target=torch.ops.aten.batch_norm.default, sort=False
+    )
+    norms = [node for node in norms if isinstance(bind(node)["running_mean"], fx.Node)]
+    for count, batch in enumerate(batches if norms else (), 1):
+        for node in norms:
+            node.update_arg(5, True)  # training
+            node.update_arg(6, 1 / count)  # momentum of a plain mean
+        graph.recompile()
+        batch.call(graph)
+    for node in norms:
+        path, _, _ = str(bind(node)["running_mean"].target).rpartition(".")
+        counter = getattr(graph.get_submodule(path), "num_batches_tracked", None)
+        if counter is not None:
+            counter.fill_(len(batches))
     return len(norms)

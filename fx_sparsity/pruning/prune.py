@@ -8,13 +8,16 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
+from torch.export import ExportedProgram
 
 from fx_sparsity.graph.example_inputs import ExampleInputs
 from fx_sparsity.graph.mapping import MappingLike, SparsityMapping
+from fx_sparsity.graph.passes import is_mask_name
 from fx_sparsity.progress import progress as show_progress
+from fx_sparsity.pruning import programs
 from fx_sparsity.pruning.allocate import Measuring, allocate
 from fx_sparsity.pruning.allocation import Allocation, MeasuredAllocation
-from fx_sparsity.pruning.batches import capture, check_forms, read_batches
+from fx_sparsity.pruning.batches import capture, check_forms, is_exported, read_batches
 from fx_sparsity.pruning.bias import estimate_batch_norms, find_biases
 from fx_sparsity.pruning.calibration import Calibration
 from fx_sparsity.pruning.gradients import Loss, collect_gradients
@@ -25,7 +28,7 @@ from fx_sparsity.pruning.report import PruningReport
 from fx_sparsity.sparsifier import Mask
 
 _log = logging.getLogger(__name__)
-_Model = TypeVar("_Model", bound=nn.Module)
+_Model = TypeVar("_Model", bound=nn.Module | ExportedProgram)
 GRADIENTS: frozenset[Statistic] = frozenset({"gradient", "gradient_norm"})
 
 
@@ -100,9 +103,13 @@ def prune(
         >>> [(row.fqn, row.pattern, row.tokens) for row in report.rows]
         [('0.weight', '2:4', 64), ('2.weight', '2:4', 64)]
     """
-    store = MaskStore(model, sparsifier)
     options = PruneOptions(sequential, dynamic_shapes, loss, allocation, correct_bias, progress)
-    return model, calibrate(model, sparsifier, batches, mapping, store, options)
+    module = programs.begin(model, sparsifier) if isinstance(model, ExportedProgram) else model
+    store = MaskStore(module, sparsifier)
+    report = calibrate(module, sparsifier, batches, mapping, store, options)
+    if isinstance(model, ExportedProgram):
+        return programs.finish(model, module), report  # type: ignore[return-value]
+    return model, report
 
 
 class PruneOptions(NamedTuple):
@@ -238,10 +245,12 @@ def _note(error: BaseException, pruner: Pruner, store: Store) -> None:
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode and a random state of its own, with operators that show their weights."""
-    training = [module for module in model.modules() if module.training]
+    graph = is_exported(model)
+    training = [] if graph else [module for module in model.modules() if module.training]
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
-    model.eval()
+    if not graph:
+        model.eval()
     try:
         with torch.random.fork_rng():
             yield
@@ -255,7 +264,11 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 def _buffers_kept(model: nn.Module) -> Iterator[None]:
     """Buffers that the model writes when it runs are put back; masks are not among them."""
     masks = {id(b) for m in model.modules() if isinstance(m, Mask) for b in m.buffers()}
-    before = [(b, b.clone()) for b in model.buffers() if id(b) not in masks]
+    before = [
+        (buffer, buffer.clone())
+        for name, buffer in model.named_buffers()
+        if id(buffer) not in masks and not is_mask_name(name)
+    ]
     try:
         yield
     finally:

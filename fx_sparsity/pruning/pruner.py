@@ -5,12 +5,14 @@ from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from fx_sparsity.errors import FxSparsityError
+from fx_sparsity.graph.passes import InsertMasks
 from fx_sparsity.graph.prepare import mask_one_by_one
 from fx_sparsity.graph.weight_inputs import WeightInputs
 from fx_sparsity.graph.weight_map import WeightMap
+from fx_sparsity.pruning.batches import is_exported
 from fx_sparsity.pruning.collect import Collector
 from fx_sparsity.pruning.gradients import Gradients
 from fx_sparsity.pruning.methods import CalibratedSparsifier, Solution, Statistic, Statistics
@@ -18,6 +20,8 @@ from fx_sparsity.pruning.methods.statistics import relative_error
 from fx_sparsity.pruning.methods.where import select
 from fx_sparsity.pruning.plan import Plan
 from fx_sparsity.pruning.report import PrunedWeight
+from fx_sparsity.sparsifier import Mask
+from fx_sparsity.sparsifier.target import graph_mask
 
 DONE = "calibrated"
 """Counter in a sparsifier's state of a weight that has been pruned."""
@@ -329,7 +333,19 @@ class MaskStore:
         """See `Store.begin`."""
         self._weights, self._plans, self._tensors = weights, plans, tensors
         if self._sparsifier.model is None and self._sparsifier.names:
+            if is_exported(self._model):
+                self._select_in_graph(self._model)
             self._sparsifier.attach(self._model)
+
+    def _select_in_graph(self, model: fx.GraphModule) -> None:
+        """Put masks of ones where the sparsifier's own are to go; elsewhere `attach` does."""
+        masks: dict[str, Mask] = {}
+        for fqn in self._sparsifier.names:
+            if fqn in self._weights and graph_mask(model, fqn) is None:
+                ones = torch.ones(self._weights[fqn].shape, dtype=torch.bool)
+                mask = Mask(ones.to(model.get_parameter(fqn).device))
+                masks |= dict.fromkeys(self._weights[fqn].names, mask)
+        InsertMasks(masks)(model)
 
     def read(self, fqn: str, tensor: Tensor) -> Tensor:
         """See `Store.read`: through its mask, where it has one."""

@@ -89,7 +89,8 @@ def compiled_source(
         example_inputs: what the backend received with the Dynamo graph.
         model: tells the names, by identity: of the inputs, or of what AOTAutograd faked. Without it
             they are read off Dynamo's notes, as far as these lead to a module; other parameters go
-            by the name of their node.
+            by the name of their node, as do those of a second module that a function calls, where
+            the first has the same names.
     """
     placeholders = gm.graph.find_nodes(op="placeholder")
     position = {node: input_position(node, i) for i, node in enumerate(placeholders)}
@@ -97,6 +98,7 @@ def compiled_source(
     named = {id(tensor): fqn for fqn, tensor in reversed(tensors.items())}
     faked = fake_names(gm, tensors)
     attribute = module_source(gm)
+    noted = _noted_names(placeholders)
 
     def source(node: fx.Node) -> tuple[str, Tensor] | None:
         if node not in position:
@@ -108,7 +110,7 @@ def compiled_source(
         if model is None:
             tensor = node.meta.get("val") if tensor is None else tensor
             unnamed = node.name if isinstance(tensor, nn.Parameter) else None
-            fqn = input_target(node) or source_target(node) or unnamed
+            fqn = input_target(node) or noted.get(node, unnamed)
         else:
             # What was added to the graph, such as a mask, keeps the name that it has there.
             fqn = named.get(id(tensor)) or faked.get(fake_place(node)) or input_target(node)
@@ -116,6 +118,16 @@ def compiled_source(
         return (fqn, tensor) if fqn is not None and isinstance(tensor, Tensor) else None
 
     return source
+
+
+def _noted_names(placeholders: Sequence[fx.Node]) -> dict[fx.Node, str]:
+    """The names that Dynamo noted; one that two tensors have is that of the first."""
+    first = {source_target(node): node for node in reversed(placeholders)}
+    return {
+        node: fqn if first[fqn] is node else node.name
+        for node in placeholders
+        if (fqn := source_target(node)) is not None
+    }
 
 
 def named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:

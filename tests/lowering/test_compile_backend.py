@@ -348,6 +348,21 @@ def test_a_model_made_under_inference_mode(masks, mode):
 
 
 @pytest.mark.parametrize("policy", ["always", {nn.Module: None}])
+def test_a_function_may_call_modules_with_the_same_names(policy):
+    modules = [nn.Linear(32, 32), nn.Linear(32, 16), nn.Linear(16, 32)]
+
+    def function(x):
+        for module in modules:
+            x = module(x)
+        return x
+
+    reports = []
+    result = compile_with(function, reports, policy=policy, mapping="2:4")(X)
+    torch.testing.assert_close(result, masked(nn.Sequential(*modules), X, "2:4")(X))
+    assert len(reports[0]) == 3
+
+
+@pytest.mark.parametrize("policy", ["always", {nn.Module: None}])
 def test_names_that_differ_by_a_dot_alone(policy):
     class Close(nn.Module):
         def __init__(self):

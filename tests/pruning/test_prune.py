@@ -319,7 +319,11 @@ REFUSED = {
     "no scalar": (None, Fisher, None, {"loss": lambda y, b: y}, "expected a finite scalar"),
     "nan weight": (nan_weight, TinyWanda, None, {}, "2.weight contains NaN"),
     "memory": (shared_memory, TinyWanda, None, {}, "shares memory with"),
-    "parametrized": (parametrized, TinyWanda, None, {}, "parametrized by Identity"),
+    "parametrized": (
+        *(parametrized, TinyWanda, None),
+        {"mapping": SparsityMapping().set_module_name("2", "unstructured 50%")},
+        "parametrized by Identity",
+    ),
     "unknown name": (
         *(None, TinyWanda, None),
         {"mapping": SparsityMapping().set_module_name("9", "2:4")},

@@ -189,7 +189,7 @@ class BaseSparsifier(SparsifierCore):
         self.groups = [g for g in self.groups if g["tensor_fqn"] not in names]
         self.groups += [placement.group for placement in placements]
         self.model = model
-        guard(model)
+        guard(model, self)
 
     def attach(self, model: nn.Module) -> None:
         """Bind a detached sparsifier to a model that has its weights.
@@ -403,7 +403,7 @@ class BaseSparsifier(SparsifierCore):
             for group in groups
         ]
         self.model = model
-        guard(model)
+        guard(model, self)
 
     def _find_target(
         self, model: nn.Module, owners: Owners, name: str, mask: Tensor, squashed: bool

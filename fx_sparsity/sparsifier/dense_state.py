@@ -25,6 +25,24 @@ def dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
+def original_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The state to go on training with: plain keys, the values beneath the masks, and the masks.
+
+    Loaded into the masked model, everything is as it was; a model without masks finds dense
+    weights, and passes over the masks, without `strict`. The mask of a tied weight is there once.
+    """
+    masked = _masked(model)
+    state: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for key, value in model.state_dict().items():
+        if _belongs_to_mask(key, masked):
+            if value.data_ptr() in seen:
+                continue
+            seen.add(value.data_ptr())
+        state[masked[key][0] if key in masked else key] = value
+    return state
+
+
 def load_dense_state_dict(
     model: nn.Module, state: Mapping[str, Tensor], strict: bool = True
 ) -> Any:

@@ -1,26 +1,40 @@
 """What a `transformers` model may not do, or need not do, while its masks are on."""
 
+import logging
+import weakref
+from pathlib import Path
 from types import MethodType
 from typing import Any
 
+import torch
 from torch import nn
 
+from fx_sparsity.sparsifier.dense_state import original_state_dict
 from fx_sparsity.sparsifier.mask import Mask
 from fx_sparsity.sparsifier.utils import fqn_to_module
 
+SPARSIFIER = "sparsifier.pt"
+"""Name of the file with the sparsifier's state, beside a model that was saved with its masks on."""
+_log = logging.getLogger(__name__)
 _GUARDED = ("save_pretrained", "tie_weights")
 
 
-def guard(model: nn.Module) -> None:
+def guard(model: nn.Module, sparsifier: Any) -> None:
     """Put guards on every module that saves itself to a hub's format.
 
-    `save_pretrained` would write the parametrizations' keys, which nothing could load: unless it is
-    given a plain state, it raises and says what to do. `tie_weights` looks for parameters that are
+    `save_pretrained` would write the parametrizations' keys, which nothing could load. It writes
+    what training goes on with instead: the originals beneath the masks, under their plain names,
+    the masks beside them, and the sparsifier's state. `tie_weights` looks for parameters that are
     beneath masks now; ties hold anyway, since a tied weight has one mask on every alias.
+
+    Args:
+        model: that has masks.
+        sparsifier: whose masks they are; not kept alive.
     """
     for module in model.modules():
         if all(callable(getattr(type(module), name, None)) for name in _GUARDED):
-            vars(module)["save_pretrained"] = MethodType(_save_pretrained, module)
+            save = _Save(weakref.ref(module), weakref.ref(sparsifier))
+            vars(module)["save_pretrained"] = save
             vars(module)["tie_weights"] = MethodType(_tie_weights, module)
 
 
@@ -36,14 +50,42 @@ def _masked(module: nn.Module) -> bool:
     return any(isinstance(child, Mask) for child in module.modules())
 
 
-def _save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
-    if _masked(self) and kwargs.get("state_dict") is None:
-        raise RuntimeError(
-            "save_pretrained: the model's masks are still on, and their keys would not load "
-            "anywhere; call squash(model, sparsifier) first, or pass "
-            "state_dict=dense_state_dict(model)"
+class _Save:
+    """`save_pretrained` of a model whose masks are on."""
+
+    def __init__(self, model: Any, sparsifier: Any) -> None:
+        self._model, self._sparsifier = model, sparsifier
+        self._said = False
+
+    def __call__(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        model, sparsifier = self._model(), self._sparsifier()
+        if not _masked(model) or kwargs.get("state_dict") is not None:
+            return type(model).save_pretrained(model, save_directory, *args, **kwargs)
+        level = logging.DEBUG if self._said else logging.WARNING
+        self._said = True
+        _log.log(
+            level,
+            "%s holds what training goes on with: weights as they are beneath the masks, and the "
+            "masks. For a sparse model call squash(model, sparsifier) first",
+            save_directory,
         )
-    return type(self).save_pretrained(self, *args, **kwargs)
+        kwargs["state_dict"] = original_state_dict(model)
+        result = type(model).save_pretrained(model, save_directory, *args, **kwargs)
+        if sparsifier is not None:
+            torch.save(sparsifier.state_dict(), Path(save_directory) / SPARSIFIER)
+        return result
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Save":
+        # A copy of the model saves itself; its sparsifier, if it gets one, guards it anew.
+        model = memo.get(id(self._model()), self._model())
+        return _Save(weakref.ref(model), self._sparsifier)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _nothing, ()
+
+
+def _nothing() -> None:
+    """What a guard is when it was pickled: parametrized modules are not, but copies may be."""
 
 
 def _tie_weights(self: Any, *args: Any, **kwargs: Any) -> Any:

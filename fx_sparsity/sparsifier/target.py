@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize
 
 from fx_sparsity.errors import FxSparsityError
 from fx_sparsity.sparsifier.mask import GRAPH_MASKS, Mask
+from fx_sparsity.sparsifier.plain_keys import refuse_plain_keys, take_plain_keys
 
 Owners = dict[int, list[tuple[nn.Module, str]]]
 """Identity of a tensor -> every (module, attribute) that holds it."""
@@ -80,9 +81,11 @@ class Target:
                     self._followers[id(module), attribute] = names[names.index(attribute) + 1 :]
                 parametrize.register_parametrization(module, attribute, self.mask)
                 done.append((module, attribute))
+                take_plain_keys(module)
         except BaseException:
             for module, attribute in done:
                 parametrize.remove_parametrizations(module, attribute, leave_parametrized=False)
+                refuse_plain_keys(module)
             raise
 
     def detach(self) -> None:
@@ -93,6 +96,7 @@ class Target:
             if mask_on(module, attribute) is not self.mask:
                 continue  # taken off through another sparsifier that shares it
             parametrize.remove_parametrizations(module, attribute, leave_parametrized=False)
+            refuse_plain_keys(module)
             _put_before(module, attribute, self._followers.pop((id(module), attribute), []))
 
     def check_detachable(self) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, overload
 
-from torch import nn
+from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from fx_sparsity.errors import FxSparsityError
@@ -43,6 +43,10 @@ class VerifiedWeight:
             stores only a part; None without a pattern.
         max_change: largest change of a kept value against quantizing alone; None as for `extra`.
         obstacle: what keeps the stored value from being what the consumer reads; empty as a rule.
+        not_finite: kept values that are NaN or infinite, or become so by their scale.
+        emptied: rows of codes that are all zero though the mask keeps some of them; the weight as
+            a whole where its rows share a scale. Only counted where there is nothing to compare
+            with, which would tell in `extra`.
     """
 
     fqn: str
@@ -61,6 +65,8 @@ class VerifiedWeight:
     pattern_holds: bool | None
     max_change: float | None
     obstacle: str = ""
+    not_finite: int = 0
+    emptied: int = 0
 
     @property
     def sparsity(self) -> float:
@@ -85,6 +91,10 @@ class VerifiedWeight:
         if self.zero_dequantized < self.zero_in_code:
             count = self.zero_in_code - self.zero_dequantized
             faults.append(f"{count} zero codes do not dequantize to zero: scales are not finite")
+        if self.not_finite:
+            faults.append(f"{self.not_finite} kept values are NaN or infinite")
+        if self.emptied:
+            faults.append(f"{self.emptied} rows that should keep values are all zero")
         if self.extra:
             faults.append(f"{self.extra} zeros more than asked for")
         if self.pattern_holds is False:
@@ -102,8 +112,11 @@ class Verification(Report, Sequence[VerifiedWeight]):
 
     @property
     def ok(self) -> bool:
-        """Whether no row has a fault."""
-        return not any(row.faults for row in self.rows)
+        """Whether there is something to verify, and no row has a fault; also its truth value."""
+        return bool(self.rows) and not any(row.faults for row in self.rows)
+
+    def __bool__(self) -> bool:
+        return self.ok
 
     @property
     def share(self) -> float:
@@ -115,8 +128,11 @@ class Verification(Report, Sequence[VerifiedWeight]):
         """Return self, or raise.
 
         Raises:
-            SparsityLostError: naming every weight with a fault, and the fault.
+            SparsityLostError: naming every weight with a fault, and the fault; or there is no
+                weight to verify.
         """
+        if not self.rows:
+            raise SparsityLostError("there is no weight to verify: the record is empty")
         lost = [f"{row.fqn}: {', '.join(row.faults)}" for row in self.rows if row.faults]
         if lost:
             raise SparsityLostError("\n".join(lost))
@@ -321,18 +337,22 @@ def _row(
     keep = weight.seen(mask.keep).to(device)
     extra: int | None = None
     max_change: float | None = None
-    zero_total = zero_in_code = zero_dequantized = 0
+    zero_total = zero_in_code = zero_dequantized = not_finite = emptied = 0
     if not weight.obstacle:
         zeros, values = weight.zeros(), weight.dequantize()
         zero_total = int(zeros.count_nonzero())
         zero_in_code = int((zeros & ~keep).count_nonzero())
         zero_dequantized = int(((values == 0) & ~keep).count_nonzero())
+        not_finite = int((~values.isfinite() & keep).count_nonzero())
         if alone is not None and not alone.obstacle:
             extra = int((zeros & keep & ~alone.zeros()).count_nonzero())
             change = (values - alone.dequantize()).abs()[keep]
             max_change = float(change.max()) if change.numel() else 0.0
         elif not weight.quantized:
             extra = int((zeros & keep & ~weight.seen(mask.kept_zeros).to(device)).count_nonzero())
+        else:
+            nonzero = keep & ~weight.seen(mask.kept_zeros).to(device)
+            emptied = _emptied(zeros, nonzero, weight.scale)
     return VerifiedWeight(
         fqn=fqn,
         where=weight.where,
@@ -350,4 +370,17 @@ def _row(
         pattern_holds=holds,
         max_change=max_change,
         obstacle=weight.obstacle,
+        not_finite=not_finite,
+        emptied=emptied,
     )
+
+
+def _emptied(zeros: Tensor, nonzero: Tensor, scale: Tensor | None) -> int:
+    """Rows that are all zero though some of their elements were not; see `VerifiedWeight`.
+
+    A scale of its own gives the largest value of a row a code that is not zero.
+    """
+    by_row = scale is not None and scale.ndim > 1 and scale.shape[0] == len(zeros)
+    rows = len(zeros) if by_row else 1
+    empty = zeros.reshape(rows, -1).all(1) & nonzero.reshape(rows, -1).any(1)
+    return int(empty.count_nonzero())

@@ -154,7 +154,7 @@ def test_models_pruned_by_torch_are_taken_over():
         take_over_pruned(model, fxs.WeightNormSparsifier())
 
 
-def test_transformers_models_save_and_tie(tmp_path):
+def test_transformers_models_save_and_tie(tmp_path, caplog):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -175,8 +175,9 @@ def test_transformers_models_save_and_tie(tmp_path):
     expected = model(**inputs).logits
     model.tie_weights()
     assert torch.equal(model(**inputs).logits, expected)
-    with pytest.raises(RuntimeError, match=r"call squash\(model, sparsifier\) first"):
+    with caplog.at_level("WARNING"):
         model.save_pretrained(tmp_path)
+    assert "call squash(model, sparsifier) first" in caplog.text
     model.save_pretrained(tmp_path / "live", state_dict=dense_state_dict(model))
     model, _ = fxs.squash(model, sparsifier)
     model.save_pretrained(tmp_path / "squashed")

@@ -173,7 +173,7 @@ def test_a_scale_that_is_not_finite():
         mapping=fxs.SparsityMapping().set_global("2:4"),
     )
     fault = "4 zero codes do not dequantize to zero: scales are not finite"
-    assert faults(verification) == {"0.weight": (fault,)}
+    assert faults(verification) == {"0.weight": (fault, "4 kept values are NaN or infinite")}
 
 
 def test_compiled_exported_and_stale_models():

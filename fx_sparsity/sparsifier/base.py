@@ -45,6 +45,10 @@ _Entry = tuple[Tensor, bool, dict[str, Any]]
 """What is kept of one weight: its mask, whether it is squashed, and counters."""
 
 
+def _reduces_gradients(module: nn.Module) -> bool:
+    return isinstance(module, nn.parallel.DistributedDataParallel)
+
+
 class BaseSparsifier(SparsifierCore):
     """Base class of every sparsifier that works on a model. Override `update_mask`.
 
@@ -132,6 +136,7 @@ class BaseSparsifier(SparsifierCore):
                 "prepare this model with a fresh one"
             )
         owners = owners_by_identity(model)
+        parallel = next(filter(_reduces_gradients, model.modules()), None)
         planned: dict[str, Placement] = {}
         seen: dict[int, str] = {}
         for entry in config:
@@ -145,6 +150,11 @@ class BaseSparsifier(SparsifierCore):
                 )
             seen[id(tensor)] = name
             self._check_entry(name, tensor, group, first)
+            if parallel is not None and present is None:
+                raise MaskError(
+                    f"{name} is in a {type(parallel).__name__} already, which knows its parameters "
+                    "by name: put the masks on first, then wrap the model"
+                )
             mask = present or Mask(torch.ones_like(tensor) if first is None else first)
             target = Target(name, owners[id(tensor)], mask, in_graph is not None)
             planned[name] = Placement(group, target, present is None, first)

@@ -31,7 +31,7 @@ def read_weights(model: nn.Module | ExportedProgram) -> list[StoredWeight]:
     """
     if isinstance(model, ExportedProgram):
         model = model.module()
-    model = getattr(model, "_orig_mod", model)  # what torch.compile wrapped
+    model = _unwrapped(model)
     stored = [weight for read in READERS for weight in read(model)]
     known = {name for weight in stored for name in (weight.where, *weight.made_of)}
     rest = [weight for weight in _read_float(model) if weight.where not in known]
@@ -49,6 +49,17 @@ def read_weights(model: nn.Module | ExportedProgram) -> list[StoredWeight]:
     calls = tuple(f"{node.target}." for node in model.graph.find_nodes(op="call_module"))
     stored += [replace(weight, incidental=True) for weight in rest if weight.where in reads]
     return stored + [weight for weight in rest if weight.where.startswith(calls)]
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """What torch.compile, or a wrapper for several devices, was given."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
 
 
 def _of_the_place(model: nn.Module, stored: list[StoredWeight]) -> list[StoredWeight]:

@@ -198,7 +198,12 @@ def _train_in_parallel(rank, folder):
     train(parallel, (torch.randn(4, 8),), optimizer, steps=5)
     sparsifier.step()
     train(parallel, (torch.randn(4, 8),), optimizer, steps=5)
-    model, record = fxs.squash(model, sparsifier)
+    wrapped = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Linear(8, 8)))
+    with pytest.raises(MaskError, match="put the masks on first, then wrap the model"):
+        fxs.WeightNormSparsifier().prepare(wrapped)
+    assert not nn.utils.parametrize.is_parametrized(wrapped.module[0])
+    _, record = fxs.squash(parallel, sparsifier)
+    fxs.verify(parallel, record).raise_if_lost()
     fxs.verify(model, record).raise_if_lost()
     torch.save(model.state_dict(), folder / f"{rank}.pt")
     dist.destroy_process_group()

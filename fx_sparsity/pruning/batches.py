@@ -170,7 +170,8 @@ class Frame(NamedTuple):
         weights: of the model.
         captured: graphs; none where no graph can be captured.
         uses: of the weights, graph by graph.
-        reason: how the statistics come about.
+        reason: which graphs there are, or why none.
+        error: why no graph can be captured.
     """
 
     model: nn.Module
@@ -178,6 +179,7 @@ class Frame(NamedTuple):
     captured: Sequence[Captured]
     uses: Sequence[Sequence[GraphUse]]
     reason: str
+    error: CaptureError | None = None
 
     def uses_of(self, fqn: str) -> list[GraphUse]:
         """Uses of one weight in the first graph; none where there is no graph."""
@@ -244,10 +246,9 @@ def capture(model: nn.Module, batches: Sequence[Batch], dynamic_shapes: Any = No
     try:
         captured = capture_graphs(model, batches, dynamic_shapes)
     except CaptureError as error:
-        _log.warning("statistics of all weights are taken at once: %s", error)
         weights = find_weights(model, batches[0].inputs)
         cause = type(error.__cause__ or error).__name__
-        return Frame(model, weights, (), (), f"no graph ({cause}), the running model was observed")
+        return Frame(model, weights, (), (), f"no graph ({cause})", error)
     weights = read_graph(model, captured[0].graph)
     uses = [find_uses(found.graph, weights) for found in captured]
     count = len(captured)

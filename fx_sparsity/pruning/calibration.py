@@ -1,9 +1,15 @@
-"""The inputs of all weights: batches walk through the graphs, or the running model is observed."""
+"""The inputs of all weights: batches walk through the graphs, or the running model is observed.
+
+What is observed is the whole model at once, or its repeated blocks in turn.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from torch import nn
+
 from fx_sparsity.pruning.batches import Batch, Captured, Frame, canonical_names
 from fx_sparsity.pruning.bias import fits
+from fx_sparsity.pruning.blocks import Stages, describe, find_blocks
 from fx_sparsity.pruning.observe import observe
 from fx_sparsity.pruning.plan import shared_inputs
 from fx_sparsity.pruning.pruner import CalibrationError, Pruner, Store
@@ -20,6 +26,10 @@ class Calibration:
         batches: all of them.
         sequential: whether the batches go on with what the pruned weights before give out.
 
+    Attributes:
+        sequential: whether they do.
+        reason: how the inputs come about.
+
     Raises:
         CalibrationError: graphs that use the weights in different orders.
     """
@@ -33,10 +43,17 @@ class Calibration:
         sequential: bool = True,
     ) -> None:
         self._frame, self._pruner, self._batches = frame, pruner, batches
-        self._sequential = sequential
         self._walks: list[Walk] = []
+        self._blocks: list[nn.Module] = []
+        self.sequential, self.reason = sequential, frame.reason if sequential else "asked for"
         if pruner.plans and frame.captured:
             self._walks = self._through_graphs(store)
+        if not frame.captured:
+            self._blocks = find_blocks(frame.model, pruner.weights.values()) if sequential else []
+            self.sequential = bool(self._blocks)
+            in_turn = f"{describe(self._blocks)} in turn"
+            how = in_turn if self._blocks else "the running model was observed"
+            self.reason = f"{frame.reason}, {how}"
 
     @property
     def activation_bytes(self) -> int:
@@ -45,9 +62,9 @@ class Calibration:
 
     def __iter__(self) -> Iterator[str]:
         if not self._frame.captured:
-            return self._observed()
+            return self._in_turn() if self._blocks else self._observed()
         steps = (fqns[0] for fqns in zip(*self._walks, strict=True))
-        return steps if self._sequential else iter(list(steps))
+        return steps if self.sequential else iter(list(steps))
 
     def _through_graphs(self, store: Store) -> list[Walk]:
         pruner, plans = self._pruner, self._pruner.plans
@@ -60,17 +77,28 @@ class Calibration:
             walks.append(Walk(captured.graph, captured.batches, counted, *arguments))
             shared.append(shared_inputs(walks[-1].order, counted, plans))
         _check_orders(walks, self._frame.captured)
-        if self._sequential:
+        if self.sequential:
             pruner.shares = dict(set.intersection(*(set(found.items()) for found in shared)))
         return walks
 
     def _observed(self) -> Iterator[str]:
         """All weights at once, after the model has run."""
-        pruner, plans = self._pruner, self._pruner.plans
-        found = observe(self._frame.model, self._batches, pruner)
+        self._correct(observe(self._frame.model, self._batches, self._pruner))
+        yield from self._pruner.plans
+
+    def _in_turn(self) -> Iterator[str]:
+        """The weights of one block at once, after the model has run that far."""
+        stages = Stages(self._frame.model, self._batches, self._pruner, self._blocks)
+        self._correct(stages.biases)
+        for stage, fqns in stages.order.items():
+            stages.observe(stage)
+            yield from fqns
+
+    def _correct(self, found: Mapping[str, nn.Parameter]) -> None:
+        """Tell the pruner the biases that it may correct."""
+        pruner = self._pruner
         if pruner.biases is not None:
-            pruner.biases = {fqn: bias for fqn, bias in found.items() if fits(bias, plans[fqn])}
-        yield from plans
+            pruner.biases = {fqn: b for fqn, b in found.items() if fits(b, pruner.plans[fqn])}
 
 
 def _check_orders(walks: Sequence[Walk], captured: Sequence[Captured]) -> None:

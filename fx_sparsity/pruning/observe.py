@@ -1,7 +1,7 @@
 """Without a graph: the operators of a running model, observed below everything that wraps them."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -34,12 +34,34 @@ def observe(model: nn.Module, batches: Sequence[Batch], pruner: Pruner) -> dict[
     Raises:
         InputError: the model rejects a batch, with its own words.
     """
-    biases = _Biases(model)
+    biases = Biases(model)
+    observer = Observer(pruner.weights, pruner.columns, take_into(pruner), biases)
     for batch in batches:
-        with _Observer(pruner, biases):
+        with observer:
             batch.call(model)
-        biases.end_batch()
     return biases.found
+
+
+Meet = Callable[[str, InputsOf, Mapping[str, Any], str, Tensor], None]
+"""(FQN of a weight, what the inputs of an operator are, its arguments, which of them is the weight,
+columns of that) -> nothing."""
+
+
+def take_into(pruner: Pruner) -> Meet:
+    """Has a pruner take in the inputs of weights, or the reason why they cannot be known."""
+
+    def meet(
+        fqn: str, inputs_of: InputsOf, args: Mapping[str, Any], arg: str, columns: Tensor
+    ) -> None:
+        try:
+            for inputs in inputs_of(args, arg, columns):
+                # Lookups in what is no table pick matrices of a stack.
+                if (inputs.x is None) == pruner.plans[fqn].table:
+                    pruner.take(fqn, inputs)
+        except UnsupportedUse as reason:
+            pruner.refuse(fqn, str(reason))
+
+    return meet
 
 
 class _Known(NamedTuple):
@@ -56,7 +78,7 @@ class _Known(NamedTuple):
     tensor: Tensor
 
 
-class _Biases:
+class Biases:
     """Which parameter belongs to which weight, batch by batch.
 
     Attributes:
@@ -95,14 +117,38 @@ class _Biases:
         self._added.clear()
 
 
-class _Observer(TorchDispatchMode):
-    """Sees every ATen operator of one call of a model."""
+class Observer(TorchDispatchMode):
+    """Sees every ATen operator of a model, one call at a time.
 
-    def __init__(self, pruner: Pruner, biases: _Biases) -> None:
+    Args:
+        weights: FQN -> tensor of those that are looked for.
+        columns: FQN -> see `MatrixForm.columns`.
+        meet: called wherever an operator has a weight for one.
+        biases: learns which biases belong to the weights; None where nobody asks.
+    """
+
+    def __init__(
+        self,
+        weights: Mapping[str, Tensor],
+        columns: Callable[[str], Tensor],
+        meet: Meet,
+        biases: Biases | None = None,
+    ) -> None:
         super().__init__()
-        self._pruner, self._biases = pruner, biases
-        self._fqns = {_memory(tensor): fqn for fqn, tensor in pruner.weights.items()}
+        self._weights, self._columns, self._meet, self._biases = weights, columns, meet, biases
+        self._fqns: dict[int, str] = {}
         self._known: dict[int, _Known] = {}
+
+    def __enter__(self) -> "Observer":
+        self._fqns = {_memory(tensor): fqn for fqn, tensor in self._weights.items()}
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._known.clear()
+        if self._biases is not None:
+            self._biases.end_batch()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -110,28 +156,19 @@ class _Observer(TorchDispatchMode):
         bound = {**dict(zip(names, args, strict=False)), **kwargs}
         name = func._schema.name.rpartition("::")[2]
         row = OPERATORS.get(name)
-        self._biases.read((args, kwargs))
+        if self._biases is not None:
+            self._biases.read((args, kwargs))
         if row is not None and row.inputs is not None:
             for arg, value, axes in row.find(bound):
                 found = self._find(value)
                 if found is not None and _varies(found[1], axes):
-                    self._biases.add(found[0], bound.get(row.bias))
-                    self._collect(found[0], row.inputs, bound, arg, found[1])
+                    if self._biases is not None:
+                        self._biases.add(found[0], bound.get(row.bias))
+                    self._meet(found[0], row.inputs, bound, arg, found[1])
         result = func(*args, **kwargs)
         if name in _FOLLOWED and isinstance(result, Tensor):
             self._follow(func, name, args, kwargs, result)
         return result
-
-    def _collect(
-        self, fqn: str, inputs_of: InputsOf, args: Mapping[str, Any], arg: str, columns: Tensor
-    ) -> None:
-        try:
-            for inputs in inputs_of(args, arg, columns):
-                # Lookups in what is no table pick matrices of a stack.
-                if (inputs.x is None) == self._pruner.plans[fqn].table:
-                    self._pruner.take(fqn, inputs)
-        except UnsupportedUse as reason:
-            self._pruner.refuse(fqn, str(reason))
 
     def _find(self, value: Any) -> tuple[str, Tensor] | None:
         """(FQN, columns) of a tensor that lies in the memory of a weight."""
@@ -141,8 +178,8 @@ class _Observer(TorchDispatchMode):
         known = self._known.get(place)
         if known is None and place in self._fqns:
             fqn = self._fqns[place]
-            weight = self._pruner.weights[fqn]
-            known = _Known(fqn, _like(weight, self._pruner.columns(fqn)), weight)
+            weight = self._weights[fqn]
+            known = _Known(fqn, _like(weight, self._columns(fqn)), weight)
             self._known[place] = known
         if known is None:
             return None

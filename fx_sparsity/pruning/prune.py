@@ -157,6 +157,13 @@ def calibrate(
             biases = find_biases(frame, plans) if options.correct_bias else None
             pruner = Pruner(sparsifier, plans, weights, biases, store)
             calibration = Calibration(frame, pruner, store, read, options.sequential)
+            if frame.error is not None:
+                _log.warning(
+                    "no graph, so the statistics of %s are taken at once; for a graph, change what "
+                    "this error names, or pass batches that do without it: %s",
+                    "a block" if calibration.sequential else "all weights",
+                    frame.error,
+                )
             store.begin(frame.weights, plans, weights)
             if options.loss is not None and _gradients(sparsifier, measuring):
                 pruner.hold(collect_gradients(model, read, options.loss, weights))
@@ -167,12 +174,11 @@ def calibrate(
             decision.dense.update(_prune_all(calibration, pruner, store, options.progress))
         if options.correct_bias:
             estimate_batch_norms(model, read)
-    walked = bool(frame.captured)
     return PruningReport(
         rows=tuple(pruner.pruned),
         dense=decision.dense,
-        sequential=walked and options.sequential,
-        reason=frame.reason if options.sequential or not walked else "asked for",
+        sequential=calibration.sequential,
+        reason=calibration.reason,
         batches=len(read),
         statistics_bytes=pruner.peak,
         activation_bytes=calibration.activation_bytes,

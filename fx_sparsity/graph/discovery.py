@@ -98,7 +98,7 @@ class _Search:
         tensors: by FQN.
         parameters, buffers: which of them are that.
         model: tells the classes of owners; None where there are no modules.
-        uses: canonical FQN -> (kind, use, whether it is the same for all inputs).
+        uses: canonical FQN -> (kind, use, whether its operator is the same for all inputs).
         reasons: canonical FQN -> why consumers did not count as uses.
         constants: tensors that act as weights, but are no parameters; with the operators concerned.
     """
@@ -178,7 +178,8 @@ class _Search:
             if fqn in wanted or (found.origin.dequantized and seeds[found.origin.fqn].ndim >= 2):
                 if use is not None:
                     kind = OPERATORS[use.op].kind
-                    self.uses.setdefault(fqn, []).append((kind, use, found.constant))
+                    inner = found.constant and not found.origin.is_factor
+                    self.uses.setdefault(fqn, []).append((kind, use, inner))
                 else:
                     self.reasons.setdefault(fqn, set()).add(found.reason())
             elif use is not None and not found.constant and fqn not in self.parameters:

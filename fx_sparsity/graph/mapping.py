@@ -11,7 +11,7 @@ from torch import nn
 from fx_sparsity.errors import FxSparsityError
 from fx_sparsity.graph.selector import Selector, matches, names_of, type_name
 from fx_sparsity.graph.weight_map import WeightMap, WeightSite
-from fx_sparsity.patterns import PatternError, SparsityConfig
+from fx_sparsity.patterns import NM, Block, Pattern, PatternError, SparsityConfig
 from fx_sparsity.reports import format_table
 
 Config = SparsityConfig | str | None
@@ -192,7 +192,7 @@ class SparsityMapping:
                 continue
             configs[site.fqn] = config
             try:
-                config.pattern.tiling(site.shape, site.roles)
+                _check_pattern(config.pattern, site)
             except PatternError as error:
                 misfits.append(f"{site.fqn}: {error}")
         if misfits:
@@ -235,6 +235,21 @@ class SparsityMapping:
 
 MappingLike = SparsityMapping | SparsityConfig | str | Mapping[str, Any]
 """What `SparsityMapping.of` takes."""
+
+
+def _check_pattern(pattern: Pattern, site: WeightSite) -> None:
+    """Raise `PatternError` unless a weight can take a pattern, in the order in which it is used."""
+    tiling = pattern.tiling(site.shape, site.roles)
+    if not isinstance(pattern, NM | Block):
+        return  # made of single elements, of whole slices, or of blocks as they are stored
+    for use in site.uses:
+        for dim in use.reordered:
+            if tiling.extents[dim] > 1:
+                raise PatternError(
+                    f"pattern {pattern} joins neighbours along dimension {dim}, which {use.op} "
+                    "does not see in the order of storage; exclude the weight, or choose an "
+                    "unstructured pattern, or whole rows or channels"
+                )
 
 
 def _types(site: WeightSite) -> tuple[str, str]:

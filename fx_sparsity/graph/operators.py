@@ -33,6 +33,7 @@ Finder = Callable[[Arguments], Iterable[tuple[str, Any, Axes]]]
 ROW_OUTPUT: Axes = {0: "out", 1: "in"}
 RIGHT_FACTOR: Axes = {-2: "in", -1: "out"}
 LEFT_FACTOR: Axes = {-2: "out", -1: "in"}
+LAST_REDUCED: Axes = {None: "out", -1: "in"}
 TABLE: Axes = {0: "row", 1: "dim"}
 BILINEAR: Axes = {0: "out", 1: "in", 2: "in"}
 CONV: Axes = {0: "out", 1: "in", 2: "kernel", 3: "kernel", 4: "kernel"}
@@ -127,6 +128,26 @@ def _gather(args: Arguments) -> Iterable[tuple[str, Any, Axes]]:
     yield "self", args["self"], {None: "dim", args["dim"]: "row"}
 
 
+def _tensordot(args: Arguments) -> Iterable[tuple[str, Any, Axes]]:
+    """Axes that both operands list are reduced; the others are outputs."""
+    if "dims" in args:  # torch.tensordot(a, b, dims): their number, or both lists
+        dims = args["dims"]
+        both = (range(-dims, 0), range(dims)) if isinstance(dims, int) else dims
+        sides = zip(("a", "b"), both, strict=True)
+    else:
+        sides = zip(("self", "other"), (args["dims_self"], args["dims_other"]), strict=True)
+    for name, reduced in sides:
+        axes: dict[int | None, Role] = {None: "out", **dict.fromkeys(reduced, "in")}
+        yield name, args[name], axes
+
+
+def _chain(args: Arguments) -> Iterable[tuple[str, Any, Axes]]:
+    """The ends of a chain of products; which axis is reduced in between, its ends decide."""
+    tensors = args["tensors"]
+    yield f"tensors[{len(tensors) - 1}]", tensors[-1], RIGHT_FACTOR
+    yield "tensors[0]", tensors[0], LEFT_FACTOR
+
+
 OPERATORS: dict[str, Operator] = {
     "linear": Operator(
         "linear",
@@ -142,6 +163,14 @@ OPERATORS: dict[str, Operator] = {
     "mv": Operator("matmul", _at(self=LEFT_FACTOR), inputs.left("vec")),
     "bmm": Operator("matmul", *_product("self", "mat2")),
     "baddbmm": Operator("matmul", *_product("batch1", "batch2"), bias="self"),
+    "addbmm": Operator(
+        "matmul",
+        _at(batch2={0: "in", 1: "in", 2: "out"}, batch1={0: "in", 1: "out", 2: "in"}),
+        bias="self",
+    ),
+    "inner": Operator("matmul", _at(other=LAST_REDUCED, self=LAST_REDUCED)),
+    "tensordot": Operator("matmul", _tensordot),
+    "linalg_multi_dot": Operator("matmul", _chain),
     "bilinear": Operator("bilinear", _at(weight=BILINEAR), inputs.bilinear),
     "_trilinear": Operator("bilinear", _at(i2=BILINEAR), inputs.trilinear),
     "grouped_mm": Operator("experts", _at(mat_b=RIGHT_FACTOR), inputs.grouped("mat_a", "offs")),
@@ -237,13 +266,29 @@ NORMALIZATIONS = frozenset(
 )
 """Consumers that scale by a parameter, and that torch does not tag as elementwise."""
 UNTAGGED = frozenset(
-    {"where", "rsub", "masked_fill", "masked_fill_", "_weight_norm", "_weight_norm_interface"}
+    {
+        *("where", "rsub", "masked_fill", "masked_fill_", "tril", "triu"),
+        *("_weight_norm", "_weight_norm_interface"),
+    }
 )
 """Elementwise operators with overloads that torch does not tag as such; a weight norm is one to
 its second argument.
 """
 COMBINATIONS = frozenset({"cat", "stack"})
 """Operators that put tensors beside one another; the axes stay what they were."""
+REARRANGEMENTS = frozenset(
+    {
+        *("flip", "fliplr", "flipud", "roll", "pad", "constant_pad_nd"),
+        *("repeat", "tile", "repeat_interleave"),
+    }
+)
+"""Operators that move, repeat or lengthen whole slices; the axes stay what they were."""
+PRODUCTS = frozenset({"mm", "matmul", "bmm", "linear", "addmm", "baddbmm"})
+"""Operators of two matrices, whose product has the last axis but one of the left, and one axis of
+the right.
+"""
+BATCH = "_add_batch_dim"
+"""With what `torch.vmap` takes an axis away from its function."""
 SAME_VALUES = frozenset(
     {
         *("alias", "clone", "contiguous", "detach", "detach_", "requires_grad_"),

@@ -7,6 +7,7 @@ tensor takes over and remembers the view that it was copied from. One code path 
 projections, stacked experts and transposed storage; no copy of any data.
 """
 
+import math
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,8 +17,13 @@ import torch
 from torch import Tensor, fx
 
 from fx_sparsity.graph.operators import (
+    BATCH,
     COMBINATIONS,
     COPIES,
+    LEFT_FACTOR,
+    OPERATORS,
+    PRODUCTS,
+    REARRANGEMENTS,
     SAME_VALUES,
     SCATTERS,
     Axes,
@@ -43,6 +49,9 @@ class Origin:
             `parameter` is the parameter itself.
         exact: whether what arrives is this view and nothing else: neither picked from it by an
             index, nor placed beside other tensors.
+        reordered: dimensions of the copy along which it holds the elements of what was copied in
+            another order, more than once, or beside others.
+        summed: dimensions of the copy that a product of constants has summed over since.
         through: an operator on the way that mixes elements, so that no axis can be known any more.
     """
 
@@ -52,12 +61,20 @@ class Origin:
     dequantized: bool = False
     before: "Origin | None" = None
     exact: bool = True
+    reordered: frozenset[int] = frozenset()
+    summed: frozenset[int] = frozenset()
     through: str = ""
+
+    @property
+    def is_factor(self) -> bool:
+        """Whether the parameter is but a factor of this, in a product of constants."""
+        return bool(self.summed) or (self.before is not None and self.before.is_factor)
 
     def copied(self, shape: Sequence[int]) -> "Origin":
         """The origin of a contiguous tensor whose axes are, one by one, those of this view."""
         fresh = self.view.new_empty(shape)
-        return replace(self, parameter=fresh, view=fresh, before=self)
+        none: frozenset[int] = frozenset()
+        return replace(self, parameter=fresh, view=fresh, before=self, reordered=none, summed=none)
 
 
 Origins = Mapping[fx.Node, Sequence[Origin]]
@@ -84,8 +101,11 @@ def follow(node: fx.Node, origins: Origins, constant: bool) -> Iterator[tuple[fx
     if node.op not in ("call_function", "call_method") or not node.args:
         return
     name = operator_name(node)
-    if name in SAME_VALUES or is_view(node) or is_lookup(node):
-        yield from _viewed(node, name, origins)
+    passes = name in SAME_VALUES or name == BATCH or is_view(node) or is_lookup(node)
+    if passes or (constant and name in REARRANGEMENTS):
+        yield from _viewed(node, name, origins, constant)
+    elif constant and name in PRODUCTS:
+        yield from _multiplied(node, origins)
     elif constant and name in COMBINATIONS:
         for value, origin in _received(node, origins):
             yield value, _combined(node, name, origin, origins)
@@ -104,12 +124,14 @@ def _received(node: fx.Node, origins: Origins) -> Iterator[tuple[fx.Node, Origin
             yield value, origin
 
 
-def _viewed(node: fx.Node, name: str, origins: Origins) -> Iterator[tuple[fx.Node, Origin]]:
+def _viewed(
+    node: fx.Node, name: str, origins: Origins, constant: bool
+) -> Iterator[tuple[fx.Node, Origin]]:
     """What a view, a lookup or an operator that changes no value makes of its first argument."""
     first = node.args[0]
     if isinstance(first, fx.Node):
         for origin in origins.get(first, ()):
-            if (passed := _pass_on(node, name, origin)) is not None:
+            if (passed := _pass_on(node, name, origin, constant)) is not None:
                 yield first, passed
 
 
@@ -204,11 +226,15 @@ def _broadcast(shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...] | None:
         return None
 
 
-def _pass_on(node: fx.Node, name: str, origin: Origin) -> Origin | None:
+def _pass_on(node: fx.Node, name: str, origin: Origin, constant: bool) -> Origin | None:
     if origin.through:
         return origin
     if is_lookup(node):
-        return _looked_up(node, origin)
+        return _picked(node, origin) if constant else _looked_up(node, origin)
+    if name in REARRANGEMENTS:
+        return _rearranged(node, origin)
+    if name == BATCH:
+        return _one_of_batch(origin, *node.args[1:2])
     if name in SAME_VALUES:
         quantized = origin.dequantized or name.startswith("dequantize")
         return replace(origin, dequantized=quantized)
@@ -287,24 +313,115 @@ def _known(size: int | torch.SymInt) -> int:
 
 def _looked_up(node: fx.Node, origin: Origin) -> Origin | None:
     """Matrices picked from a stack by one index are still matrices; rows picked are results."""
-    name, args = operator_name(node), bind(node)
     view = origin.view
-    if name == "gather" or not isinstance(view, Tensor) or view.ndim < 3:
+    if operator_name(node) == "gather" or not isinstance(view, Tensor) or view.ndim < 3:
         return None
-    if name == "index_select":
-        dim, index = args["dim"] % view.ndim, args["index"]
-    else:
-        places = [i for i, index in enumerate(args["indices"]) if isinstance(index, fx.Node)]
-        rest = [index for index in args["indices"] if not isinstance(index, fx.Node)]
-        if len(places) != 1 or any(index not in (None, slice(None)) for index in rest):
-            return None
-        dim, index = places[0], args["indices"][places[0]]
+    if (place := _place_of_index(node, view)) is None:
+        return None
+    dim, index = place
     copy = origin.copied(view.shape)
     picked = shape_of(index) or (1,)
     shape = (*view.shape[:dim], *picked, *view.shape[dim + 1 :])
     strides = copy.view.stride()
     strides = (*strides[:dim], *[0] * len(picked), *strides[dim + 1 :])
     return replace(copy, view=copy.view.as_strided(shape, strides), exact=False)
+
+
+def _place_of_index(node: fx.Node, view: Tensor) -> tuple[int, fx.Node] | None:
+    """(axis, index) of a lookup along one axis; None for others."""
+    args = bind(node)
+    if operator_name(node) in ("index_select", "gather"):
+        return args["dim"] % view.ndim, args["index"]
+    places = [i for i, index in enumerate(args["indices"]) if isinstance(index, fx.Node)]
+    rest = [index for index in args["indices"] if not isinstance(index, fx.Node)]
+    if len(places) != 1 or any(index not in (None, slice(None)) for index in rest):
+        return None
+    return places[0], args["indices"][places[0]]
+
+
+def _picked(node: fx.Node, origin: Origin) -> Origin | None:
+    """What an index picks that is the same for all inputs: the axes, one of them in its order."""
+    view = origin.view
+    place = _place_of_index(node, view) if isinstance(view, Tensor) else None
+    picked = None if place is None else shape_of(place[1])
+    if place is None or picked is None or place[0] >= view.ndim:
+        return None
+    dim, shape = place[0], (*view.shape[: place[0]], *picked, *view.shape[place[0] + 1 :])
+    result = shape_of(node) or shape  # how many a mask picks, may not be known
+    if operator_name(node) == "gather" and len(picked) == view.ndim:
+        return replace(origin.copied(picked), exact=False, reordered=frozenset((dim,)))
+    if len(result) != len(shape):
+        return None
+    rows = result[dim : dim + len(picked)]  # a mask as an index has more elements than it picks
+    copy = origin.copied((*view.shape[:dim], math.prod(rows), *view.shape[dim + 1 :]))
+    return replace(
+        copy, view=copy.view.unflatten(dim, rows), exact=False, reordered=frozenset((dim,))
+    )
+
+
+def _rearranged(node: fx.Node, origin: Origin) -> Origin | None:
+    """What an operator makes of a constant that moves or repeats whole slices along its axes."""
+    view, apply = origin.view, viewing(node)
+    if apply is None or not isinstance(view, Tensor):
+        return None
+    shape = apply(view).shape
+    new = len(shape) - view.ndim
+    if new < 0:
+        return None
+    reordered = {
+        axis + new
+        for axis, size in enumerate(view.shape)
+        if not _keeps_order(apply, axis, size, view.ndim)
+    }
+    wider = replace(origin, view=view[(None,) * new])
+    return replace(wider.copied(shape), exact=False, reordered=frozenset(reordered))
+
+
+def _keeps_order(apply: Callable[[Any], Any], axis: int, size: int, ndim: int) -> bool:
+    """Whether indices along one axis are where they were; tried on the indices themselves."""
+    shape = [size if dim == axis else 1 for dim in range(ndim)]
+    indices = torch.arange(1, size + 1, dtype=torch.float32).view(shape)
+    found = apply(indices)
+    found = found.movedim(axis - ndim, 0).flatten(1)
+    return len(found) == size and bool((found == indices.flatten()[:, None]).any(1).all())
+
+
+def _one_of_batch(origin: Origin, dim: Any = 0) -> Origin | None:
+    """A slice that stands for each of a batch, as in `torch.vmap`."""
+    if not isinstance(origin.view, Tensor):
+        return None
+    copy = origin.copied(origin.view.shape)
+    return replace(copy, view=copy.view.select(dim, 0), exact=False, reordered=frozenset((dim,)))
+
+
+def _multiplied(node: fx.Node, origins: Origins) -> Iterator[tuple[fx.Node, Origin]]:
+    """Factors of a product of constants, as parts of their product."""
+    shape, args = shape_of(node), bind(node)
+    bias = args.get(OPERATORS[operator_name(node)].bias)
+    for value, origin in _received(node, origins):
+        whole = isinstance(origin.view, Tensor) and origin.view.shape == shape
+        if value is bias and whole:
+            yield value, replace(origin, exact=False)
+    for _, value, axes in OPERATORS[operator_name(node)].find(args):
+        for origin in origins.get(value, ()):
+            if origin.through or shape is None or not isinstance(origin.view, Tensor):
+                yield value, mixed(node, origin)
+            elif 2 <= origin.view.ndim <= len(shape):
+                yield value, _factor(origin, axes, shape)
+
+
+def _factor(origin: Origin, axes: Axes, shape: Sequence[int]) -> Origin:
+    """The origin of a product of `shape`, of which this is a factor with these axes."""
+    (kept,), (summed,) = ([a for a in axes if axes[a] == role] for role in ("out", "in"))
+    assert kept is not None
+    assert summed is not None
+    copy = origin.copied(origin.view.shape)
+    ndim, own = len(shape), copy.view.stride()
+    strides = [0] * (ndim - len(own)) + list(own)
+    strides[-2:] = [0, 0]
+    strides[-2 if axes == LEFT_FACTOR else -1] = own[kept]
+    view = copy.view.as_strided(shape, strides)
+    return replace(copy, view=view, exact=False, summed=frozenset((summed % len(own),)))
 
 
 def _combined(node: fx.Node, name: str, origin: Origin, origins: Origins) -> Origin:
@@ -357,9 +474,34 @@ def roles_of_parameter(origin: Origin, axes: Axes) -> tuple[Role, ...] | None:
             roles.append(single[0])  # strides say nothing of an axis of one, but there is only one
         else:
             roles.append("batch")
+    for dim in origin.summed:
+        # What is left of a product x @ (a @ b) = (x @ a) @ b: the other end of its own layer.
+        ends = [role for role in roles if role in _OTHER_END]
+        if len(ends) != 1:
+            return None
+        roles[dim] = _OTHER_END[ends[0]]
     if origin.before is not None:
         return roles_of_parameter(origin.before, dict(enumerate(roles)))
     return tuple(roles)
+
+
+_OTHER_END: dict[Role, Role] = {"out": "in", "in": "out"}
+
+
+def reordered_dimensions(origin: Origin) -> tuple[int, ...]:
+    """Dimensions of the parameter along which the view is not in the order of its storage."""
+    view, own = origin.view, origin.parameter
+    found = set(origin.reordered | origin.summed)
+    for dim in range(own.ndim):
+        strides = [view.stride(axis) for axis in axes_along(origin, dim)]
+        if strides and min(strides) > own.stride(dim):
+            found.add(dim)
+    before = origin.before
+    if before is None:
+        return tuple(sorted(found))
+    dims = range(before.parameter.ndim)
+    earlier = {dim for dim in dims if found.intersection(axes_along(before, dim))}
+    return tuple(sorted(earlier.union(reordered_dimensions(before))))
 
 
 def axes_along(origin: Origin, dim: int) -> list[int]:

@@ -18,9 +18,11 @@ from fx_sparsity.graph.operators import (
     MODULES,
     NORMALIZATIONS,
     OPERATORS,
+    PRODUCTS,
     Axes,
     bind,
     is_elementwise,
+    is_lookup,
     operator_name,
     writes,
     written,
@@ -30,6 +32,7 @@ from fx_sparsity.graph.provenance import (
     follow,
     mixed,
     origin_of,
+    reordered_dimensions,
     roles_of_parameter,
     shape_of,
     slice_of_parameter,
@@ -49,7 +52,8 @@ class Consumption(NamedTuple):
         arg: name of its argument; empty where the operator has no row for it.
         origin: what arrives there.
         axes: roles of the argument's axes; None where the operator has no row for it.
-        constant: whether the node is the same for all inputs of the model.
+        constant: whether the node is the same for all inputs of the model, or the tensor but a
+            factor of what arrives there, in a product of constants.
     """
 
     node: fx.Node
@@ -66,7 +70,14 @@ class Consumption(NamedTuple):
         if roles is None:
             return None
         name = operator_name(self.node)
-        return Use(name, self.node.name, self.arg, roles, slice_of_parameter(self.origin))
+        return Use(
+            name,
+            self.node.name,
+            self.arg,
+            roles,
+            slice_of_parameter(self.origin),
+            reordered_dimensions(self.origin),
+        )
 
     def reason(self) -> tuple[Reason, str]:
         """Why the parameter is no weight here, and the operator concerned."""
@@ -267,12 +278,14 @@ def _consumed(
     passed = list(follow(node, origins, constant))
     origins.setdefault(node, []).extend(origin for _, origin in passed)
     settled = {value for value, _ in passed}
+    if constant and (is_lookup(node) or operator_name(node) in PRODUCTS):
+        settled = set()  # should nothing else come of it, this is what it is used for
     row, arguments = OPERATORS.get(operator_name(node)), bind(node)
     for arg, value, axes in row.find(arguments) if row and arguments else ():
         if isinstance(value, fx.Node) and value in origins and value not in settled:
             settled.add(value)
             for origin in origins[value]:
-                yield Consumption(node, arg, origin, axes, constant)
+                yield Consumption(node, arg, origin, axes, constant or origin.is_factor)
     rest = [origin for value in received if value not in settled for origin in origins[value]]
     if constant and not is_elementwise(node):
         # Nothing is decided yet: what matters is who consumes the result.

@@ -19,6 +19,9 @@ class Use:
         arg: name of the operator's argument that receives the weight.
         roles: of the weight's axes in this use.
         slice: (dimension, start, stop) where only a part is used, as of packed projections.
+        reordered: axes along which the operator does not see the elements as they are stored, one
+            after the other: it sees them permuted or repeated, or what a product of constants has
+            made of them. Neighbours there are none in use.
     """
 
     op: str
@@ -26,6 +29,7 @@ class Use:
     arg: str
     roles: tuple[Role, ...]
     slice: tuple[int, int, int] | None = None
+    reordered: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,10 @@ from torch.utils import _pytree as pytree
 from fx_sparsity.graph.context_blocks import run_node
 from fx_sparsity.graph.operators import (
     COMBINATIONS,
+    LEFT_FACTOR,
     OPERATORS,
+    PRODUCTS,
+    REARRANGEMENTS,
     SAME_VALUES,
     bind,
     is_elementwise,
@@ -156,11 +159,16 @@ class Walk:
             columns = self._follow(weight, use.fqn, value)
             if weight in self._fixed:
                 self._followed[use] = columns
+        if columns is None:
+            self._refuse(use.fqn, f"which of its columns {use.use.op} reads is not known")
+            return
         inputs_of = OPERATORS[use.use.op].inputs
         assert inputs_of is not None  # no other weight has a plan
         args = fx.map_arg(bound, lambda node: columns if node is weight else value(node))
         try:
             for inputs in inputs_of(args, use.use.arg, columns):
+                if use.use.reordered:
+                    _check_distinct(inputs.columns)
                 self._take(use.fqn, inputs)
         except UnsupportedUse as reason:
             self._refuse(use.fqn, str(reason))
@@ -182,8 +190,27 @@ class Walk:
             return self._follow_parts(node, fqn, value)
         if name in SAME_VALUES or is_view(node) or is_lookup(node):
             return self._follow_view(node, fqn, value)
+        if name in REARRANGEMENTS:  # counted from one, since zeros may fill what is new
+            moved = self._follow_view(node, fqn, value, first=1)
+            return None if moved is None else moved - 1
         if is_elementwise(node):
             return self._follow_operands(node, fqn, value)
+        return self._follow_factor(node, fqn, value) if name in PRODUCTS else None
+
+    def _follow_factor(self, node: fx.Node, fqn: str, value: Callable[[fx.Node], Any]) -> Any:
+        """Through a product of constants, where its inputs are those of this factor, too."""
+        for _, factor, axes in OPERATORS[operator_name(node)].find(bind(node)):
+            columns = self._follow(factor, fqn, value)
+            if columns is None:
+                continue
+            summed, kept = (next(a for a in axes if axes[a] == role) for role in ("in", "out"))
+            assert summed is not None
+            assert kept is not None
+            seen = columns.select(summed, 0)
+            if not torch.equal(columns, seen.unsqueeze(summed).expand_as(columns)):
+                return None  # what is summed over are its columns
+            left = axes == LEFT_FACTOR
+            return seen.unsqueeze(-1 if left else -2).expand(value(node).shape)
         return None
 
     def _follow_parts(self, node: fx.Node, fqn: str, value: Callable[[fx.Node], Any]) -> Any:
@@ -199,12 +226,22 @@ class Walk:
         rest, kwargs = fx.map_arg((node.args[1:], node.kwargs), value)
         return node.target(filled, *rest, **kwargs)  # type: ignore[operator]
 
-    def _follow_view(self, node: fx.Node, fqn: str, value: Callable[[fx.Node], Any]) -> Any:
-        """Through an operator that moves elements of its first argument, or returns them all."""
-        name, first = operator_name(node), node.args[0] if node.args else None
-        passed = self._follow(first, fqn, value) if isinstance(first, fx.Node) else None
+    def _follow_view(
+        self, node: fx.Node, fqn: str, value: Callable[[fx.Node], Any], first: int = 0
+    ) -> Any:
+        """Through an operator that moves elements of its first argument, or returns them all.
+
+        Args:
+            node: the operator.
+            fqn: of the weight.
+            value: of a node.
+            first: number of the first column.
+        """
+        name, viewed = operator_name(node), node.args[0] if node.args else None
+        passed = self._follow(viewed, fqn, value) if isinstance(viewed, fx.Node) else None
         if passed is None:
             return None
+        passed = passed + first if first else passed
         if name in SAME_VALUES:
             return (passed, None) if name == "_weight_norm_interface" else passed
         rest, kwargs = fx.map_arg((node.args[1:], node.kwargs), value)
@@ -220,6 +257,14 @@ class Walk:
             if passed is not None and tuple(passed.shape) == shape_of(node):
                 return passed
         return None
+
+
+def _check_distinct(columns: Tensor) -> None:
+    """Raise `UnsupportedUse` where one column of a weight is several columns of its operator's."""
+    for row in columns:
+        own = row[row >= 0]
+        if len(own.unique()) < len(own):
+            raise UnsupportedUse("a weight that is repeated along its inputs")
 
 
 def _of_state_alone(nodes: Sequence[fx.Node]) -> set[fx.Node]:

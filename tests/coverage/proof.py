@@ -6,6 +6,8 @@ activations. What must happen follows from the role, and is written down here fo
 independently of the library's table.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
@@ -45,6 +47,13 @@ ATTENTION = {
     ),
     "_native_multi_head_attention": ("qkv_weight", "qkv_bias", "proj_weight", "proj_bias"),
     "_transformer_encoder_layer_fwd": ("qkv_weight", "qkv_bias", "proj_weight", "proj_bias"),
+}
+# operator -> the equation that it computes, and the names of its operands
+EQUATIONS = {
+    "addbmm": ("bnm,bmp->np", ("batch1", "batch2")),
+    "tensordot": ("ni,io->no", ("self", "other")),
+    "inner": ("ni,oi->no", ("self", "other")),
+    "linalg_multi_dot": ("ni,io->no", ("tensors",)),
 }
 LOOKUPS = {"embedding", "index", "getitem", "index_select", "gather", *BAGS}
 
@@ -155,7 +164,10 @@ class Proof:
                 0.1 * torch.rand(v.shape, generator=self.generator).to(v.dtype) if real else v
             )
         case = Case(self, use, node, value, inputs, weight, hit, claim)
-        if use.op in RECURRENT:
+        if use.op in EQUATIONS:
+            case.as_einsum(*EQUATIONS[use.op])
+            case.einsum(role)
+        elif use.op in RECURRENT:
             case.recurrent(role)
         elif use.op == "einsum":
             case.einsum(role)
@@ -186,6 +198,13 @@ class Case:
             inputs[self.value] = weight
         result = self.proof.run(self.node, inputs)
         return result[0] if isinstance(result, tuple) else result
+
+    def as_einsum(self, equation, names):
+        """Judge the operator by an equation that it stands for."""
+        operands = [self.args[name] for name in names]
+        tensors = operands[0] if len(operands) == 1 else operands
+        self.args = {"equation": equation, "tensors": tensors}
+        self.use = replace(self.use, arg=f"tensors[{tensors.index(self.value)}]")
 
     def pruned(self):
         return self.result(self.weight.masked_fill(self.hit, 0))

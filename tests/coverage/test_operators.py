@@ -127,6 +127,21 @@ ROWS = {
         (lambda x, w: w @ x, X, (5, 6), ("out", "in")),
         (torch.matmul, STACK, (3, 8, 5), ("batch", "in", "out")),
     ],
+    "addbmm": [
+        (lambda x, w: torch.addbmm(x.new_zeros(1), x, w), STACK, (3, 8, 5), ("in", "in", "out")),
+        (lambda x, w: torch.addbmm(x.new_zeros(1), w, x), STACK, (3, 5, 6), ("in", "out", "in")),
+    ],
+    "inner": [
+        (torch.inner, X, (5, 8), ("out", "in")),
+        (lambda x, w: torch.inner(w, x), X, (5, 8), ("out", "in")),
+    ],
+    "tensordot": [
+        (lambda x, w: torch.tensordot(x, w, 1), X, (8, 5), ("in", "out")),
+        (lambda x, w: torch.tensordot(x, w, ([1], [0])), X, (8, 5), ("in", "out")),
+    ],
+    "linalg_multi_dot": [
+        (lambda x, w: torch.linalg.multi_dot([x, w]), X, (8, 5), ("in", "out")),
+    ],
     "mv": [(lambda x, w: torch.mv(w, x), (8,), (5, 8), ("out", "in"))],
     "bmm": [
         (torch.bmm, STACK, (3, 8, 5), ("batch", "in", "out")),

@@ -216,8 +216,8 @@ def test_weights_are_followed_through_what_does_not_depend_on_the_inputs():
         """\
 weight                                    kind    axes                    dtype    uses  tied to
 ----------------------------------------  ------  ----------------------  -------  ----  -------
-down                                      matmul  in 2 x out 6            float32     1
-up                                        matmul  out 8 x in 2            float32     1
+down                                      linear  out 2 x in 6            float32     1
+up                                        linear  out 8 x in 2            float32     1
 base                                      linear  out 8 x in 6            float32     1
 normed.parametrizations.weight.original1  linear  out 6 x in 8            float32     1
 spectral.weight                           linear  out 6 x in 6            float32     1

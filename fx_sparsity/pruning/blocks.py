@@ -68,6 +68,7 @@ class Stages:
 
     Attributes:
         biases: see `observe`.
+        called: blocks that the model calls as modules, so that they show how far it has come.
         order: stage -> FQNs of its weights, from first to last. Weights that no batch meets are in
             the last.
     """
@@ -80,7 +81,7 @@ class Stages:
         blocks: Sequence[nn.Module],
     ) -> None:
         self._model, self._batches, self._pruner = model, batches, pruner
-        self._position, self._blocks = _Position(blocks), blocks
+        self._position = _Position(blocks)
         biases, last = Biases(model), dict.fromkeys(pruner.plans, 0)
         seen: set[str] = set()
 
@@ -89,7 +90,8 @@ class Stages:
             last[fqn] = max(last[fqn], self._position.stage)
 
         self._run(Observer(pruner.weights, pruner.columns, meet, biases), None)
-        end = self._position.end
+        self.called = list(self._position.places)
+        end = 2 * len(self.called)
         self.biases = biases.found
         self.order: dict[int, list[str]] = {}
         for fqn, stage in sorted(last.items(), key=lambda item: item[1]):
@@ -120,21 +122,19 @@ class _Position:
     """How far a call has come: the stage is 0 before the first block is begun, 1 in it, and so on.
 
     Hooks tell; they are on the blocks inside of `with`.
+
+    Attributes:
+        places: block -> its place among those that were called, the first call of each counting.
     """
 
     def __init__(self, blocks: Sequence[nn.Module]) -> None:
-        self._blocks, self._places = blocks, dict[nn.Module, int]()
+        self._blocks, self.places = blocks, dict[nn.Module, int]()
         self._handles: list[Any] = []
         self.start(None)
 
     def start(self, last: int | None) -> None:
         """A call begins, that may go on to stage `last`; None for all."""
         self.stage, self._last = 0, last
-
-    @property
-    def end(self) -> int:
-        """The stage after all blocks that were called."""
-        return 2 * len(self._places)
 
     def __enter__(self) -> None:
         for block in self._blocks:
@@ -146,10 +146,10 @@ class _Position:
             self._handles.pop().remove()
 
     def _begin(self, block: nn.Module, *_: Any) -> None:
-        self._come_to(2 * self._places.setdefault(block, len(self._places)) + 1)
+        self._come_to(2 * self.places.setdefault(block, len(self.places)) + 1)
 
     def _end(self, block: nn.Module, *_: Any) -> None:
-        self._come_to(2 * self._places[block] + 2)
+        self._come_to(2 * self.places[block] + 2)
 
     def _come_to(self, stage: int) -> None:
         self.stage = max(self.stage, stage)

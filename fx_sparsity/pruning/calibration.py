@@ -26,10 +26,6 @@ class Calibration:
         batches: all of them.
         sequential: whether the batches go on with what the pruned weights before give out.
 
-    Attributes:
-        sequential: whether they do.
-        reason: how the inputs come about.
-
     Raises:
         CalibrationError: graphs that use the weights in different orders.
     """
@@ -45,15 +41,25 @@ class Calibration:
         self._frame, self._pruner, self._batches = frame, pruner, batches
         self._walks: list[Walk] = []
         self._blocks: list[nn.Module] = []
-        self.sequential, self.reason = sequential, frame.reason if sequential else "asked for"
+        self._asked = sequential
         if pruner.plans and frame.captured:
             self._walks = self._through_graphs(store)
-        if not frame.captured:
-            self._blocks = find_blocks(frame.model, pruner.weights.values()) if sequential else []
-            self.sequential = bool(self._blocks)
-            in_turn = f"{describe(self._blocks)} in turn"
-            how = in_turn if self._blocks else "the running model was observed"
-            self.reason = f"{frame.reason}, {how}"
+        if sequential and not frame.captured:
+            self._blocks = find_blocks(frame.model, pruner.weights.values())
+
+    @property
+    def sequential(self) -> bool:
+        """Whether the batches go on with what pruned weights give out."""
+        return self._asked and bool(self._frame.captured or self._blocks)
+
+    @property
+    def reason(self) -> str:
+        """How the inputs come about."""
+        if self._frame.captured:
+            return self._frame.reason if self._asked else "asked for"
+        in_turn = f"{describe(self._blocks)} in turn"
+        how = in_turn if self._blocks else "the running model was observed"
+        return f"{self._frame.reason}, {how}"
 
     @property
     def activation_bytes(self) -> int:
@@ -90,6 +96,7 @@ class Calibration:
         """The weights of one block at once, after the model has run that far."""
         stages = Stages(self._frame.model, self._batches, self._pruner, self._blocks)
         self._correct(stages.biases)
+        self._blocks = stages.called
         for stage, fqns in stages.order.items():
             stages.observe(stage)
             yield from fqns

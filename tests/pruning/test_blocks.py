@@ -306,3 +306,21 @@ def test_models_may_catch_every_exception():
     _, expected = prune(whole, TinyWanda(), batches)
     assert list(report) == list(expected)
     assert torch.equal(model(**batches[0]), whole(**batches[0]))
+
+
+def test_blocks_that_are_not_called_as_modules():
+    class Reads(Stack):
+        def forward(self, x, gain=None):
+            for layer in self.layers:
+                x = layer.forward(x, gain=gain)
+            return x
+
+    torch.manual_seed(0)
+    model, method, other = Reads().eval(), Recorded(), Recorded()
+    batches = stack()[1]
+    _, expected = prune(copy.deepcopy(model), other, batches, sequential=False)
+    _, report = prune(model, method, batches)
+    assert report.reason == "no graph (CaptureError), the running model was observed"
+    assert not report.sequential
+    for found, wanted in zip(method.grams, other.grams, strict=True):
+        assert torch.equal(found, wanted)

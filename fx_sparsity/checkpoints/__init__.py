@@ -1,12 +1,13 @@
 """Checkpoints larger than memory, from files to files."""
 
-from fx_sparsity.checkpoints.checkpoint import Checkpoint, CheckpointError, find_checkpoint_weights
+from fx_sparsity.checkpoints.checkpoint import Checkpoint, CheckpointError
 from fx_sparsity.checkpoints.checkpoint_record import stated_patterns
 from fx_sparsity.checkpoints.mapped_checkpoint import MappedCheckpoint
 from fx_sparsity.checkpoints.prune_checkpoint import prune_checkpoint
 from fx_sparsity.checkpoints.report import CheckpointReport, CheckpointWeight
 from fx_sparsity.checkpoints.rewriting import LAYOUTS
 from fx_sparsity.checkpoints.sparsify_checkpoint import convert, sparsify_checkpoint
+from fx_sparsity.checkpoints.weights import assign, find_checkpoint_weights
 
 __all__ = [
     "LAYOUTS",
@@ -15,6 +16,7 @@ __all__ = [
     "CheckpointReport",
     "CheckpointWeight",
     "MappedCheckpoint",
+    "assign",
     "convert",
     "find_checkpoint_weights",
     "prune_checkpoint",

@@ -5,26 +5,22 @@ tokenizer beside them.
 """
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
+from fx_sparsity.checkpoints.names import tied_names
 from fx_sparsity.errors import FxSparsityError
-from fx_sparsity.graph import WeightMap, WeightSite
-from fx_sparsity.graph.weight_map import DenseParameter, Reason
-from fx_sparsity.patterns import Role
 from fx_sparsity.storage.compressed_file import CompressedFile
 from fx_sparsity.storage.container import FileFormatError
 
+CONFIG = "config.json"
+"""Name of the model's configuration."""
 _INDEX = ".safetensors.index.json"  # how its name ends
 _WEIGHTS = frozenset({".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf"})
-_EMBEDDING = re.compile(r"(?:.*[._])?(?:\w*embed\w*|wte|wpe)(?:[._].*)?", re.IGNORECASE)
-
-Roles = Mapping[str, Sequence[Role]]
-"""Regular expression over names -> roles of the axes; the first that matches from the start."""
 
 
 class CheckpointError(FxSparsityError, ValueError):
@@ -84,6 +80,30 @@ class Checkpoint:
                 where[name] = shard
         return where
 
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The model's `config.json`; empty where there is none.
+
+        Raises:
+            FileFormatError: it is no JSON object.
+        """
+        path = self.folder / CONFIG
+        if not self.is_folder or not path.exists():
+            return {}
+        try:
+            found = json.loads(path.read_text())
+        except ValueError as error:
+            raise FileFormatError(f"{path}: cannot be read: {error}") from error
+        if not isinstance(found, dict):
+            raise FileFormatError(f"{path}: expected a JSON object")
+        return found
+
+    @cached_property
+    def ties(self) -> dict[str, str]:
+        """Name -> the tensor that it is tied to, as the files or the configuration say."""
+        inside = {n: other for file in self.files.values() for n, other in file.same_as.items()}
+        return {**tied_names(self.config, self.where), **inside}
+
     @property
     def nbytes(self) -> int:
         """Of all shards."""
@@ -135,55 +155,3 @@ def _read_index(path: Path) -> dict[str, str]:
             f"{path}: expected a JSON object whose weight_map is name -> file in this directory"
         ) from error
     return found
-
-
-def find_checkpoint_weights(checkpoint: Checkpoint, roles: Roles | None = None) -> WeightMap:
-    """The weights of a checkpoint, by names and shapes alone.
-
-    A floating matrix is an `embedding` (row, dim) where its name says so (`embed`, `wte`, `wpe`),
-    else `linear` (out, in); four axes are those of a `conv`. What three axes mean, and whether a
-    matrix is stored the other way round, only `roles` can say.
-
-    Args:
-        checkpoint: its tensors.
-        roles: regular expression -> roles; wins over names and shapes.
-    """
-    sites: list[WeightSite] = []
-    dense: list[DenseParameter] = []
-    vectors = 0
-    for name, shard in checkpoint.where.items():
-        file = checkpoint.files[shard]
-        if name in file.same_as:
-            continue  # an alias of another one
-        dtype, shape = file.dtype_and_shape(name)
-        kind, axes = _axes(name, shape, roles or {})
-        if not dtype.is_floating_point:
-            dense.append(DenseParameter(name, shape, Reason.NOT_FLOATING))
-        elif axes is not None:
-            owner = name.rpartition(".")[0]
-            aliases = tuple(alias for alias, other in file.same_as.items() if other == name)
-            text = str(dtype)[6:]
-            sites.append(WeightSite(name, aliases, owner, "", kind, axes, shape, text, ()))
-        elif len(shape) < 2:
-            vectors += 1
-        else:
-            detail = f"{len(shape)} axes, whose roles the name does not tell"
-            dense.append(DenseParameter(name, shape, Reason.FRONTEND, detail))
-    return WeightMap(tuple(sites), tuple(dense), vectors, "names and shapes")
-
-
-def _axes(name: str, shape: Sequence[int], roles: Roles) -> tuple[str, tuple[Role, ...] | None]:
-    for regex, given in roles.items():
-        if re.match(regex, name):
-            if len(given) != len(shape):
-                raise CheckpointError(
-                    f"{name}: expected {len(shape)} roles, found {', '.join(given)} for {regex!r}"
-                )
-            return ("embedding" if "row" in given else "linear"), tuple(given)
-    if len(shape) == 2:
-        if _EMBEDDING.fullmatch(name):
-            return "embedding", ("row", "dim")
-        return "linear", ("out", "in")
-    if len(shape) == 4:
-        return "conv", ("out", "in", "kernel", "kernel")
-    return "", None

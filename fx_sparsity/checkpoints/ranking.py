@@ -1,6 +1,7 @@
 """What decides on the zeros of a checkpoint's weights, by their values alone."""
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fx_sparsity.checkpoints.checkpoint import Checkpoint, CheckpointError
+from fx_sparsity.checkpoints.names import scale_of
 from fx_sparsity.graph import WeightMap
 from fx_sparsity.graph.mapping import Assignment
 from fx_sparsity.masks import GlobalCut, Rank, global_cut
@@ -15,9 +17,18 @@ from fx_sparsity.patterns import SparsityConfig, Unstructured
 from fx_sparsity.sparsifier import BaseDataSparsifier, DataNormSparsifier
 from fx_sparsity.storage.container import elements_of
 
+_BLOCK = 128  # elements along an axis that share a scale, unless a configuration says otherwise
+
 
 class Criterion:
-    """Which weights of a checkpoint are masked, and the mask of each."""
+    """Which weights of a checkpoint are masked, and the mask of each.
+
+    Codes of fp8 rank by the values that they stand for: times their scale.
+
+    Raises:
+        CheckpointError: an unknown `ranked`, patterns that it does not take, or a weight whose
+            scale cannot be made out.
+    """
 
     def __init__(
         self,
@@ -30,6 +41,7 @@ class Criterion:
         self.weights, self.assignment, self.ranked = weights, assignment, ranked
         self._source, self._sparsifier = source, sparsifier
         self._cut: GlobalCut | None = None
+        self._scales = {fqn: scale for fqn in assignment if (scale := self._scale_of(fqn))}
         self._places = {name: place for place, name in enumerate(assignment)}
         if ranked not in ("weight", "model"):
             raise CheckpointError(f'ranked: expected "weight" or "model", found {ranked!r}')
@@ -71,7 +83,7 @@ class Criterion:
 
     def mask(self, name: str, tensor: Tensor) -> Tensor:
         """True is kept."""
-        config = self.assignment[name]
+        config, tensor = self.assignment[name], self._values(name, tensor)
         if self._cut is not None:
             return self._cut.mask(self._places[name], self._ranked(tensor)[0])
         roles = self.weights[name].roles
@@ -89,6 +101,38 @@ class Criterion:
             return self.assignment[name]
         return SparsityConfig(Unstructured(), masked / elements_of(self.weights[name].shape))
 
+    def _scale_of(self, name: str) -> tuple[str, tuple[int, ...]] | None:
+        """The tensor that scales a weight in codes, and how many elements share a scale."""
+        shape = self.weights[name].shape
+        if not self.weights[name].dtype.startswith("float8") or not elements_of(shape):
+            return None
+        scale = scale_of(name, self._source.where)
+        if scale is None:
+            return None
+        dtype, scales = self._source.files[self._source.where[scale]].dtype_and_shape(scale)
+        block = _block(shape, scales, self._source.config) if dtype.is_floating_point else None
+        if block is None:
+            raise CheckpointError(
+                f"{name}: codes rank by their values only with their scale, and {scale}, of "
+                f"{str(dtype)[6:]} {scales}, does not fit their shape {shape}; leave it dense"
+            )
+        return scale, block
+
+    def _values(self, name: str, tensor: Tensor) -> Tensor:
+        """What a tensor stands for."""
+        if name not in self._scales:
+            return tensor
+        scale, block = self._scales[name]
+        factors = (
+            self._source.read(scale)
+            .float()
+            .reshape([-(-n // b) for n, b in zip(tensor.shape, block, strict=True)])
+        )
+        values = tensor.float()
+        for axis, (size, shared) in enumerate(zip(values.shape, block, strict=True)):
+            factors = factors.repeat_interleave(shared, axis).narrow(axis, 0, size)
+        return values.mul_(factors)
+
     def _check_one_level(self) -> None:
         if not isinstance(self._sparsifier, DataNormSparsifier):
             found = type(self._sparsifier).__name__
@@ -102,7 +146,7 @@ class Criterion:
 
     def _scores(self) -> Iterator[Tensor]:
         for name in self.assignment:
-            yield self._ranked(self._source.read(name))[0]
+            yield self._ranked(self._values(name, self._source.read(name)))[0]
 
     def _ranked(self, tensor: Tensor) -> tuple[Tensor, Rank]:
         assert isinstance(self._sparsifier, DataNormSparsifier)
@@ -117,3 +161,31 @@ class _Reread:
 
     def __iter__(self) -> Iterator[Tensor]:
         return self._make()
+
+
+def _block(
+    shape: Sequence[int], scales: Sequence[int], config: Mapping[str, Any]
+) -> tuple[int, ...] | None:
+    """How many elements along each axis share a scale; None where the shapes do not fit.
+
+    Args:
+        shape: of the weight.
+        scales: shape of its scales.
+        config: the model's, which may say it: blocks need not divide the weight.
+    """
+    if math.prod(scales) == 1:
+        return tuple(shape)
+    if len(scales) == 1:
+        scales = (*scales, *[1] * (len(shape) - 1))
+    if len(scales) != len(shape):
+        return None
+    said = (config.get("quantization_config") or {}).get("weight_block_size") or ()
+    said = (*[1] * (len(shape) - len(said)), *said)
+    found = []
+    for size, count, stated in zip(shape, scales, said, strict=False):
+        shared = [size // count] if count and size % count == 0 else []
+        fitting = [n for n in (stated, _BLOCK, *shared) if n > 0 and -(-size // n) == count]
+        if not fitting:
+            return None
+        found.append(fitting[0])
+    return tuple(found)

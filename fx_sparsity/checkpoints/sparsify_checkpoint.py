@@ -8,21 +8,20 @@ from typing import Any, Literal
 
 import torch
 
-from fx_sparsity.checkpoints.checkpoint import Checkpoint, Roles, find_checkpoint_weights
+from fx_sparsity.checkpoints.checkpoint import CONFIG, Checkpoint
 from fx_sparsity.checkpoints.checkpoint_record import RECORD, REPORT, CheckpointRecord
 from fx_sparsity.checkpoints.ranking import Criterion
 from fx_sparsity.checkpoints.report import CheckpointReport, CheckpointWeight
 from fx_sparsity.checkpoints.rewriting import Layout, Rewriter
 from fx_sparsity.checkpoints.run import Run, check_free, put_json
-from fx_sparsity.graph import MappingLike, SparsityMapping
+from fx_sparsity.checkpoints.weights import Roles, assign, find_checkpoint_weights
+from fx_sparsity.graph import MappingLike
 from fx_sparsity.progress import progress as show_progress
 from fx_sparsity.sparsifier import BaseDataSparsifier, DataNormSparsifier
 from fx_sparsity.storage.compressed_file import CompressedFile
 from fx_sparsity.storage.compressed_tensors import OUTSIDE
 from fx_sparsity.storage.container import elements_of
 from fx_sparsity.storage.sparsity_config import Counts
-
-_CONFIG = "config.json"
 
 
 @torch.no_grad()
@@ -48,7 +47,9 @@ def sparsify_checkpoint(
         source: a folder of safetensors files, or one file. Not changed.
         target: a folder that is not there yet, or is empty; a file to be where `source` is one.
         mapping: which weight gets which pattern. Classes are not known here, but the kinds
-            `linear`, `embedding` and `conv` are.
+            `linear`, `embedding` and `conv` are. What is no weight by its name, such as scales,
+            positions and routers, stays dense unless it is named, see `assign`. What
+            `config.json` ties may be called by either name.
         sparsifier: ranks weights by their values alone; magnitudes by default.
         ranked: `"model"` ranks the elements of all weights together, whose patterns must be
             `unstructured` at one level; `"weight"` ranks each for itself.
@@ -75,7 +76,7 @@ def sparsify_checkpoint(
     """
     checkpoint = Checkpoint(source)
     weights = find_checkpoint_weights(checkpoint, roles)
-    assignment = SparsityMapping.of(mapping).resolve(weights)
+    assignment = assign(weights, mapping)
     sparsifier = DataNormSparsifier() if sparsifier is None else sparsifier
     criterion = Criterion(checkpoint, weights, assignment, sparsifier, ranked)
     if checkpoint.is_folder:
@@ -146,7 +147,7 @@ def _write_folder(
     done = [run.done["shards"][shard] for shard in source.shards]
     anew = {REPORT, RECORD} if record is not None else set()
     if layout in OUTSIDE:
-        anew.add(_CONFIG)
+        anew.add(CONFIG)
         _write_config(source, run.folder, layout, done)
     run.copy([name for name in source.others if name not in anew])
     if source.index is not None:
@@ -205,9 +206,7 @@ def _write_config(
     counts = Counts()
     for shard in done:
         counts.merge(Counts(**shard["counts"]))
-    path = source.folder / _CONFIG
-    found = json.loads(path.read_text()) if path.exists() else {}
-    put_json(folder / _CONFIG, counts.configured(found, layout))
+    put_json(folder / CONFIG, counts.configured(source.config, layout))
 
 
 def _write_index(source: Checkpoint, name: str, folder: Path) -> None:

@@ -12,6 +12,7 @@ from fx_sparsity.checkpoints import (
     LAYOUTS,
     Checkpoint,
     CheckpointError,
+    assign,
     convert,
     find_checkpoint_weights,
     sparsify_checkpoint,
@@ -244,7 +245,7 @@ def verify_command(path: Path, recipe: Path | None, as_json: bool, **flags: Any)
     asked = read_recipe(recipe, flags)
     if any(asked.get(key) for key in ("pattern", "name", "regex", "kind")):
         weights = find_checkpoint_weights(source, roles_of(asked))
-        stated = dict(mapping_of(asked).resolve(weights).configs)
+        stated = dict(assign(weights, mapping_of(asked)).configs)
         roles = {site.fqn: site.roles for site in weights.sites}
     else:
         stated, roles = stated_patterns(source)

@@ -93,6 +93,29 @@ norm: L2
     assert "excluded by name 'mlp'" in changed
 
 
+def test_a_tied_name_is_known(folder):
+    """As transformers writes a tied model: its head is in `config.json` alone."""
+    save_file(
+        {"model.embed_tokens.weight": torch.randn(64, 32), "model.norm.weight": torch.ones(32)},
+        folder / "model" / "model.safetensors",
+    )
+    (folder / "model" / "config.json").write_text('{"tie_word_embeddings": true}')
+    arguments = ("sparsify", folder / "model", folder / "sparse", "--pattern", "2:4", "--name")
+    output = run(*arguments, "lm_haed=dense", code=3)
+    assert "the nearest are 'lm_head'" in output
+    assert "excluded by name 'lm_head'" in run(*arguments, "lm_head=dense")
+    run("diff", folder / "model", folder / "sparse")
+    output = run("verify", folder / "model", "--name", "lm_head=2:4", code=1)
+    assert "model.embed_tokens.weight" in output
+
+
+def test_verify_leaves_alone_what_sparsify_does(folder):
+    tensors = {"mlp.weight": torch.ones(8, 8), "mlp.gate.weight": torch.ones(2, 7)}
+    save_file(tensors, folder / "model" / "model.safetensors")
+    run("sparsify", folder / "model", folder / "sparse", "--pattern", "2:4")
+    assert "1 patterns stated, 0 faults" in run("verify", folder / "sparse", "--pattern", "2:4")
+
+
 def test_verify(folder):
     run("sparsify", folder / "model", folder / "sparse", "--pattern", "2:4")
     assert "2 patterns stated, 0 faults" in run("verify", folder / "sparse")

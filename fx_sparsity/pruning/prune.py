@@ -53,8 +53,11 @@ def prune(
     uses and is pruned at the last. In memory are the activations that are needed later and the
     statistics of one weight (of a tied one, from its first use to its last).
 
-    Where no graph can be captured, the operators of the running model are observed instead, all
-    weights at once, and the report says so.
+    Where no graph can be captured, the operators of the running model are observed instead, and the
+    report says so: block by block, where a container holds several modules of one class, such as
+    the layers of a language model. Each block sees what the pruned ones before it give out, and in
+    memory are the statistics of one; for n blocks, the model runs about n / 2 times over all
+    batches. Other models are observed once, for all weights.
 
     One weight is the unit of change: after an interruption or an error the weights that are done
     stay pruned and the others are untouched; calling again with the same sparsifier, or one that
@@ -64,15 +67,19 @@ def prune(
     Args:
         model: changed in place: masks as by `prepare`, beneath them the updated weights. Runs in
             eval mode; mode, buffers and random state are as before afterwards.
+            Or what `torch.export` gives, as it is, with the mode and the shapes that it has: the
+            module of a program is changed in place, too; an `ExportedProgram` is not, nor is the
+            model that it came from.
         sparsifier: chooses masks and values; a fresh one, or one that is bound to this model.
         batches: each a tuple of positional, or a dict of keyword arguments, or one tensor, on the
             model's device. All are held at once. Sizes may differ: they become dynamic, or take
-            a graph each.
+            a graph each. A graph that was exported with both kinds of arguments takes a dict.
         mapping: which weight gets which pattern and level. None gives every weight the
             sparsifier's defaults.
         sequential: False takes all statistics from the dense model, in one pass, and holds them
             at once.
-        dynamic_shapes: as `torch.export.export` takes it, in place of sizes that differ.
+        dynamic_shapes: as `torch.export.export` takes it, in place of sizes that differ; not for
+            a graph, which has its own.
         loss: (what the model returns, the batch) -> scalar; for methods that need gradients, which
             are those of the dense model.
         allocation: spreads what the mapping's levels come to in all over the weights, and meets it
@@ -83,18 +90,19 @@ def prune(
         progress: True shows a bar on a terminal and log lines elsewhere, False nothing.
 
     Returns:
-        `model`, and what was done to each weight.
+        `model`, or of an ExportedProgram a pruned copy, and what was done to each weight.
 
     Raises:
         InputError: there is no batch, `batches` is a single one, one lies on another device, or the
-            model rejects it.
+            model or its graph rejects it.
         MappingError: an unknown name, or a weight that cannot take its pattern.
         PatternError: a pattern without a matrix form for a weight.
         MaskError: a weight that cannot be masked, or that holds NaN or no data.
         CalibrationError: NaN or infinite inputs of a weight, or shapes whose graphs use the
             weights in different orders.
         ValueError: the method or the allocation needs gradients and there is no loss, or a pattern
-            such as 2:4 fixes the level that an allocation would choose.
+            such as 2:4 fixes the level that an allocation would choose, or there are
+            `dynamic_shapes` of a graph.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))

@@ -110,6 +110,17 @@ def test_programs_are_pruned_in_a_copy(name):
     assert_unchanged(model, before)
 
 
+@pytest.mark.parametrize("name", ["convnet", "bare", "llama"])
+def test_decomposed_programs(name):
+    model, batches = model_and_batches(name)
+    program = exported(copy.deepcopy(model), batches[0]).run_decompositions()
+    reference, method = TinyWanda(), TinyWanda()
+    _, expected = prune(model, reference, batches)
+    pruned, report = prune(program, method, batches)
+    assert list(report) == list(expected)
+    assert all(torch.equal(method.get_mask(f), reference.get_mask(f)) for f in report)
+
+
 def test_saved_programs_with_ties():
     model, batches = model_and_batches("tied")
     file = io.BytesIO()

@@ -5,6 +5,7 @@ tokenizer beside them.
 """
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -40,7 +41,8 @@ class Checkpoint:
         shards: names of the safetensors files.
         index: name of the index, JSON whose `weight_map` is name -> file; None where there is none.
         others: names of the files beside them, in subfolders too.
-        skipped: names of files with weights that are none of this checkpoint, as in other formats.
+        skipped: what is left behind: files with weights that are none of this checkpoint, as in
+            other formats; folders that are links, which are not followed; links to nothing.
 
     Raises:
         CheckpointError: an index that does not fit the files.
@@ -127,14 +129,22 @@ class Checkpoint:
                 raise FileNotFoundError(f"{self.folder / absent[0]}, which {self.index} names")
         if not self.shards:
             raise FileNotFoundError(f"{self.folder}: expected safetensors files, found none")
-        for name in names:  # also those in folders, such as the pooling of a sentence encoder
-            entry = self.folder / name
-            for path in sorted(entry.rglob("*")) if entry.is_dir() else [entry]:
-                found = str(path.relative_to(self.folder))
-                if path.is_file() and found not in (*self.shards, self.index):
-                    (self.skipped if path.suffix in _WEIGHTS else self.others).append(found)
+        self._read_others()
         if index is not None:
             self._check_index(index)
+
+    def _read_others(self) -> None:
+        """Sort what is beside the shards, also in folders, such as a sentence encoder's pooling."""
+        for root, folders, files in os.walk(self.folder):  # which follows no links
+            linked = [name for name in folders if Path(root, name).is_symlink()]
+            for path in (Path(root, name) for name in (*files, *linked)):
+                found = str(path.relative_to(self.folder))
+                if found in (*self.shards, self.index):
+                    continue
+                left = not path.is_file() or path.suffix in _WEIGHTS
+                (self.skipped if left else self.others).append(found)
+        self.others.sort()
+        self.skipped.sort()
 
     def _check_index(self, index: Mapping[str, str]) -> None:
         held = {key: s for s, file in self.files.items() for key in file.file.entries}

@@ -198,8 +198,7 @@ def sparsify(source: Path, target: Path, recipe: Path | None, as_json: bool, **f
         for name, weight in report.items()
     ]
     show(rows, as_json=as_json, numeric=("sparsity",))
-    for name in Checkpoint(source).skipped:
-        say(f"not copied, weights of another kind: {name}", as_json=as_json)
+    _say_skipped(Checkpoint(source), as_json=as_json)
 
 
 @commands.command(name="convert")
@@ -223,6 +222,7 @@ def convert_command(source: Path, target: Path, layout: Any, as_json: bool) -> N
     before, after = Checkpoint(source), Checkpoint(target)
     row = {"files": len(after.shards), "bytes before": before.nbytes, "bytes after": after.nbytes}
     show([row], as_json=as_json, numeric=tuple(row))
+    _say_skipped(before, as_json=as_json)
 
 
 @commands.command()
@@ -309,6 +309,11 @@ def diff(a: Path, b: Path, as_json: bool) -> None:
     say(f"{len(rows)} of {len(left.where.keys() | right.where)} tensors differ", as_json=as_json)
     if rows:
         raise SystemExit(FOUND)
+
+
+def _say_skipped(source: Checkpoint, *, as_json: bool) -> None:
+    for name in source.skipped:
+        say(f"not copied, weights of another kind or a link: {name}", as_json=as_json)
 
 
 def _compare(name: str, ours: Tensor, theirs: Tensor) -> dict[str, Any] | None:

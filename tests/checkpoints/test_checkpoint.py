@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fx_sparsity.checkpoints import Checkpoint, CheckpointError, MappedCheckpoint
+from fx_sparsity.checkpoints import Checkpoint, CheckpointError, MappedCheckpoint, convert
 from fx_sparsity.storage import FileFormatError
 
 
@@ -43,6 +43,32 @@ def test_what_an_index_does_not_name_is_ignored(tmp_path):
     save_file({"a": torch.zeros(9)}, tmp_path / "consolidated.safetensors")
     assert Checkpoint(tmp_path).skipped == ["consolidated.safetensors"]
     assert Checkpoint(tmp_path / "m-2.safetensors").shards == ["m-2.safetensors"]
+
+
+def test_linked_folders_are_not_followed_and_linked_files_are_read(tmp_path):
+    """As the cache of the hub lays out a snapshot, and with links that lead elsewhere."""
+    blobs, folder = tmp_path / "blobs", tmp_path / "snapshots" / "main"
+    for place in (blobs, folder / "sub", tmp_path / "private", folder / "twin"):
+        place.mkdir(parents=True)
+    tensors = shards(blobs)
+    (tmp_path / "private" / "key.txt").write_text("secret")
+    for number, name in enumerate(sorted(path.name for path in blobs.iterdir())):
+        (blobs / name).rename(blobs / str(number))
+        (folder / name).symlink_to(f"../../blobs/{number}")
+    (folder / "sub" / "config.json").symlink_to("../../../blobs/2")
+    (folder / "gone.json").symlink_to("../../blobs/none")
+    for link in ("linked", "sub/linked"):
+        (folder / link).symlink_to(tmp_path / "private", target_is_directory=True)
+    (folder / "loop").symlink_to(folder, target_is_directory=True)
+    checkpoint = Checkpoint(folder)
+    assert checkpoint.skipped == ["gone.json", "linked", "loop", "sub/linked"]
+    assert checkpoint.others == ["sub/config.json"]
+    for name, tensor in tensors.items():
+        assert torch.equal(checkpoint.read(name), tensor)
+    convert(folder, tmp_path / "out")
+    assert "key.txt" not in {path.name for path in (tmp_path / "out").rglob("*")}
+    assert not any(path.is_symlink() for path in (tmp_path / "out").rglob("*"))
+    Checkpoint(tmp_path / "out")
 
 
 def test_checkpoints_of_unknown_kind_are_refused(tmp_path):

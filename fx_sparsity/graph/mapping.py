@@ -172,6 +172,9 @@ class SparsityMapping:
     def resolve(self, weights: WeightMap, *, partial: bool = False) -> Assignment:
         """Apply the mapping to the weights of a model.
 
+        A weight whose zeros do not survive on the way to its operators stays dense, unless an entry
+        names it.
+
         Args:
             weights: of the model.
             partial: they are some of its weights, so that names may be those of others.
@@ -189,6 +192,9 @@ class SparsityMapping:
             config, reason = self._lookup(site)
             if config is None:
                 dense[site.fqn] = reason
+                continue
+            if site.lost_zeros and not self.names(site):
+                dense[site.fqn] = site.lost_zeros
                 continue
             configs[site.fqn] = config
             try:

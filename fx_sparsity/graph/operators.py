@@ -61,7 +61,7 @@ class Operator:
         kind: what the weight is called in a `WeightMap`.
         find: bound arguments -> (argument name, its value, its axes) of every possible weight.
         inputs: what calibration needs: the inputs of the weight at a call. None for recurrent
-            operators and fused attention, whose inner activations no argument shows.
+            operators, fused attention and chains, whose inner activations no argument shows.
         linear: what lowering needs: which arguments make up a linear layer; None for the others.
         bias: name of the argument that is added to the product.
     """
@@ -166,9 +166,10 @@ OPERATORS: dict[str, Operator] = {
     "addbmm": Operator(
         "matmul",
         _at(batch2={0: "in", 1: "in", 2: "out"}, batch1={0: "in", 1: "out", 2: "in"}),
+        inputs.summed,
         bias="self",
     ),
-    "inner": Operator("matmul", _at(other=LAST_REDUCED, self=LAST_REDUCED)),
+    "inner": Operator("matmul", _at(other=LAST_REDUCED, self=LAST_REDUCED), inputs.inner),
     "tensordot": Operator("matmul", _tensordot),
     "linalg_multi_dot": Operator("matmul", _chain),
     "bilinear": Operator("bilinear", _at(weight=BILINEAR), inputs.bilinear),
@@ -283,6 +284,20 @@ REARRANGEMENTS = frozenset(
     }
 )
 """Operators that move, repeat or lengthen whole slices; the axes stay what they were."""
+MIXTURES = frozenset(
+    {
+        *("batch_norm", "native_batch_norm", "_native_batch_norm_legit", "instance_norm"),
+        *("_native_batch_norm_legit_no_training", "_native_batch_norm_legit_functional"),
+        *("_batch_norm_with_update", "cudnn_batch_norm", "_batch_norm_no_update"),
+        *("layer_norm", "native_layer_norm", "group_norm", "native_group_norm", "rms_norm"),
+        *("softmax", "_softmax", "log_softmax", "_log_softmax", "cumsum"),
+    }
+)
+"""Operators whose result has the axes of the first argument, though each element depends on
+several: what standardizes a weight, for one.
+"""
+SELECTIONS = frozenset({"where", "masked_fill", "masked_fill_", "_weight_norm", "tril", "triu"})
+"""Elementwise operators that pass elements on as they are, or scaled, or others in their place."""
 PRODUCTS = frozenset({"mm", "matmul", "bmm", "linear", "addmm", "baddbmm"})
 """Operators of two matrices, whose product has the last axis but one of the left, and one axis of
 the right.
@@ -297,6 +312,11 @@ SAME_VALUES = frozenset(
         *("dequantize_per_tensor", "dequantize_per_channel", "dequantize_affine"),
         *("quantize_per_tensor", "quantize_per_channel", "quantize_affine"),
         *("fake_quantize_per_tensor_affine", "fake_quantize_per_channel_affine"),
+        *(
+            "fake_quantize_per_tensor_affine_cachemask",
+            "fake_quantize_per_channel_affine_cachemask",
+        ),
+        *("_fake_quantize_per_tensor_affine_cachemask_tensor_qparams",),
         *("_weight_norm", "_weight_norm_interface", "dropout"),
     }
 )

@@ -99,6 +99,8 @@ def prepare(
         unmasked = {} if assignment is None else assignment.dense
         weights = _without(weights, refusals(held, weights, unmasked, mapping))
         assignment = None if assignment is None else assignment.among(weights)
+    elif mapping is None:
+        weights = _without(weights, {s.fqn: s.lost_zeros for s in weights.sites if s.lost_zeros})
     if not weights and weights.frontend != "torch.compile":  # some graphs of a backend have none
         found = ", ".join(f"{p.fqn} ({p.text})" for p in weights.dense) or "none"
         raise MaskError(
@@ -129,7 +131,7 @@ def refusals(
     unmasked: Container[str] = (),
     mapping: SparsityMapping | None = None,
 ) -> dict[str, str]:
-    """FQN -> the reason why no mask can stand on a weight, such as another parametrization of it.
+    """FQN -> the reason why a weight is not to be masked, such as another parametrization of it.
 
     Args:
         model: that holds the weights.
@@ -145,6 +147,9 @@ def refusals(
         owner, attribute = _owner(model, site.fqn)
         if site.fqn in unmasked or mask_on(owner, attribute) is not None:
             continue
+        if site.lost_zeros and (mapping is None or not mapping.names(site)):
+            found[site.fqn] = site.lost_zeros
+            continue
         try:
             check_maskable(site.fqn, owner, attribute)
         except MaskError as error:
@@ -158,7 +163,9 @@ def _without(weights: WeightMap, reasons: Mapping[str, str]) -> WeightMap:
     """A map in which weights that cannot be masked are among what stays dense."""
     sites = tuple(site for site in weights.sites if site.fqn not in reasons)
     dense = tuple(
-        DenseParameter(site.fqn, site.shape, Reason.UNMASKABLE, reasons[site.fqn])
+        DenseParameter(site.fqn, site.shape, Reason.ZEROS, site.lost_zeros.partition(": ")[2])
+        if reasons[site.fqn] == site.lost_zeros
+        else DenseParameter(site.fqn, site.shape, Reason.UNMASKABLE, reasons[site.fqn])
         for site in weights.sites
         if site.fqn in reasons
     )
@@ -337,7 +344,9 @@ def _config(
         if "mask_module" not in entry and mask_on(owner, attribute) is None:
             tensor = check_maskable(fqn, owner, attribute)
             entry["mask"] = torch.ones_like(tensor, dtype=torch.bool)
-        config.append({"tensor_fqn": fqn, "roles": weights[fqn].roles, **entry})
+        site = weights[fqn]
+        lost = {"lost_zeros": site.lost_zeros} if site.lost_zeros else {}
+        config.append({"tensor_fqn": fqn, "roles": site.roles, **lost, **entry})
     return config
 
 
@@ -384,7 +393,7 @@ def _check_bound(model: nn.Module | ExportedProgram, sparsifier: BaseSparsifier)
         for name in sparsifier.names
         if held.isdisjoint({id(sparsifier.get_tensor(name)), id(sparsifier.get_mask(name))})
     ]
-    if foreign or not sparsifier.names:
+    if foreign or (not sparsifier.names and sparsifier.model is None):
         raise MaskError(
             f"the sparsifier has not prepared this {type(model).__name__} "
             f"({', '.join(foreign) or 'it has prepared none'}); "

@@ -21,11 +21,13 @@ from fx_sparsity.graph.operators import (
     COMBINATIONS,
     COPIES,
     LEFT_FACTOR,
+    MIXTURES,
     OPERATORS,
     PRODUCTS,
     REARRANGEMENTS,
     SAME_VALUES,
     SCATTERS,
+    SELECTIONS,
     Axes,
     bind,
     is_elementwise,
@@ -52,6 +54,8 @@ class Origin:
         reordered: dimensions of the copy along which it holds the elements of what was copied in
             another order, more than once, or beside others.
         summed: dimensions of the copy that a product of constants has summed over since.
+        zero: what becomes of a zero of the parameter on the way; NaN where no number says it.
+        moved_by: the operator that made it so, where it is no zero any more.
         through: an operator on the way that mixes elements, so that no axis can be known any more.
     """
 
@@ -63,7 +67,14 @@ class Origin:
     exact: bool = True
     reordered: frozenset[int] = frozenset()
     summed: frozenset[int] = frozenset()
+    zero: float = 0.0
+    moved_by: str = ""
     through: str = ""
+
+    def moved(self, op: str, zero: float = math.nan) -> "Origin":
+        """The origin after an operator that makes `zero` of what zeros have become."""
+        first = self.moved_by or op
+        return replace(self, zero=zero, moved_by="" if zero == 0 else first)
 
     @property
     def is_factor(self) -> bool:
@@ -113,6 +124,10 @@ def follow(node: fx.Node, origins: Origins, constant: bool) -> Iterator[tuple[fx
         yield from _copied(node, origins)
     elif constant and name in SCATTERS:
         yield from _scattered(node, origins)
+    elif constant and name in MIXTURES:
+        for value, origin in _received(node, origins):
+            if value is node.args[0] and not origin.through:
+                yield value, replace(origin, exact=False).moved(name)
     elif constant and is_elementwise(node):
         yield from _unbroadcast(node, origins)
 
@@ -142,7 +157,53 @@ def _unbroadcast(node: fx.Node, origins: Origins) -> Iterator[tuple[fx.Node, Ori
     result = shape_of(node) or _broadcast(shapes)
     for value, origin in received:
         if isinstance(origin.view, Tensor) and origin.view.shape == result:
-            yield value, origin
+            yield value, _of_zeros(node, origin, origins)
+
+
+def _of_zeros(node: fx.Node, origin: Origin, origins: Origins) -> Origin:
+    """What an elementwise operator makes of zeros: its value at them, with all else at a number.
+
+    Where another argument holds the same elements, as in w + (round(w) - w), it is at zero, too.
+    """
+    name = operator_name(node)
+    if name in SELECTIONS:
+        return origin
+
+    def at_zero(argument: fx.Node) -> Any:
+        alike = [o.zero for o in origins.get(argument, ()) if _same_elements(o, origin)]
+        known = argument.meta.get("val", argument.meta.get("example_value"))
+        if not isinstance(known, Tensor | None):
+            return 1
+        dtype = torch.float32 if known is None else known.dtype
+        number = alike[0] if alike else _constant(argument, origins)
+        return torch.full((1, 1), number, dtype=dtype)
+
+    args, kwargs = fx.map_arg((node.args, node.kwargs), at_zero)
+    try:
+        if node.op == "call_method":
+            result = getattr(args[0], name)(*args[1:], **kwargs)
+        else:
+            result = node.target(*args, **kwargs)  # type: ignore[operator]
+        return origin.moved(name, float(result))
+    except (RuntimeError, TypeError, ValueError):
+        return origin.moved(name)
+
+
+def _same_elements(one: Origin, other: Origin) -> bool:
+    """Whether two nodes hold the same element of one parameter at each place."""
+    if one.parameter is not other.parameter or not isinstance(one.view, Tensor):
+        return False
+    places = [(o.view.shape, o.view.stride(), o.view.storage_offset()) for o in (one, other)]
+    return places[0] == places[1]
+
+
+def _constant(node: fx.Node, origins: Origins) -> float:
+    """A number that stands for a constant: zero where it is that, else one that is not special."""
+    while not origins.get(node) and is_view(node) and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    name = "" if origins.get(node) else operator_name(node)
+    zeros = "zeros" in name or ("full" in name and bind(node).get("fill_value") == 0)
+    return 0.0 if zeros else 0.731
 
 
 def _copied(node: fx.Node, origins: Origins) -> Iterator[tuple[fx.Node, Origin]]:
@@ -244,8 +305,8 @@ def _pass_on(node: fx.Node, name: str, origin: Origin, constant: bool) -> Origin
 
 
 def _is_pair(node: Any) -> bool:
-    """Whether a node returns the weight and something else: here, its norms."""
-    return operator_name(node) == "_weight_norm_interface"
+    """Whether a node returns the weight and something else, such as its norms."""
+    return operator_name(node) in SAME_VALUES | MIXTURES
 
 
 def viewing(node: fx.Node) -> Callable[[Any], Any] | None:
@@ -401,16 +462,16 @@ def _multiplied(node: fx.Node, origins: Origins) -> Iterator[tuple[fx.Node, Orig
     for value, origin in _received(node, origins):
         whole = isinstance(origin.view, Tensor) and origin.view.shape == shape
         if value is bias and whole:
-            yield value, replace(origin, exact=False)
+            yield value, replace(origin, exact=False).moved(operator_name(node))
     for _, value, axes in OPERATORS[operator_name(node)].find(args):
         for origin in origins.get(value, ()):
             if origin.through or shape is None or not isinstance(origin.view, Tensor):
                 yield value, mixed(node, origin)
             elif 2 <= origin.view.ndim <= len(shape):
-                yield value, _factor(origin, axes, shape)
+                yield value, _factor(operator_name(node), origin, axes, shape)
 
 
-def _factor(origin: Origin, axes: Axes, shape: Sequence[int]) -> Origin:
+def _factor(name: str, origin: Origin, axes: Axes, shape: Sequence[int]) -> Origin:
     """The origin of a product of `shape`, of which this is a factor with these axes."""
     (kept,), (summed,) = ([a for a in axes if axes[a] == role] for role in ("out", "in"))
     assert kept is not None
@@ -421,7 +482,8 @@ def _factor(origin: Origin, axes: Axes, shape: Sequence[int]) -> Origin:
     strides[-2:] = [0, 0]
     strides[-2 if axes == LEFT_FACTOR else -1] = own[kept]
     view = copy.view.as_strided(shape, strides)
-    return replace(copy, view=view, exact=False, summed=frozenset((summed % len(own),)))
+    factor = replace(copy, view=view, exact=False, summed=frozenset((summed % len(own),)))
+    return factor.moved(name)
 
 
 def _combined(node: fx.Node, name: str, origin: Origin, origins: Origins) -> Origin:

@@ -77,6 +77,7 @@ class Consumption(NamedTuple):
             roles,
             slice_of_parameter(self.origin),
             reordered_dimensions(self.origin),
+            self.origin.moved_by,
         )
 
     def reason(self) -> tuple[Reason, str]:

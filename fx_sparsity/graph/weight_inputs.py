@@ -109,6 +109,20 @@ def linear(args: Arguments, arg: str, columns: Tensor) -> Iterator[WeightInputs]
     return _product(args["input" if arg == "weight" else "weight"], _transposed(columns))
 
 
+def inner(args: Arguments, arg: str, columns: Tensor) -> Iterator[WeightInputs]:
+    """Both factors are reduced along their last axis."""
+    return _product(args["self" if arg == "other" else "other"], _transposed(columns))
+
+
+def summed(args: Arguments, arg: str, columns: Tensor) -> Iterator[WeightInputs]:
+    """A sum over the products of a batch reduces that, too: one product of longer rows."""
+    if arg == "batch2":
+        x = args["batch1"].movedim(1, 0).flatten(1)
+        return _product(x, columns.flatten(0, 1))
+    x = args["batch2"].movedim(2, 0).flatten(1)
+    return _product(x, columns.movedim(1, -1).flatten(0, 1))
+
+
 def grouped(x: str, weight_offsets: str) -> InputsOf:
     """Each matrix of a stack has the rows of `x` up to its offset."""
 

@@ -22,6 +22,8 @@ class Use:
         reordered: axes along which the operator does not see the elements as they are stored, one
             after the other: it sees them permuted or repeated, or what a product of constants has
             made of them. Neighbours there are none in use.
+        moved_by: an operator on the way behind which a zero of the weight is no zero any more, such
+            as `sub` where a weight is standardized; empty where zeros survive.
     """
 
     op: str
@@ -30,6 +32,7 @@ class Use:
     roles: tuple[Role, ...]
     slice: tuple[int, int, int] | None = None
     reordered: tuple[int, ...] = ()
+    moved_by: str = ""
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,12 @@ class WeightSite:
         """Every name, the canonical one first."""
         return self.fqn, *self.aliases
 
+    @property
+    def lost_zeros(self) -> str:
+        """Why zeros of the weight are none where it is used; empty where they survive."""
+        moved = dict.fromkeys(use.moved_by for use in self.uses if use.moved_by)
+        return f"{Reason.ZEROS}: {', '.join(moved)}" if moved else ""
+
 
 class Reason(StrEnum):
     """Why a tensor of two or more dimensions is not a weight. The list is closed."""
@@ -75,6 +84,7 @@ class Reason(StrEnum):
     FRONTEND = "the graph does not show it"
     BUFFER = "no parameter: a buffer"
     CONSTANT = "no parameter: a constant or an attribute"
+    ZEROS = "zeros do not survive"
     UNMASKABLE = "no mask can stand on it"
 
     @property
@@ -156,6 +166,8 @@ class WeightMap(Mapping[str, WeightSite]):
             text += "\n\n" + format_table(("stays dense", "shape", "reason"), rest)
         else:
             text += "\n\nnothing of two or more dimensions stays dense"
+        lost = [f"{site.fqn}: {site.lost_zeros}" for site in self.sites if site.lost_zeros]
+        text = "\n".join([text, *lost])
         return f"{text}\n({self.vectors} one-dimensional parameters; read from {self.frontend})"
 
     def by_any_name(self) -> dict[str, WeightSite]:

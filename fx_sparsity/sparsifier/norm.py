@@ -29,6 +29,7 @@ _RANKS: dict[Norm, Rank] = {
 _KEYS = frozenset(
     {
         *("sparsity_level", "sparse_block_shape", "zeros_per_block", "pattern", "roles"),
+        "lost_zeros",
         *("tensor_fqn", "module_fqn", "module", "tensor_name"),
     }
 )

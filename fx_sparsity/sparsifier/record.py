@@ -31,6 +31,7 @@ class MaskRecord:
         packed_zeros: the kept elements that were zero anyway when the record was made, packed like
             the mask; empty where there were none.
         aliases: further names of the weight, where it is tied or its module is shared.
+        lost_zeros: why its zeros are none where it is used; empty where they survive.
     """
 
     shape: tuple[int, ...]
@@ -40,6 +41,7 @@ class MaskRecord:
     packed: Tensor
     packed_zeros: Tensor
     aliases: tuple[str, ...] = ()
+    lost_zeros: str = ""
 
     @property
     def keep(self) -> Tensor:
@@ -93,6 +95,7 @@ class SparsityRecord(Mapping[str, MaskRecord]):
                 packed=pack_bits(keep),
                 packed_zeros=pack_bits(zeros) if zeros.any() else pack_bits(zeros[:0].reshape(0)),
                 aliases=tuple(known.get(name, ())),
+                lost_zeros=config.get("lost_zeros", ""),
             )
         return cls(weights)
 
@@ -107,6 +110,7 @@ class SparsityRecord(Mapping[str, MaskRecord]):
                 "pattern": w.pattern,
                 "level": w.level,
                 "aliases": w.aliases,
+                "lost_zeros": w.lost_zeros,
             }
             for name, w in self.items()
         }
@@ -137,6 +141,7 @@ class SparsityRecord(Mapping[str, MaskRecord]):
                         packed=file.get_tensor(name),
                         packed_zeros=file.get_tensor(f"{name}{ZEROS}"),
                         aliases=tuple(entry["aliases"]),
+                        lost_zeros=entry.get("lost_zeros", ""),
                     )
                     for name, entry in json.loads(text).items()
                 }

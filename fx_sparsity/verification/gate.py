@@ -242,7 +242,9 @@ def verify(
 
 
 def _fitting(weight: StoredWeight, mask: MaskRecord) -> StoredWeight:
-    """A copy as it is; with an obstacle where a mask of this shape cannot be of it."""
+    """A copy as it is; with an obstacle where a mask of it cannot be, or be of use."""
+    if mask.lost_zeros and not weight.obstacle:
+        return replace(weight, obstacle=mask.lost_zeros)
     expected = mask.shape if weight.view is None else weight.view.size
     if weight.obstacle or tuple(weight.data.shape) == tuple(expected):
         return weight

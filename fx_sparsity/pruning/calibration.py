@@ -9,10 +9,10 @@ from torch import nn
 
 from fx_sparsity.pruning.batches import Batch, Captured, Frame, canonical_names
 from fx_sparsity.pruning.bias import fits
-from fx_sparsity.pruning.blocks import Stages, describe, find_blocks
 from fx_sparsity.pruning.observe import observe
 from fx_sparsity.pruning.plan import shared_inputs
 from fx_sparsity.pruning.pruner import CalibrationError, Pruner, Store
+from fx_sparsity.pruning.stages import Stages, describe, find_blocks
 from fx_sparsity.pruning.walk import Walk
 
 

@@ -24,7 +24,7 @@ def begin(program: ExportedProgram, sparsifier: BaseSparsifier) -> nn.Module:
         program: not changed.
         sparsifier: where an interrupted call has bound it to such a module, that one is returned.
     """
-    held = sparsifier.model
+    held = getattr(sparsifier, "model", None)
     if held is not None and _BEGUN.get(held) is program:
         return held
     module = copy.deepcopy(program.module())

@@ -20,7 +20,7 @@ from fx_sparsity.pruning.methods.statistics import relative_error
 from fx_sparsity.pruning.methods.where import select
 from fx_sparsity.pruning.plan import Plan
 from fx_sparsity.pruning.report import PrunedWeight
-from fx_sparsity.sparsifier import Mask
+from fx_sparsity.sparsifier import Mask, MaskError
 from fx_sparsity.sparsifier.target import graph_mask
 
 DONE = "calibrated"
@@ -52,6 +52,9 @@ class Store(Protocol):
             weights: of the model.
             plans: FQN -> plan of every weight that is to be pruned.
             tensors: FQN -> the model's tensor of each, not masked.
+
+        Raises:
+            MaskError: what has been done was done to another model.
         """
 
     def read(self, fqn: str, tensor: Tensor) -> Tensor:
@@ -332,7 +335,13 @@ class MaskStore:
     ) -> None:
         """See `Store.begin`."""
         self._weights, self._plans, self._tensors = weights, plans, tensors
-        if self._sparsifier.model is None and self._sparsifier.names:
+        bound = self._sparsifier.model
+        if bound is not None and bound is not self._model and self._sparsifier.names:
+            raise MaskError(
+                f"the sparsifier is bound to another {type(bound).__name__}; "
+                "prune this model with a fresh one"
+            )
+        if bound is None and self._sparsifier.names:
             if is_exported(self._model):
                 self._select_in_graph(self._model)
             self._sparsifier.attach(self._model)

@@ -10,7 +10,7 @@ from torch import fx, nn
 import fx_sparsity as fxs
 from fx_sparsity import SparsityMapping, prune
 from fx_sparsity.graph import InputError
-from fx_sparsity.sparsifier import dense_state_dict
+from fx_sparsity.sparsifier import MaskError, dense_state_dict
 from tests.models import make
 from tests.pruning.test_prune import Interrupted, mlp
 from tests.pruning.tiny_methods import LeastSquares, TinyWanda
@@ -322,3 +322,17 @@ def test_traced_graphs_are_captured():
     _, report = prune(traced, method, batches)
     assert report.reason == "1 graph"
     assert_same(report, method, expected, reference)
+
+
+def test_a_sparsifier_prunes_one_model():
+    """Weights that it has pruned in one are not done in another."""
+    model, batches = mlp(2)
+    program, method = torch.export.export(model, batches[0]), TinyWanda()
+    pruned, _ = prune(program, method, batches)
+    before = snapshot(model)
+    for other in (program, pruned, program.module(), model):
+        with pytest.raises(MaskError, match="bound to another GraphModule; prune this model with"):
+            prune(other, method, batches)
+    assert_unchanged(model, before)
+    with pytest.raises(TypeError, match="needs no data"):
+        prune(program, fxs.DataNormSparsifier(), batches)

@@ -69,7 +69,7 @@ class Stages:
     Attributes:
         biases: see `observe`.
         called: blocks that the model calls as modules, so that they show how far it has come.
-        order: stage -> FQNs of its weights, from first to last. Weights that no batch meets are in
+        order: stage -> FQNs of its weights, from first to last. Weights that no batch uses are in
             the last.
     """
 
@@ -85,11 +85,11 @@ class Stages:
         biases, last = Biases(model), dict.fromkeys(pruner.plans, 0)
         seen: set[str] = set()
 
-        def meet(fqn: str, *_: Any) -> None:
+        def on_use(fqn: str, *_: Any) -> None:
             seen.add(fqn)
             last[fqn] = max(last[fqn], self._position.stage)
 
-        self._run(Observer(pruner.weights, pruner.columns, meet, biases), None)
+        self._run(Observer(pruner.weights, pruner.columns, on_use, biases), None)
         self.called = list(self._position.places)
         end = 2 * len(self.called)
         self.biases = biases.found
@@ -110,12 +110,9 @@ class Stages:
         with self._position:
             for batch in self._batches:
                 self._position.start(last)
-                with suppress(_Enough), observer:
+                observer.padding = batch.padding
+                with suppress(GeneratorExit), observer:
                     batch.call(self._model)
-
-
-class _Enough(BaseException):
-    """Stops a model, which may catch every `Exception`."""
 
 
 class _Position:
@@ -154,4 +151,4 @@ class _Position:
     def _come_to(self, stage: int) -> None:
         self.stage = max(self.stage, stage)
         if self._last is not None and self.stage > self._last:
-            raise _Enough
+            raise GeneratorExit  # no `Exception`, which the model might catch

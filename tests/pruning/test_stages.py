@@ -10,8 +10,8 @@ from torch.nn.utils import parametrize
 
 import fx_sparsity as fxs
 from fx_sparsity import SparsityMapping, prune
-from fx_sparsity.pruning.blocks import describe, find_blocks
 from fx_sparsity.pruning.methods import SparseGPTSparsifier
+from fx_sparsity.pruning.stages import describe, find_blocks
 from fx_sparsity.sparsifier import dense_state_dict
 from tests.models import make, make_bert
 from tests.pruning.test_observe import no_graph  # noqa: F401

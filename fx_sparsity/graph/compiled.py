@@ -30,14 +30,27 @@ def capture_graphs(
     recurrent networks are let in, which Dynamo otherwise runs eagerly.
 
     Returns:
-        Graphs with their example inputs, in the order of capture; and what ended it early, if
-        the call raised.
+        Graphs with their inputs, in the order of capture, once for each set of parameters that they
+        ran with; and what ended it early, if the call raised.
     """
     graphs: list[tuple[fx.GraphModule, Sequence[Any]]] = []
 
+    seen: set[tuple[int, ...]] = set()
+
+    def note(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
+        held = (id(gm), *(id(value) for value in inputs if isinstance(value, nn.Parameter)))
+        if held not in seen:
+            seen.add(held)
+            graphs.append((gm, inputs))
+
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        graphs.append((gm, example_inputs))
-        return gm.forward
+        note(gm, example_inputs)
+
+        def run(*inputs: Any) -> Any:
+            note(gm, inputs)  # one graph serves all modules of a class
+            return gm.forward(*inputs)
+
+        return run
 
     import torch._dynamo
 

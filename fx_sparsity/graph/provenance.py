@@ -35,6 +35,7 @@ from fx_sparsity.graph.operators import (
     is_view,
     operator_name,
 )
+from fx_sparsity.graph.sources import place_of
 from fx_sparsity.patterns import Role
 
 
@@ -56,6 +57,7 @@ class Origin:
         summed: dimensions of the copy that a product of constants has summed over since.
         zero: what becomes of a zero of the parameter on the way; NaN where no number says it.
         moved_by: the operator that made it so, where it is no zero any more.
+        number: the value of a constant of one element, where it is known.
         through: an operator on the way that mixes elements, so that no axis can be known any more.
     """
 
@@ -69,12 +71,13 @@ class Origin:
     summed: frozenset[int] = frozenset()
     zero: float = 0.0
     moved_by: str = ""
+    number: float | None = None
     through: str = ""
 
     def moved(self, op: str, zero: float = math.nan) -> "Origin":
         """The origin after an operator that makes `zero` of what zeros have become."""
         first = self.moved_by or op
-        return replace(self, zero=zero, moved_by="" if zero == 0 else first)
+        return replace(self, zero=zero, moved_by="" if zero == 0 else first, number=None)
 
     @property
     def is_factor(self) -> bool:
@@ -94,7 +97,8 @@ Origins = Mapping[fx.Node, Sequence[Origin]]
 def origin_of(fqn: str, tensor: Tensor) -> Origin:
     """The origin of a node that is the parameter itself."""
     meta = torch.empty(tensor.shape, device="meta", dtype=tensor.dtype)
-    return Origin(fqn, meta, meta)
+    known = place_of(tensor) is not None and tensor.numel() == 1 and not tensor.is_complex()
+    return Origin(fqn, meta, meta, number=float(tensor) if known else None)
 
 
 def follow(node: fx.Node, origins: Origins, constant: bool) -> Iterator[tuple[fx.Node, Origin]]:
@@ -198,12 +202,17 @@ def _same_elements(one: Origin, other: Origin) -> bool:
 
 
 def _constant(node: fx.Node, origins: Origins) -> float:
-    """A number that stands for a constant: zero where it is that, else one that is not special."""
+    """A number that stands for a constant: its own, or else one that is not special."""
     while not origins.get(node) and is_view(node) and isinstance(node.args[0], fx.Node):
         node = node.args[0]
-    name = "" if origins.get(node) else operator_name(node)
-    zeros = "zeros" in name or ("full" in name and bind(node).get("fill_value") == 0)
-    return 0.0 if zeros else 0.731
+    if held := origins.get(node):
+        return 0.731 if held[0].number is None else held[0].number
+    name, args = operator_name(node), bind(node)
+    filled = {"zeros": 0.0, "ones": 1.0, "full": args.get("fill_value")}
+    value = next((filled[fill] for fill in filled if fill in name), None)
+    if name in ("tensor", "scalar_tensor"):
+        value = node.args[0]
+    return float(value) if isinstance(value, int | float) else 0.731
 
 
 def _copied(node: fx.Node, origins: Origins) -> Iterator[tuple[fx.Node, Origin]]:
@@ -353,9 +362,14 @@ def _shares(result: Any, view: Any) -> bool:
     return result is view or all(isinstance(t, Tensor) and t._is_view() for t in parts)
 
 
-def _value(arg: fx.Node, name: str) -> int:
-    """An integer that the graph computes; sizes that it does not note matter only to `expand`."""
+def _value(arg: fx.Node, name: str) -> int | Tensor:
+    """An integer that the graph computes, or a tensor whose shape alone counts, as in `view_as`.
+
+    Sizes that the graph does not note matter only to `expand`.
+    """
     known = arg.meta.get("val", arg.meta.get("example_value"))
+    if (shape := shape_of(arg)) is not None and name.endswith("_as"):
+        return torch.empty(shape, device="meta")
     if isinstance(known, int | torch.SymInt):
         return _known(known)
     if name == "expand":

@@ -194,3 +194,20 @@ def test_parametrizations_that_move_zeros():
             (torch.randn(2, 8),),
             {"module_name": {"0": "2:4"}},
         )
+
+
+def test_a_shift_by_a_constant_that_is_zero_moves_nothing():
+    class Shifted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(8, 8))
+            self.register_buffer("point", torch.zeros(1))
+
+        def forward(self, x):
+            quantized = torch.round(self.w / 0.1 + self.point + torch.tensor(0.0))
+            return F.linear(x, quantized * 0.1)
+
+    model, x = Shifted(), (torch.randn(2, 8),)
+    assert not fxs.find_weights(model, x)["w"].lost_zeros
+    model.point.fill_(2)
+    assert fxs.find_weights(model, x)["w"].lost_zeros == "zeros do not survive: add"

@@ -110,7 +110,6 @@ class Stages:
         with self._position:
             for batch in self._batches:
                 self._position.start(last)
-                observer.padding = batch.padding
                 with suppress(GeneratorExit), observer:
                     batch.call(self._model)
 

@@ -1,5 +1,6 @@
 """One-shot pruning of a checkpoint that need not fit into memory, from files to files."""
 
+import contextlib
 import ctypes
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -36,6 +37,7 @@ def prune_checkpoint(
     sequential: bool = True,
     dynamic_shapes: Any = None,
     correct_bias: bool = False,
+    token_weights: Iterable[Tensor] | None = None,
     progress: bool = True,
 ) -> PruningReport:
     """Prune a checkpoint in one shot, as `prune` does a model, without ever loading it.
@@ -65,6 +67,7 @@ def prune_checkpoint(
         sequential: as `prune` takes it.
         dynamic_shapes: as `prune` takes it.
         correct_bias: as `prune` takes it.
+        token_weights: as `prune` takes them.
         progress: as `prune` takes it.
 
     Returns:
@@ -99,6 +102,7 @@ def prune_checkpoint(
             "load the model and call prune"
         )
     batches, checkpoint = list(batches), Checkpoint(source)
+    token_weights = None if token_weights is None else list(token_weights)
     held = MappedCheckpoint(checkpoint)
     loaded = LoadedModel(model, held, dict(names or {}))
     asked = {
@@ -106,13 +110,16 @@ def prune_checkpoint(
         "method": _description(sparsifier),
         "sequential": sequential,
         "correct_bias": correct_bias,
-        "batches": _digest(batches),
+        "batches": _digest([*batches, *(token_weights or ())]),
     }
-    store = PrunedFiles(Run(checkpoint, Path(target), asked), checkpoint, held, loaded, sequential)
-    options = PruneOptions(sequential, dynamic_shapes, None, None, correct_bias, progress)
-    report = calibrate(loaded.model, sparsifier, batches, mapping, store, options)
-    dense = {fqn: reason for fqn, reason in report.dense.items() if fqn not in store.rows}
-    store.finish(dense)
+    options = PruneOptions(
+        sequential, dynamic_shapes, None, None, correct_bias, token_weights, progress
+    )
+    with contextlib.closing(Run(checkpoint, Path(target), asked)) as run:
+        store = PrunedFiles(run, checkpoint, held, loaded, sequential)
+        report = calibrate(loaded.model, sparsifier, batches, mapping, store, options)
+        dense = {fqn: reason for fqn, reason in report.dense.items() if fqn not in store.rows}
+        store.finish(dense)
     surplus = dict.fromkeys(loaded.surplus, "the model has no such tensor; copied")
     return replace(report, rows=tuple(store.rows.values()), dense={**dense, **surplus})
 

@@ -19,6 +19,7 @@ from fx_sparsity.graph.opaque import copied, expanded
 from fx_sparsity.graph.sources import module_source, named_tensors
 from fx_sparsity.graph.uses import canonical_fqn, weight_uses
 from fx_sparsity.graph.weight_map import Use, WeightMap
+from fx_sparsity.pruning.padding import Padding, read_padding
 
 _log = logging.getLogger(__name__)
 
@@ -35,6 +36,7 @@ class Batch:
         leaves: tensors and other values, in the order of the graph's placeholders; of what is no
             pytree, its tensors.
         spec: how they are nested.
+        padding: which of its tokens count.
     """
 
     number: int
@@ -43,6 +45,7 @@ class Batch:
     kwargs: Mapping[str, Any]
     leaves: tuple[Any, ...]
     spec: pytree.TreeSpec
+    padding: Padding
 
     def call(self, model: nn.Module) -> Any:
         """What the model returns.
@@ -59,18 +62,30 @@ class Batch:
             ) from error
 
 
-def read_batches(model: nn.Module, batches: Iterable[ExampleInputs]) -> list[Batch]:
+def read_batches(
+    model: nn.Module,
+    batches: Iterable[ExampleInputs],
+    token_weights: Iterable[Tensor] | None = None,
+) -> list[Batch]:
     """Check batches, and flatten them.
+
+    Args:
+        model: that takes them.
+        batches: as `prune` takes them.
+        token_weights: as `prune` takes them.
 
     Raises:
         InputError: there is none, one is no call's arguments, or lies on a device where the model
-            has no tensor; or `batches` is a single one, whose rows or names are no batches.
+            has no tensor; or `batches` is a single one, whose rows or names are no batches; or
+            there are other numbers of batches and of `token_weights`.
     """
     if isinstance(batches, Tensor | Mapping | str):
         raise InputError(
             f"batches: expected an iterable of batches, found one {type(batches).__name__}; "
             "pass a list of batches, such as [batch]"
         )
+    given = None if token_weights is None else list(token_weights)
+    weights = None if given is None else iter(given)
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
     read: list[Batch] = []
     for number, inputs in enumerate(batches):
@@ -86,9 +101,14 @@ def read_batches(model: nn.Module, batches: Iterable[ExampleInputs]) -> list[Bat
                     f"batch {number} has a tensor on {leaf.device}, but the model is on "
                     f"{', '.join(sorted(map(str, devices)))}; move one of them"
                 )
-        read.append(Batch(number, inputs, args, kwargs, tuple(leaves), spec))
+        padding = read_padding(model, inputs, None if weights is None else next(weights, None))
+        read.append(Batch(number, inputs, args, kwargs, tuple(leaves), spec, padding))
     if not read:
         raise InputError("batches: expected at least one batch of inputs, found none")
+    if given is not None and len(given) != len(read):
+        raise InputError(
+            f"token_weights: expected one for each of {len(read)} batches, found {len(given)}"
+        )
     return read
 
 

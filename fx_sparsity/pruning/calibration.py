@@ -79,7 +79,7 @@ class Calibration:
         shared: list[Mapping[str, str]] = []
         for captured, uses in zip(self._frame.captured, self._frame.uses, strict=True):
             counted = [u for u in uses if u.fqn in plans and plans[u.fqn].counts(u.use)]
-            arguments = (named, pruner.columns, store.read, pruner.take, pruner.refuse)
+            arguments = (named, pruner.columns, store.read, pruner.take, pruner.refuse, pruner.note)
             walks.append(Walk(captured.graph, captured.batches, counted, *arguments))
             shared.append(shared_inputs(walks[-1].order, counted, plans))
         _check_orders(walks, self._frame.captured)

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fx_sparsity.graph.operators import OPERATORS, SAME_VALUES, Axes
-from fx_sparsity.graph.weight_inputs import InputsOf, UnsupportedUse
+from fx_sparsity.graph.operators import OPERATORS, SAME_VALUES, Axes, Operator
+from fx_sparsity.graph.weight_inputs import UnsupportedUse
 from fx_sparsity.pruning.batches import Batch
+from fx_sparsity.pruning.padding import Padding, without_padding
 from fx_sparsity.pruning.pruner import Pruner
 
 
@@ -37,31 +38,40 @@ def observe(model: nn.Module, batches: Sequence[Batch], pruner: Pruner) -> dict[
     biases = Biases(model)
     observer = Observer(pruner.weights, pruner.columns, take_into(pruner), biases)
     for batch in batches:
+        observer.padding = batch.padding
         with observer:
             batch.call(model)
     return biases.found
 
 
-Meet = Callable[[str, InputsOf, Mapping[str, Any], str, Tensor], None]
-"""(FQN of a weight, what the inputs of an operator are, its arguments, which of them is the weight,
-columns of that) -> nothing."""
+OnUse = Callable[[str, Operator, Mapping[str, Any], str, Tensor, Padding], None]
+"""(FQN of a weight, row of the operator that uses it, its arguments, which of them is the weight,
+columns of that, which tokens count) -> nothing."""
 
 
-def take_into(pruner: Pruner) -> Meet:
+def take_into(pruner: Pruner) -> OnUse:
     """Has a pruner take in the inputs of weights, or the reason why they cannot be known."""
 
-    def meet(
-        fqn: str, inputs_of: InputsOf, args: Mapping[str, Any], arg: str, columns: Tensor
+    def on_use(
+        fqn: str,
+        row: Operator,
+        args: Mapping[str, Any],
+        arg: str,
+        columns: Tensor,
+        padding: Padding,
     ) -> None:
+        assert row.inputs is not None  # others are not observed
+        args, note = without_padding(padding, row, arg, args)
+        pruner.note(fqn, note)
         try:
-            for inputs in inputs_of(args, arg, columns):
+            for inputs in row.inputs(args, arg, columns):
                 # Lookups in what is no table pick matrices of a stack.
                 if (inputs.x is None) == pruner.plans[fqn].table:
                     pruner.take(fqn, inputs)
         except UnsupportedUse as reason:
             pruner.refuse(fqn, str(reason))
 
-    return meet
+    return on_use
 
 
 class _Known(NamedTuple):
@@ -123,19 +133,23 @@ class Observer(TorchDispatchMode):
     Args:
         weights: FQN -> tensor of those that are looked for.
         columns: FQN -> see `MatrixForm.columns`.
-        meet: called wherever an operator has a weight for one.
+        on_use: called wherever an operator has a weight for one.
         biases: learns which biases belong to the weights; None where nobody asks.
+
+    Attributes:
+        padding: which tokens of the next call count.
     """
 
     def __init__(
         self,
         weights: Mapping[str, Tensor],
         columns: Callable[[str], Tensor],
-        meet: Meet,
+        on_use: OnUse,
         biases: Biases | None = None,
     ) -> None:
         super().__init__()
-        self._weights, self._columns, self._meet, self._biases = weights, columns, meet, biases
+        self._weights, self._columns, self._on_use = weights, columns, on_use
+        self._biases, self.padding = biases, Padding({})
         self._fqns: dict[int, str] = {}
         self._known: dict[int, _Known] = {}
 
@@ -164,7 +178,7 @@ class Observer(TorchDispatchMode):
                 if found is not None and _varies(found[1], axes):
                     if self._biases is not None:
                         self._biases.add(found[0], bound.get(row.bias))
-                    self._meet(found[0], row.inputs, bound, arg, found[1])
+                    self._on_use(found[0], row, bound, arg, found[1], self.padding)
         result = func(*args, **kwargs)
         if name in _FOLLOWED and isinstance(result, Tensor):
             self._follow(func, name, args, kwargs, result)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from fx_sparsity.graph.example_inputs import ExampleInputs
@@ -43,6 +43,7 @@ def prune(
     loss: Loss | None = None,
     allocation: Allocation | None = None,
     correct_bias: bool = False,
+    token_weights: Iterable[Tensor] | None = None,
     progress: bool = True,
 ) -> tuple[_Model, PruningReport]:
     """Prune a model in one shot, each weight by its real inputs.
@@ -87,6 +88,9 @@ def prune(
             more pass over the dense model before anything is changed.
         correct_bias: add to the bias of each layer the mean of what pruning took from its
             outputs, and measure batch norms anew at the end.
+        token_weights: which tokens count, for each batch zeros and ones of shape [batch, tokens].
+            By default the batch says so itself: what its `attention_mask` (and, on the decoder's
+            side, its `decoder_attention_mask`) leaves out is padding, and counts for nothing.
         progress: True shows a bar on a terminal and log lines elsewhere, False nothing.
 
     Returns:
@@ -111,7 +115,9 @@ def prune(
         >>> [(row.fqn, row.pattern, row.tokens) for row in report.rows]
         [('0.weight', '2:4', 64), ('2.weight', '2:4', 64)]
     """
-    options = PruneOptions(sequential, dynamic_shapes, loss, allocation, correct_bias, progress)
+    options = PruneOptions(
+        sequential, dynamic_shapes, loss, allocation, correct_bias, token_weights, progress
+    )
     module = programs.begin(model, sparsifier) if isinstance(model, ExportedProgram) else model
     store = MaskStore(module, sparsifier)
     report = calibrate(module, sparsifier, batches, mapping, store, options)
@@ -128,6 +134,7 @@ class PruneOptions(NamedTuple):
     loss: Loss | None
     allocation: Allocation | None
     correct_bias: bool
+    token_weights: Iterable[Tensor] | None
     progress: bool
 
 
@@ -155,7 +162,7 @@ def calibrate(
     start = time.perf_counter()
     mapping = None if mapping is None else SparsityMapping.of(mapping)
     measuring = _check_method(sparsifier, options)
-    read = read_batches(model, batches)
+    read = read_batches(model, batches, options.token_weights)
     with _evaluating(model):
         with _buffers_kept(model):
             check_forms(model, read)

@@ -104,6 +104,7 @@ class Pruner:
         self.biases, self._store = biases, store
         self.shares: Mapping[str, str] = {}
         self._refused: dict[str, str] = {}
+        self._notes: dict[str, dict[str, None]] = {}
         self._last: Collector | None = None
         self._collectors: dict[str, Collector] = {}
         self._needs = frozenset(sparsifier.needs)
@@ -130,6 +131,11 @@ class Pruner:
         if fqn not in self.shares:
             self._collector(fqn).add(inputs)
 
+    def note(self, fqn: str, text: str) -> None:
+        """Have the report say something of a weight, once; nothing for an empty text."""
+        if text:
+            self._notes.setdefault(fqn, {})[text] = None
+
     def refuse(self, fqn: str, reason: str) -> None:
         """Leave a weight dense: its inputs cannot be known."""
         self._refused[fqn] = reason
@@ -155,7 +161,7 @@ class Pruner:
         # May share the weight's memory: not to be read any more once that is written.
         dense = plan.form.to_matrix(weight.detach()).float().contiguous()
         mask, kept, solved = self._solve(plan, dense, stats)
-        notes = [*plan.notes, *_data_notes(plan, stats), *solved]
+        notes = [*plan.notes, *self._notes.get(fqn, ()), *_data_notes(plan, stats), *solved]
         relative = None if stats.gram is None else relative_error(dense, kept, stats)
         bias = self._correction(fqn, dense, kept, stats, notes)
         row = PrunedWeight(

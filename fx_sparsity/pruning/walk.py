@@ -28,11 +28,15 @@ from fx_sparsity.graph.sources import module_source
 from fx_sparsity.graph.uses import canonical_fqn, live_nodes
 from fx_sparsity.graph.weight_inputs import UnsupportedUse, WeightInputs
 from fx_sparsity.pruning.batches import Batch, GraphUse
+from fx_sparsity.pruning.padding import without_padding
 
 Read = Callable[[str, Tensor], Tensor]
 """(FQN, tensor of the graph) -> its value now."""
 Take = Callable[[str, WeightInputs], None]
 """(FQN, inputs of that weight) -> nothing."""
+Note = Callable[[str, str], None]
+"""(FQN, what the report is to say of that weight; empty for nothing) -> nothing."""
+_DECODER_INPUTS = ("decoder_", "labels")
 Refuse = Callable[[str, str], None]
 """(FQN, why the inputs of that weight cannot be known) -> nothing."""
 
@@ -52,6 +56,7 @@ class Walk:
         read: gives tensors of the model.
         take: receives inputs of the weights.
         refuse: called for a weight whose inputs cannot be known.
+        note: called with what the report is to say of a weight, if anything.
 
     Attributes:
         order: FQNs of the weights in the order in which they are complete.
@@ -68,9 +73,11 @@ class Walk:
         read: Read,
         take: Take,
         refuse: Refuse,
+        note: Note,
     ) -> None:
         self._graph, self._batches, self._named = graph, batches, named
         self._columns, self._read, self._take, self._refuse = columns, read, take, refuse
+        self._note = note
         self._source = module_source(graph)
         live = live_nodes(graph.graph)
         nodes = [node for node in graph.graph.nodes if node in live]
@@ -85,6 +92,7 @@ class Walk:
         for use in uses:
             self._uses.setdefault(use.node, []).append(use)
         self._fixed = _of_state_alone(self._nodes)
+        self._of_decoder = _dependents(self._nodes, graph.graph, _DECODER_INPUTS)
         self._state: dict[fx.Node, Any] = {}
         self._followed: dict[GraphUse, Tensor] = {}
         self.peak = 0
@@ -124,7 +132,7 @@ class Walk:
             try:
                 if position > start:
                     for use in self._uses.get(node, ()):
-                        self._collect(use, value)
+                        self._collect(use, value, batch)
                 if position < stop and node.op == "call_function" and node not in self._fixed:
                     args, kwargs = fx.map_arg((node.args, node.kwargs), value)
                     values[node] = run_node(node, args, kwargs)
@@ -149,7 +157,7 @@ class Walk:
                 self._state[node] = run_node(node, args, kwargs)
         return self._state[node]
 
-    def _collect(self, use: GraphUse, value: Callable[[fx.Node], Any]) -> None:
+    def _collect(self, use: GraphUse, value: Callable[[fx.Node], Any], batch: Batch) -> None:
         bound = bind(use.node)
         name, _, place = use.use.arg.partition("[")
         weight = bound[name][int(place.removesuffix("]"))] if place else bound[name]
@@ -162,11 +170,14 @@ class Walk:
         if columns is None:
             self._refuse(use.fqn, f"which of its columns {use.use.op} reads is not known")
             return
-        inputs_of = OPERATORS[use.use.op].inputs
-        assert inputs_of is not None  # no other weight has a plan
-        args = fx.map_arg(bound, lambda node: columns if node is weight else value(node))
+        row = OPERATORS[use.use.op]
+        assert row.inputs is not None  # no other weight has a plan
+        whole = fx.map_arg(bound, lambda node: columns if node is weight else value(node))
+        of_decoder = use.node in self._of_decoder
+        args, note = without_padding(batch.padding, row, use.use.arg, whole, of_decoder)
+        self._note(use.fqn, note)
         try:
-            for inputs in inputs_of(args, use.use.arg, columns):
+            for inputs in row.inputs(args, use.use.arg, columns):
                 if use.use.reordered:
                     _check_distinct(inputs.columns)
                 self._take(use.fqn, inputs)
@@ -265,6 +276,16 @@ def _check_distinct(columns: Tensor) -> None:
         own = row[row >= 0]
         if len(own.unique()) < len(own):
             raise UnsupportedUse("a weight that is repeated along its inputs")
+
+
+def _dependents(nodes: Sequence[fx.Node], graph: fx.Graph, names: Sequence[str]) -> set[fx.Node]:
+    """Nodes that depend on inputs whose name has one of `names` in it."""
+    inputs = graph.find_nodes(op="placeholder")
+    found = {node for node in inputs if any(name in node.name for name in names)}
+    for node in nodes:
+        if not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
+    return found
 
 
 def _of_state_alone(nodes: Sequence[fx.Node]) -> set[fx.Node]:

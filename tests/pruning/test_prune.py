@@ -149,7 +149,7 @@ def test_too_few_inputs_for_a_gram_matrix_are_noted():
     assert "5 inputs for 8 columns: the Gram matrix is singular" in report["0.weight"].notes
 
 
-def test_factors_of_a_weight_are_pruned_when_they_are_named():
+def test_parts_of_a_weight_are_pruned_when_they_are_named():
     class Merged(nn.Module):
         def __init__(self):
             super().__init__()
@@ -161,12 +161,15 @@ def test_factors_of_a_weight_are_pruned_when_they_are_named():
 
     x = torch.randn(9, 6)
     _, report = prune(Merged(), TinyWanda(), [(x,)])
-    assert list(report) == ["base.weight"]
-    assert set(report.dense) == {"a", "b"}
-    assert "name it in the mapping" in report.dense["a"]
-    mapping = SparsityMapping().set_module_name("a", "unstructured 50%")
-    _, report = prune(Merged(), TinyWanda(), [(x,)], mapping)
-    assert list(report) == ["a"]
+    assert dict(report.dense) == {
+        "a": "zeros do not survive: matmul",
+        "b": "zeros do not survive: matmul",
+        "base.weight": "zeros do not survive: add",
+    }
+    for name, fqn in (("base", "base.weight"), ("a", "a")):
+        mapping = SparsityMapping().set_module_name(name, "unstructured 50%")
+        _, report = prune(Merged(), TinyWanda(), [(x,)], mapping)
+        assert list(report) == [fqn]
 
 
 @pytest.mark.parametrize("name", ["convnet", "recommender", "bare", "tied"])

@@ -262,6 +262,13 @@ EMPTY = frozenset(
     for start, end in (("new_", ""), ("", "_like"))
 )
 """Operators that take nothing but shape and dtype from their first argument."""
+SCALINGS = frozenset({"mul", "mul_", "div", "div_", "neg"})
+"""Elementwise operators that are linear in their first argument, and products in both."""
+DIFFERENCES = frozenset({"sub", "sub_", "rsub"})
+POWERS = frozenset({"pow", "square", "abs"})
+"""What makes a difference a distance, when it is summed."""
+REDUCTIONS = frozenset({"sum", "mean", "nansum", "nanmean"})
+"""Operators that reduce the axes `dim`, all of them by default."""
 NORMALIZATIONS = frozenset(
     {"layer_norm", "native_layer_norm", "rms_norm", "group_norm", "native_group_norm"}
 )

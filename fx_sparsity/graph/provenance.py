@@ -20,12 +20,16 @@ from fx_sparsity.graph.operators import (
     BATCH,
     COMBINATIONS,
     COPIES,
+    DIFFERENCES,
     LEFT_FACTOR,
     MIXTURES,
     OPERATORS,
+    POWERS,
     PRODUCTS,
     REARRANGEMENTS,
+    REDUCTIONS,
     SAME_VALUES,
+    SCALINGS,
     SCATTERS,
     SELECTIONS,
     Axes,
@@ -594,6 +598,43 @@ def axes_along(origin: Origin, dim: int) -> list[int]:
         for axis, (stride, size) in enumerate(zip(view.stride(), view.shape, strict=True))
         if size > 1 and stride > 0 and max(stride, low) < min(stride * size, high)
     ]
+
+
+def reduced_by(node: fx.Node, origin: Origin) -> str:
+    """The operator that sums what an elementwise one makes of activations and a parameter.
+
+    A product that is summed along an axis of the parameter is a dot product, a difference that is
+    a distance: neither scales nor shifts alone. Empty where nothing sums.
+    """
+    name, shape = operator_name(node), shape_of(node)
+    view = origin.view
+    if name not in SCALINGS | DIFFERENCES or shape is None or not isinstance(view, Tensor):
+        return ""
+    varies = {
+        axis - view.ndim
+        for axis, (size, stride) in enumerate(zip(view.shape, view.stride(), strict=True))
+        if size > 1 and stride > 0
+    }
+    pending = list(node.users)
+    while pending:
+        user = pending.pop()
+        if operator_name(user) in REDUCTIONS:
+            dims = bind(user).get("dim")
+            dims = [dims] if isinstance(dims, int) else dims or range(len(shape))
+            if varies & {dim - len(shape) if dim >= 0 else dim for dim in dims}:
+                return operator_name(user)
+        elif shape_of(user) == shape and _goes_on(user, name in DIFFERENCES):
+            pending += user.users
+    return ""
+
+
+def _goes_on(user: fx.Node, difference: bool) -> bool:
+    """Whether a product, or the power of a difference, is still one after another operator."""
+    name = operator_name(user)
+    scales = name in SCALINGS and sum(isinstance(arg, fx.Node) for arg in user.args) == len(
+        user.all_input_nodes
+    )  # a product with itself is a power
+    return name in SAME_VALUES or scales or (difference and name in POWERS)
 
 
 def slice_of_parameter(origin: Origin) -> tuple[int, int, int] | None:

@@ -32,6 +32,7 @@ from fx_sparsity.graph.provenance import (
     follow,
     mixed,
     origin_of,
+    reduced_by,
     reordered_dimensions,
     roles_of_parameter,
     shape_of,
@@ -83,6 +84,8 @@ class Consumption(NamedTuple):
     def reason(self) -> tuple[Reason, str]:
         """Why the parameter is no weight here, and the operator concerned."""
         name = operator_name(self.node)
+        if self.axes is None and (reduced := reduced_by(self.node, self.origin)):
+            return Reason.OPERATOR, f"{name}, then {reduced}"
         if self.axes is None and name in ADDITIONS:
             return Reason.ADDED, self.origin.through or ""
         if self.axes is None and (name in NORMALIZATIONS or is_elementwise(self.node)):

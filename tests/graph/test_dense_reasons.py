@@ -121,3 +121,64 @@ def test_a_mask_that_is_a_plain_attribute_hides_no_weight():
     assert weights["weight"].roles == ("out", "in")
     assert not weights.dense
     assert Reason.BUFFER.explained
+
+
+class One(nn.Module):
+    def __init__(self, forward, **shapes):
+        super().__init__()
+        torch.manual_seed(0)
+        for name, shape in shapes.items():
+            setattr(self, name, nn.Parameter(torch.randn(shape)))
+        self.body = forward
+
+    def forward(self, x):
+        return self.body(self, x)
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda m, x: (x[:, None] * m.v).sum(-1),
+        lambda m, x: (m.v * x.unsqueeze(1) * 2 * x[:, None].abs()).sum(2),
+        lambda m, x: (x[:, :, None] * m.v.t()).float().mean(1),
+        lambda m, x: (x[:, None] - m.v).pow(2).sum(-1),
+        lambda m, x: (m.v - x[:, None]).abs().sum(-1),
+        lambda m, x: torch.cdist(x, m.v),
+    ],
+)
+def test_a_product_or_a_difference_that_is_summed_is_no_mere_scale(forward):
+    model = One(forward, v=(5, 8))
+    # The oracle: one element of the result depends on a whole row of the parameter.
+    (gradient,) = torch.autograd.grad(model(*X)[0, 2], model.v)
+    assert (gradient[2] != 0).all()
+    weights = find_weights(model, X)
+    assert "v" in weights or not weights.dense[0].reason.explained
+
+
+@pytest.mark.parametrize(
+    ("forward", "reason"),
+    [
+        (lambda m, x: (x * m.v).pow(2).mean(-1), Reason.SCALE),
+        (lambda m, x: (x * m.v.mean(1, keepdim=True)).sum(1), Reason.SCALE),
+        (lambda m, x: (x + m.v).mean(0), Reason.ADDED),
+        (lambda m, x: (x * m.v).relu(), Reason.SCALE),
+    ],
+)
+def test_scales_and_shifts_are_explained(forward, reason):
+    (parameter,) = find_weights(One(forward, v=(2, 8)), X).dense
+    assert parameter.reason is reason
+
+
+def test_a_kernel_that_is_folded_into_another_is_a_weight():
+    def forward(m, x):
+        return F.conv2d(x, m.k3 + F.pad(m.k1, (1, 1, 1, 1)), padding=1)
+
+    model, x = One(forward, k3=(6, 4, 3, 3), k1=(6, 4, 1, 1)), torch.randn(2, 4, 5, 5)
+    weights = find_weights(model, (x,))
+    assert {s.fqn: s.roles for s in weights.sites} == dict.fromkeys(
+        ("k3", "k1"), ("out", "in", "kernel", "kernel")
+    )
+    # The oracle: they are two convolutions, side by side; zeros of one are filled by the other.
+    apart = F.conv2d(x, model.k3, padding=1) + F.conv2d(x, model.k1)
+    assert torch.allclose(model(x), apart, atol=1e-4)
+    assert all(site.lost_zeros for site in weights.sites)

@@ -135,11 +135,12 @@ class Checkpoint:
 
     def _read_others(self) -> None:
         """Sort what is beside the shards, also in folders, such as a sentence encoder's pooling."""
+        mine = {*self.shards, self.index}
         for root, folders, files in os.walk(self.folder):  # which follows no links
             linked = [name for name in folders if Path(root, name).is_symlink()]
             for path in (Path(root, name) for name in (*files, *linked)):
                 found = str(path.relative_to(self.folder))
-                if found in (*self.shards, self.index):
+                if found in mine:
                     continue
                 left = not path.is_file() or path.suffix in _WEIGHTS
                 (self.skipped if left else self.others).append(found)

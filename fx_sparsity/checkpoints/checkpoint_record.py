@@ -15,7 +15,7 @@ from fx_sparsity.checkpoints.run import put_json
 from fx_sparsity.patterns import Role, SparsityConfig
 from fx_sparsity.sparsifier.record import ZEROS, record_metadata
 from fx_sparsity.storage.bit_packing import as_integers, find_bits
-from fx_sparsity.storage.container import bytes_of
+from fx_sparsity.storage.container import bytes_of, checksum
 
 REPORT = "sparsity.json"
 """Name of the file that says what was asked of each weight, and how many zeros it has."""
@@ -79,8 +79,8 @@ class CheckpointRecord:
     Args:
         folder: of the files.
         weights: name -> shape, roles, pattern and aliases of every weight that may come.
-        held: name -> bytes of its mask and of its kept zeros, and its level, in the order of the
-            file; `add` adds to it.
+        held: name -> bytes of its mask and of its kept zeros, its level, and the checksum of both,
+            in the order of the file; `add` adds to it.
     """
 
     def __init__(
@@ -93,13 +93,14 @@ class CheckpointRecord:
             sizes = {name: -(-torch.Size(w["shape"]).numel() // 8) for name, w in weights.items()}
             end = 2 * sum(sizes.values())
             places = {key: (end, size) for n, size in sizes.items() for key in (n, n + ZEROS)}
-            longest = {name: {**weight, "level": _LONG} for name, weight in weights.items()}
+            most = {"level": _LONG, "crc32": 0xFFFFFFFF}
+            longest = {name: {**weight, **most} for name, weight in weights.items()}
             room = len(_header(longest, places))
             room += -room % 8
             self._path.write_bytes(room.to_bytes(8, "little").ljust(8 + room))
         with open(self._path, "r+b") as file:
             self._room = int.from_bytes(file.read(8), "little")
-            self._end = 8 + self._room + sum(mask + zeros for mask, zeros, _ in held.values())
+            self._end = 8 + self._room + sum(mask + zeros for mask, zeros, *_ in held.values())
             file.truncate(self._end)
 
     def add(self, name: str, mask: PackedMask, level: float) -> None:
@@ -109,7 +110,8 @@ class CheckpointRecord:
             for bits in (mask.keep, mask.kept_zeros):
                 file.write(bytes_of(bits))
                 self._end += len(bits)
-        self._held[name] = [len(mask.keep), len(mask.kept_zeros), level]
+        sum_of_both = checksum([bytes_of(mask.keep), bytes_of(mask.kept_zeros)])
+        self._held[name] = [len(mask.keep), len(mask.kept_zeros), level, sum_of_both]
 
     def sync(self) -> None:
         """Have all masks on the disk."""
@@ -123,12 +125,14 @@ class CheckpointRecord:
             report: of the weights, by the names of their tensors in the checkpoint.
         """
         places, start = {}, 0
-        for name, (*sizes, _) in self._held.items():
+        for name, (*sizes, _, _) in self._held.items():
             for key, size in zip((name, name + ZEROS), sizes, strict=True):
                 places[key] = (start, size)
                 start += size
-        levels = {name: level for name, (*_, level) in self._held.items()}
-        weights = {name: {**self._weights[name], "level": level} for name, level in levels.items()}
+        weights = {
+            name: {**self._weights[name], "level": level, "crc32": sum_of_both}
+            for name, (*_, level, sum_of_both) in self._held.items()
+        }
         header = _header(weights, places)
         with open(self._path, "r+b") as file:
             file.seek(8)
@@ -168,4 +172,5 @@ def _header(
         name: {"dtype": "U8", "shape": [size], "data_offsets": [start, start + size]}
         for name, (start, size) in places.items()
     }
-    return json.dumps({"__metadata__": record_metadata(weights), **entries}).encode()
+    metadata = record_metadata(weights, {name: size for name, (_, size) in places.items()})
+    return json.dumps({"__metadata__": metadata, **entries}).encode()

@@ -1,15 +1,17 @@
 """Work on a folder that may be killed at any moment, and goes on when it is asked for again."""
 
+import contextlib
 import json
 import logging
 import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from fx_sparsity.checkpoints.checkpoint import Checkpoint, CheckpointError
 from fx_sparsity.storage.container import replacing, sync_folder
+from fx_sparsity.storage.locks import try_lock
 
 _log = logging.getLogger(__name__)
 LOG = ".run.json"
@@ -35,7 +37,8 @@ class Run:
 
     Raises:
         CheckpointError: the target is there or lies in the source, or its partial folder was begun
-            otherwise. Nothing is changed before `begin`.
+            otherwise. Nothing is changed before `begin`, which keeps other processes out until
+            `close`.
     """
 
     def __init__(self, source: Checkpoint, target: Path, asked: Mapping[str, Any]) -> None:
@@ -47,20 +50,26 @@ class Run:
         files = {shard: [stat.st_size, stat.st_mtime_ns] for shard, stat in stats.items()}
         self._asked = json.loads(json.dumps({**asked, "source": files}))
         self.done: dict[str, Any] = {}
-        self._complete = self._is_complete()
-        if not self._complete:
-            check_free(target)
-            self._check_folder()
+        self._complete = False
+        self._lock: _Lock | None = None
+        self._look()
 
     def begin(self, nothing: Mapping[str, Any]) -> None:
         """Make the folder, or take up what is there; call it when nothing can be refused any more.
 
         Args:
             nothing: what is done at first.
+
+        Raises:
+            CheckpointError: another process is at it.
         """
+        self._look_again()
+        place = self._target if self._complete else self.folder
+        place.mkdir(parents=True, exist_ok=True)
+        self._lock = _Lock(place)
+        self._look_again()  # now that no other process can change it
         if self._complete:  # but for the removal of the log
             os.replace(self._target, self.folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
         for unfinished in self.folder.rglob(".*.part"):
             unfinished.unlink()
         if self.done:
@@ -89,6 +98,11 @@ class Run:
         sync_folder(self._target.parent)
         (self._target / LOG).unlink()
 
+    def close(self) -> None:
+        """Let other processes go on, if this one does not."""
+        if self._lock is not None:
+            self._lock.release()
+
     def begun_otherwise(self, difference: str) -> CheckpointError:
         """What to raise where a former run was asked for something else.
 
@@ -99,6 +113,22 @@ class Run:
             f"{self.folder}: was begun otherwise: {difference}; repeat the call that began it, "
             "or remove that folder"
         )
+
+    def _look(self) -> None:
+        """Find out what is done, and what is in the way."""
+        self.done = {}
+        self._complete = self._is_complete()
+        if not self._complete:
+            check_free(self._target)
+            self._check_folder()
+
+    def _look_again(self) -> None:
+        """Raise where the work is not as far as it was found to be at first."""
+        known = self.done
+        self._look()
+        if self.done != known:
+            self.done = known
+            raise CheckpointError(f"{self.folder}: another process went on with it; call again")
 
     def _is_complete(self) -> bool:
         """Whether this very run was killed after the renaming."""
@@ -124,6 +154,35 @@ class Run:
                 raise CheckpointError(
                     f"{self.folder}: holds {strange[0]}, but no run began it; remove that folder"
                 )
+
+
+class _Lock:
+    """Keeps a folder from other processes, also when it is renamed; not from this one.
+
+    Raises:
+        CheckpointError: another process has it.
+    """
+
+    _mine: ClassVar[dict[tuple[int, int], int]] = {}  # device and inode -> descriptor
+
+    def __init__(self, folder: Path) -> None:
+        found = folder.stat()
+        self._key = found.st_dev, found.st_ino
+        if self._key in self._mine or not hasattr(os, "O_DIRECTORY"):
+            return
+        descriptor, locked = os.open(folder, os.O_RDONLY | os.O_DIRECTORY), True
+        with contextlib.suppress(OSError):  # of file systems without locks
+            locked = try_lock(descriptor)
+        if not locked:
+            os.close(descriptor)
+            raise CheckpointError(f"{folder}: another process is at work there; wait for it")
+        self._mine[self._key] = descriptor
+
+    def release(self) -> None:
+        """Give it to whoever comes."""
+        descriptor = self._mine.pop(self._key, None)
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def check_free(target: Path, *, is_folder: bool = True) -> None:

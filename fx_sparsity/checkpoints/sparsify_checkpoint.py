@@ -1,6 +1,6 @@
 """Checkpoints larger than memory, sparsified or written in another layout, tensor by tensor."""
 
-import glob
+import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -114,8 +114,6 @@ def _write_file(
     rewriter = Rewriter(source, layout, criterion)
     check_free(target, is_folder=False)
     target.parent.mkdir(parents=True, exist_ok=True)
-    for unfinished in target.parent.glob(f".{glob.escape(target.name)}.*.part"):
-        unfinished.unlink()
     if criterion is not None:
         criterion.prepare(None)
     total, paths = rewriter.size(source.shards), {source.shards[0]: target}
@@ -129,7 +127,19 @@ def _write_folder(
     """A folder from a folder; what `Rewriter.write` says of each shard."""
     rewriter = Rewriter(source, layout, criterion)
     asked = {"verb": _doing(criterion), "layout": layout}
-    run = Run(source, target, asked | (criterion.describe() if criterion else {}))
+    asked |= criterion.describe() if criterion else {}
+    with contextlib.closing(Run(source, target, asked)) as run:
+        return _write_run(run, source, rewriter, layout, criterion, progress)
+
+
+def _write_run(
+    run: Run,
+    source: Checkpoint,
+    rewriter: Rewriter,
+    layout: str,
+    criterion: Criterion | None,
+    progress: bool,
+) -> list[dict[str, Any]]:
     run.begin({"known": None, "shards": {}, "masks": {}})
     record = None
     if criterion is not None:

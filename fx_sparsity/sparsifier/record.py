@@ -1,21 +1,26 @@
 """What masking leaves behind: which elements were pruned, and to what pattern."""
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from fx_sparsity.masks.bits import pack_bits, unpack_bits
-from fx_sparsity.patterns import Pattern, Role, Tiling
+from fx_sparsity.patterns import ROLES, Pattern, Role, Tiling
 from fx_sparsity.sparsifier.core import SparsifierCore, roles_of
+
+if TYPE_CHECKING:
+    from fx_sparsity.storage.container import SafetensorsFile
 
 ZEROS = "::zeros"
 """Behind a weight's name: the kept zeros, in a record's file."""
 _METADATA = "sparsity_record"
+_CHECKSUM = "sparsity_record_checksum"
 
 
 @dataclass(frozen=True)
@@ -100,52 +105,61 @@ class SparsityRecord(Mapping[str, MaskRecord]):
         return cls(weights)
 
     def save(self, path: str | Path) -> None:
-        """Write the record as one safetensors file: the masks, and the rest as JSON metadata."""
-        from safetensors.torch import save_file  # here, since it takes a while to import
+        """Write the record as one safetensors file: the masks, and the rest as JSON metadata.
 
-        meta: dict[str, dict[str, Any]] = {
-            name: {
-                "shape": w.shape,
-                "roles": w.roles,
-                "pattern": w.pattern,
-                "level": w.level,
-                "aliases": w.aliases,
-                "lost_zeros": w.lost_zeros,
+        The file appears whole or not at all. Each mask has a checksum, and so has the header.
+        """
+        # Here, since the package of files needs this one.
+        from fx_sparsity.storage.container import SafetensorsWriter, bytes_of, checksum, replacing
+
+        meta: dict[str, dict[str, Any]] = {}
+        masks: dict[str, Tensor] = {}
+        for name, weight in self.items():
+            mine = {name: weight.packed.cpu(), name + ZEROS: weight.packed_zeros.cpu()}
+            masks |= mine
+            meta[name] = {
+                "shape": weight.shape,
+                "roles": weight.roles,
+                "pattern": weight.pattern,
+                "level": weight.level,
+                "aliases": weight.aliases,
+                "crc32": checksum([bytes_of(mask) for mask in mine.values()]),
             }
-            for name, w in self.items()
-        }
-        masks = {name: w.packed.cpu() for name, w in self.items()}
-        masks |= {f"{name}{ZEROS}": w.packed_zeros.cpu() for name, w in self.items()}
-        save_file(masks, path, metadata=record_metadata(meta))
+        metadata = record_metadata(meta, {name: len(mask) for name, mask in masks.items()})
+        room = len(json.dumps(metadata)) + sum(len(json.dumps(name)) + 128 for name in masks) + 64
+        with replacing(path) as file:
+            writer = SafetensorsWriter(file, room)
+            for name, mask in masks.items():
+                writer.add(name, mask)
+            writer.finish(metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> "SparsityRecord":
-        """Read what `save` wrote.
+        """Read what `save` wrote; everything that it says is checked, and all checksums.
 
         Raises:
-            ValueError: the file holds no record.
+            FileFormatError: a `ValueError`: the file holds no record, or a damaged one; the weight
+                is named.
+            OSError: it cannot be read.
         """
-        from safetensors import safe_open
+        from fx_sparsity.storage.container import DTYPE_NAMES, FileFormatError, SafetensorsFile
+        from fx_sparsity.storage.writing import header_checksum
 
-        with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get(_METADATA)
-            if text is None:
-                raise ValueError(f"{path} holds no sparsity record")
-            return cls(
-                {
-                    name: MaskRecord(
-                        shape=tuple(entry["shape"]),
-                        roles=tuple(entry["roles"]),
-                        pattern=entry["pattern"],
-                        level=entry["level"],
-                        packed=file.get_tensor(name),
-                        packed_zeros=file.get_tensor(f"{name}{ZEROS}"),
-                        aliases=tuple(entry["aliases"]),
-                        lost_zeros=entry.get("lost_zeros", ""),
-                    )
-                    for name, entry in json.loads(text).items()
-                }
-            )
+        file = SafetensorsFile(path)
+        text = file.metadata.get(_METADATA)
+        if text is None:
+            raise FileFormatError(f"{path}: holds no sparsity record")
+        shapes = {name: (DTYPE_NAMES[e.dtype], e.shape) for name, e in file.entries.items()}
+        if file.metadata.get(_CHECKSUM) != header_checksum(text, shapes):
+            raise FileFormatError(f"{path}: its header does not match the header's checksum")
+        try:
+            found = json.loads(text)
+            names = [*found, *(name + ZEROS for name in found)]
+            if sorted(names) != sorted(file.entries):
+                raise ValueError("expected two masks for each weight that it lists")
+        except (ValueError, TypeError, RecursionError) as error:
+            raise FileFormatError(f"{path}: its metadata cannot be read: {error}") from error
+        return cls({name: _read(file, name, entry) for name, entry in found.items()})
 
     def __getitem__(self, name: str) -> MaskRecord:
         return self._weights[name]
@@ -160,10 +174,74 @@ class SparsityRecord(Mapping[str, MaskRecord]):
         return f"SparsityRecord({len(self)} weights)"
 
 
-def record_metadata(weights: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+def record_metadata(
+    weights: Mapping[str, Mapping[str, Any]], masks: Mapping[str, int]
+) -> dict[str, str]:
     """What the header of a record's file says.
 
     Args:
-        weights: name -> shape, roles, pattern, level and aliases, as `MaskRecord` has them.
+        weights: name -> shape, roles, pattern, level and aliases, as `MaskRecord` has them, and
+            the checksum of its masks.
+        masks: name in the file -> bytes.
     """
-    return {_METADATA: json.dumps(weights)}
+    from fx_sparsity.storage.writing import header_checksum
+
+    text = json.dumps(weights)
+    entries = {name: ("U8", (size,)) for name, size in masks.items()}
+    return {_METADATA: text, _CHECKSUM: header_checksum(text, entries)}
+
+
+def _read(file: "SafetensorsFile", name: str, entry: Any) -> MaskRecord:
+    """One weight of a file, checked."""
+    from fx_sparsity.storage.container import FileFormatError, checksum
+
+    keys = {"shape", "roles", "pattern", "level", "aliases", "crc32"}
+    if not isinstance(entry, dict) or set(entry) != keys:
+        raise FileFormatError(f"{name}: expected {', '.join(sorted(keys))}")
+    found = checksum([file.raw(key) for key in (name, name + ZEROS)])
+    if found != entry["crc32"]:
+        raise FileFormatError(f"{name}: expected checksum {entry['crc32']!r}, found {found}")
+    record = MaskRecord(
+        **_described(name, entry), packed=file.read(name), packed_zeros=file.read(name + ZEROS)
+    )
+    elements = math.prod(record.shape)
+    for mask, sizes in ((record.packed, (elements,)), (record.packed_zeros, (elements, 0))):
+        if mask.dtype != torch.uint8 or mask.shape not in [(-(-n // 8),) for n in sizes]:
+            raise FileFormatError(
+                f"{name}: expected a mask of {elements} bits, found {mask.dtype} of shape "
+                f"{tuple(mask.shape)}"
+            )
+        if elements % 8 and len(mask) and int(mask[-1]) >> elements % 8:
+            raise FileFormatError(f"{name}: its mask has bits behind the last of {elements}")
+    if len(record.packed_zeros) and bool((record.packed_zeros & ~record.packed).any()):
+        raise FileFormatError(f"{name}: elements are both masked and kept")
+    return record
+
+
+def _described(name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
+    """What a file says of a weight beside its masks, checked."""
+    from fx_sparsity.storage.container import FileFormatError, check_shape
+
+    shape = check_shape(name, entry["shape"])
+    roles, pattern, level, aliases = (
+        entry[key] for key in ("roles", "pattern", "level", "aliases")
+    )
+    for key, texts in (("roles", roles), ("aliases", aliases)):
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            raise FileFormatError(f"{name}: expected a list of {key}, found {texts!r}")
+    if len(roles) != len(shape) or not set(roles) <= set(ROLES):
+        raise FileFormatError(f"{name}: expected roles of {shape}, found {roles}")
+    if level is not None and not (isinstance(level, int | float) and 0 <= level <= 1):
+        raise FileFormatError(f"{name}: expected a level in [0, 1], found {level!r}")
+    try:
+        if pattern is not None:
+            Pattern.parse(pattern).tiling(shape, roles)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise FileFormatError(f"{name}: its pattern {pattern!r}: {error}") from error
+    return {
+        "shape": shape,
+        "roles": tuple(roles),
+        "pattern": pattern,
+        "level": level,
+        "aliases": tuple(aliases),
+    }

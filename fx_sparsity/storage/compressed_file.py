@@ -217,8 +217,8 @@ class CompressedFile:
         if type(entry["crc32"]) is not int:
             raise FileFormatError(f"{name}: expected a checksum, found {entry['crc32']!r}")
         parts = {part: part_name(name, part) for part in FORMATS[form].parts}
-        if missing := set(parts.values()) - self.file.entries.keys():
-            raise FileFormatError(f"{name}: expected parts {sorted(missing)} of format {form}")
+        if missing := sorted(key for key in parts.values() if key not in self.file.entries):
+            raise FileFormatError(f"{name}: expected parts {missing} of format {form}")
         self._parts[name] = parts
         self.forms[name] = form
         self._shapes[name] = DTYPES[dtype], check_shape(name, entry["shape"])

@@ -6,12 +6,15 @@ https://huggingface.co/docs/safetensors: eight bytes with the length of a JSON h
 
 import contextlib
 import ctypes
+import glob
 import json
 import mmap
 import os
 import secrets
+import stat
 import weakref
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,6 +25,7 @@ import torch
 from torch import Tensor
 
 from fx_sparsity.errors import FxSparsityError
+from fx_sparsity.storage.locks import is_at_work, try_lock
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -193,8 +197,8 @@ def _read_header(file: IO[bytes], nbytes: int, path: str) -> tuple[int, dict[str
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise FileFormatError(f"{max(names, key=names.count)}: listed twice")
+        ((name, _),) = Counter(name for name, _ in pairs).most_common(1)
+        raise FileFormatError(f"{name}: listed twice")
     return found
 
 
@@ -348,19 +352,40 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
 
     It is written under a temporary name in the same folder, `.NAME.*.part`, and synced before it
     is renamed, and its folder after. So a crash at any moment leaves the old file or the new one.
+    What a killed process has left is removed, and a file that is replaced keeps its permissions.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.part")
+    for left in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 12}.part"):
+        if not is_at_work(left):
+            left.unlink(missing_ok=True)
+    temporary, part = _create_part(path)
     try:
-        with open(temporary, "xb") as file:
+        with part as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+            os.replace(temporary, path)  # while it is locked
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def _create_part(path: Path) -> tuple[Path, BinaryIO]:
+    """A new file under a temporary name, locked, with the permissions of `path` if there is one."""
+    mode = stat.S_IMODE(path.stat().st_mode) if path.exists() else None
+    while True:
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.part")
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+        file = open(os.open(temporary, flags, 0o666 if mode is None else mode), "wb")  # noqa: SIM115
+        if mode is not None:
+            temporary.chmod(mode)  # what the umask took away
+        locked = True
+        with contextlib.suppress(OSError):
+            locked = try_lock(file.fileno())
+        if locked and temporary.exists():
+            return temporary, file
+        file.close()  # another process took it for one that was left, before it was locked
 
 
 def sync_folder(folder: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fx_sparsity.checkpoints import Checkpoint, CheckpointError
+from fx_sparsity.checkpoints import Checkpoint, CheckpointError, convert
 from fx_sparsity.checkpoints.run import LOG, Run
 
 
@@ -91,3 +91,54 @@ def test_killed_at_any_sync_and_called_again(tmp_path, verb, at):
     assert found.returncode == 0, found.stderr
     kills, _, calls = found.stdout.split()
     assert int(kills) == (len(at) or int(calls))
+
+
+WORKING = """
+import sys
+from fx_sparsity.checkpoints import Checkpoint
+from fx_sparsity.checkpoints.run import Run
+run = Run(Checkpoint(sys.argv[1]), __import__("pathlib").Path(sys.argv[2]), {})
+run.begin({"shards": []})
+print("begun", flush=True)
+sys.stdin.read()
+run.finish()
+"""
+
+
+def test_of_two_processes_at_one_target_the_second_is_refused(source, tmp_path):
+    target = tmp_path / "target"
+    before = Run(source, target, {})
+    command = [sys.executable, "-c", WORKING, str(source.folder), str(target)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        log = (tmp_path / "target.partial" / LOG).read_bytes()
+        for run in (before, Run(source, target, {})):
+            with pytest.raises(CheckpointError, match="partial: another process "):
+                run.begin({"shards": ["x"]})
+        assert (tmp_path / "target.partial" / LOG).read_bytes() == log
+        other.kill()
+    run = Run(source, target, {})  # a killed process holds nothing
+    run.begin({})
+    run.close()
+    with pytest.raises(CheckpointError, match="another process went on with it; call again"):
+        before.begin({})
+    run.begin({})
+    run.copy(source.shards)
+    run.finish()
+    with pytest.raises(CheckpointError, match="target: is there already"):
+        before.begin({})
+    assert not run.folder.exists()
+
+
+def test_a_run_that_fails_lets_others_go_on(source, tmp_path, monkeypatch):
+    def fail(self, *names):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Run, "copy", fail)
+    with pytest.raises(OSError, match="disk full") as caught:
+        convert(source.folder, tmp_path / "target")
+    again = "import sys; from fx_sparsity.checkpoints import convert; convert(*sys.argv[1:])"
+    command = [sys.executable, "-c", again, str(source.folder), str(tmp_path / "target")]
+    subprocess.run(command, check=True)
+    assert caught.value is not None  # it, and its frames, are alive
+    assert (tmp_path / "target" / "x.safetensors").exists()

@@ -1,10 +1,16 @@
+import json
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch import nn
 
 from fx_sparsity import SparsityRecord, WeightNormSparsifier, save
 from fx_sparsity.masks.bits import pack_bits, unpack_bits
+from fx_sparsity.sparsifier.record import record_metadata
+from fx_sparsity.storage import FileFormatError, SafetensorsFile
 from tests.models import make
 
 
@@ -54,3 +60,84 @@ def test_zeros_that_were_there_anyway_are_remembered(tmp_path):
     SparsityRecord.of(sparsifier).save(tmp_path / "record.safetensors")
     mask = SparsityRecord.load(tmp_path / "record.safetensors")["weight"]
     assert torch.equal(mask.kept_zeros, model.weight == 0)
+
+
+def recorded(path):
+    """A record of three weights, one of whose masks ends within a byte, with kept zeros."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 4), nn.Embedding(5, 3), nn.Linear(4, 4))
+    model[0].weight.data[:, 0] = 0
+    sparsifier = WeightNormSparsifier(0.0)
+    sparsifier.prepare(model, [{"tensor_fqn": f"{i}.weight"} for i in range(3)])
+    sparsifier.step()
+    for name in sparsifier.names:
+        sparsifier.get_mask(name)[0, -1] = False
+    record = SparsityRecord.of(sparsifier)
+    record.save(path)
+    return record
+
+
+def test_any_byte_that_is_changed_is_found(tmp_path):
+    path = tmp_path / "record"
+    recorded(path)
+    content = path.read_bytes()
+    for place in range(len(content)):
+        for flip in (1, 0x80, 0xFF):
+            damaged = bytearray(content)
+            damaged[place] ^= flip
+            path.write_bytes(damaged)
+            with pytest.raises(FileFormatError):
+                SparsityRecord.load(path)
+    for cut in (0, 7, 100, len(content) - 1):
+        path.write_bytes(content[:cut])
+        with pytest.raises(FileFormatError):
+            SparsityRecord.load(path)
+    path.write_bytes(content + b" ")
+    with pytest.raises(FileFormatError):
+        SparsityRecord.load(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"shape": [8, 4, 1]}, "expected roles of"),
+        ({"shape": [9, 4]}, "expected a mask of 36 bits"),
+        ({"shape": "all"}, "expected a shape"),
+        ({"shape": [1, 31]}, "bits behind the last of 31"),
+        ({"roles": ["up", "down"]}, "expected roles of"),
+        ({"roles": 3}, "expected a list of roles"),
+        ({"pattern": "5:4"}, "its pattern '5:4'"),
+        ({"pattern": ["2:4"]}, "its pattern"),
+        ({"level": 1.5}, r"expected a level in \[0, 1\]"),
+        ({"aliases": [1]}, "expected a list of aliases"),
+        ({"crc32": 7}, "expected checksum 7"),
+        ({"more": 7}, "expected aliases, crc32"),
+    ],
+)
+def test_a_record_that_contradicts_itself_is_refused(change, message, tmp_path):
+    """Though all checksums are right."""
+    recorded(tmp_path / "record")
+    file = SafetensorsFile(tmp_path / "record")
+    masks = {name: file.read(name) for name in file.entries}
+    weights = json.loads(file.metadata["sparsity_record"])
+    weights["0.weight"] |= change
+    metadata = record_metadata(weights, {name: len(mask) for name, mask in masks.items()})
+    save_file(masks, tmp_path / "other", metadata=metadata)
+    with pytest.raises(FileFormatError, match=f"^0.weight: .*{message}"):
+        SparsityRecord.load(tmp_path / "other")
+
+
+def test_a_record_lacks_no_mask(tmp_path):
+    recorded(tmp_path / "record")
+    file = SafetensorsFile(tmp_path / "record")
+    masks = {name: file.read(name) for name in [*file.entries][1:]}
+    weights = json.loads(file.metadata["sparsity_record"])
+    metadata = record_metadata(weights, {name: len(mask) for name, mask in masks.items()})
+    save_file(masks, tmp_path / "other", metadata=metadata)
+    with pytest.raises(FileFormatError, match="expected two masks for each weight"):
+        SparsityRecord.load(tmp_path / "other")
+
+
+def test_a_record_without_weights_is_one(tmp_path):
+    SparsityRecord({}).save(tmp_path / "record")
+    assert len(SparsityRecord.load(tmp_path / "record")) == 0

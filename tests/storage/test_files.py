@@ -14,6 +14,7 @@ from torch import nn
 
 import fx_sparsity as fxs
 from fx_sparsity.storage import CompressedFile, FileFormatError, faults
+from fx_sparsity.storage.container import replacing
 from tests.models import make
 from tests.storage.test_formats import same_bits
 
@@ -346,3 +347,57 @@ def test_a_kill_at_any_moment_leaves_a_whole_file(tmp_path, kills):
         assert values <= {*seen, 0.0, float(i)}
         seen |= values
     assert len(seen) > (kills > 9)
+
+
+def test_what_a_killed_save_left_is_removed_by_the_next_and_nothing_else(tmp_path):
+    path = tmp_path / "model.safetensors"
+    left = [tmp_path / f".model.safetensors.{digits}.part" for digits in ("0" * 12, "9f" * 6)]
+    others = [
+        tmp_path / f".model.safetensors.bak.{'0' * 12}.part",  # of another file
+        tmp_path / ".model.safetensors.notes.part",
+    ]
+    for file in (*left, *others):
+        file.touch()
+    with replacing(path) as ours:  # a second process at the same time
+        ours.write(b"ours")
+        fxs.save({"a": torch.ones(2)}, path)
+        assert not any(file.exists() for file in left)
+    assert path.read_bytes() == b"ours"
+    assert sorted(tmp_path.iterdir()) == sorted([path, *others])
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o664, 0o400])
+def test_a_file_that_is_replaced_keeps_its_permissions(mode, tmp_path):
+    path, config = tmp_path / "model.safetensors", tmp_path / "config.json"
+    for file in (path, config):
+        file.write_text("{}")
+        file.chmod(mode)
+    fxs.save({"a": torch.ones(2)}, path)
+    assert path.stat().st_mode & 0o7777 == mode
+    fxs.export({"a.weight": torch.eye(64)}, path, layout="sparse-bitmask")
+    assert {file.stat().st_mode & 0o7777 for file in (path, config)} == {mode}
+
+
+def test_opening_takes_four_times_as_long_for_four_times_as_many_tensors(tmp_path):
+    def seconds(count):
+        path = tmp_path / str(count)
+        fxs.save({f"layers.{i}.weight": torch.eye(4) for i in range(count)}, path)
+        times = []
+        for _ in range(3):
+            started = time.process_time()
+            fxs.load(path, check=True)
+            times.append(time.process_time() - started)
+        return min(times)
+
+    assert seconds(10_000) < 6 * seconds(2_500)
+
+
+def test_names_that_are_listed_twice_are_counted_once(tmp_path):
+    """A hostile header of very many."""
+    entries = ",".join(f'"{i % 50_000}":{{}}' for i in range(100_000))
+    text = ("{" + entries + "}").encode()
+    (tmp_path / "f").write_bytes(len(text).to_bytes(8, "little") + text)
+    started = time.process_time()
+    with pytest.raises(FileFormatError, match="0: listed twice"):
+        fxs.load(tmp_path / "f")
+    assert time.process_time() - started < 10

@@ -18,6 +18,7 @@ from fx_sparsity.checkpoints.pruned_files import PrunedFiles
 from fx_sparsity.checkpoints.run import Run
 from fx_sparsity.graph.example_inputs import ExampleInputs, call_arguments
 from fx_sparsity.graph.mapping import MappingLike
+from fx_sparsity.pruning.batches import listed
 from fx_sparsity.pruning.methods import CalibratedSparsifier
 from fx_sparsity.pruning.prune import GRADIENTS, PruneOptions, calibrate
 from fx_sparsity.pruning.report import PruningReport
@@ -101,7 +102,7 @@ def prune_checkpoint(
             f"{type(sparsifier).__name__} needs gradients of all weights at once; "
             "load the model and call prune"
         )
-    batches, checkpoint = list(batches), Checkpoint(source)
+    batches, checkpoint = listed(batches), Checkpoint(source)
     token_weights = None if token_weights is None else list(token_weights)
     held = MappedCheckpoint(checkpoint)
     loaded = LoadedModel(model, held, dict(names or {}))

@@ -62,6 +62,20 @@ class Batch:
             ) from error
 
 
+def listed(batches: Iterable[ExampleInputs]) -> list[ExampleInputs]:
+    """All batches.
+
+    Raises:
+        InputError: `batches` is a single one, whose rows or names are no batches.
+    """
+    if isinstance(batches, Tensor | Mapping | str):
+        raise InputError(
+            f"batches: expected an iterable of batches, found one {type(batches).__name__}; "
+            "pass a list of batches, such as [batch]"
+        )
+    return list(batches)
+
+
 def read_batches(
     model: nn.Module,
     batches: Iterable[ExampleInputs],
@@ -79,11 +93,7 @@ def read_batches(
             has no tensor; or `batches` is a single one, whose rows or names are no batches; or
             there are other numbers of batches and of `token_weights`.
     """
-    if isinstance(batches, Tensor | Mapping | str):
-        raise InputError(
-            f"batches: expected an iterable of batches, found one {type(batches).__name__}; "
-            "pass a list of batches, such as [batch]"
-        )
+    batches = listed(batches)
     given = None if token_weights is None else list(token_weights)
     weights = None if given is None else iter(given)
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}

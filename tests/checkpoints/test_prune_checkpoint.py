@@ -477,3 +477,16 @@ def test_a_checkpoint_larger_than_memory(tmp_path, layers, width, mib):
     assert found["pruned"] == layers
     assert found["zeros"] == [0.5, 0.5]
     assert found["loading"] is not None
+
+
+def test_a_tensor_in_the_place_of_batches_is_refused(tmp_path):
+    model, _ = mlp()
+    (tmp_path / "a").mkdir()
+    save_file(model.state_dict(), tmp_path / "a" / "model.safetensors")
+    with pytest.raises(InputError, match="pass a list of batches"):
+        prune_checkpoint(
+            *(on_meta(model), TinyWanda(), torch.randn(32, 8)),
+            source=tmp_path / "a",
+            target=tmp_path / "b",
+        )
+    assert not (tmp_path / "b").exists()

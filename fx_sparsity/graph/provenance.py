@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fx_sparsity.graph.compiled import real_tensors
 from fx_sparsity.graph.operators import (
     BATCH,
     COMBINATIONS,
@@ -101,8 +102,9 @@ Origins = Mapping[fx.Node, Sequence[Origin]]
 def origin_of(fqn: str, tensor: Tensor) -> Origin:
     """The origin of a node that is the parameter itself."""
     meta = torch.empty(tensor.shape, device="meta", dtype=tensor.dtype)
-    known = place_of(tensor) is not None and tensor.numel() == 1 and not tensor.is_complex()
-    return Origin(fqn, meta, meta, number=float(tensor) if known else None)
+    known = tensor.numel() == 1 and not tensor.is_complex() and place_of(tensor) is not None
+    with real_tensors():
+        return Origin(fqn, meta, meta, number=float(tensor) if known else None)
 
 
 def follow(node: fx.Node, origins: Origins, constant: bool) -> Iterator[tuple[fx.Node, Origin]]:

@@ -124,6 +124,7 @@ class SparsityRecord(Mapping[str, MaskRecord]):
                 "level": weight.level,
                 "aliases": weight.aliases,
                 "crc32": checksum([bytes_of(mask) for mask in mine.values()]),
+                **({"lost_zeros": weight.lost_zeros} if weight.lost_zeros else {}),
             }
         metadata = record_metadata(meta, {name: len(mask) for name, mask in masks.items()})
         room = len(json.dumps(metadata)) + sum(len(json.dumps(name)) + 128 for name in masks) + 64
@@ -196,7 +197,7 @@ def _read(file: "SafetensorsFile", name: str, entry: Any) -> MaskRecord:
     from fx_sparsity.storage.container import FileFormatError, checksum
 
     keys = {"shape", "roles", "pattern", "level", "aliases", "crc32"}
-    if not isinstance(entry, dict) or set(entry) != keys:
+    if not isinstance(entry, dict) or set(entry) - {"lost_zeros"} != keys:
         raise FileFormatError(f"{name}: expected {', '.join(sorted(keys))}")
     found = checksum([file.raw(key) for key in (name, name + ZEROS)])
     if found != entry["crc32"]:
@@ -226,6 +227,9 @@ def _described(name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
     roles, pattern, level, aliases = (
         entry[key] for key in ("roles", "pattern", "level", "aliases")
     )
+    lost = entry.get("lost_zeros", "")
+    if not isinstance(lost, str):
+        raise FileFormatError(f"{name}: expected words for lost_zeros, found {lost!r}")
     for key, texts in (("roles", roles), ("aliases", aliases)):
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
             raise FileFormatError(f"{name}: expected a list of {key}, found {texts!r}")
@@ -244,4 +248,5 @@ def _described(name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
         "pattern": pattern,
         "level": level,
         "aliases": tuple(aliases),
+        "lost_zeros": lost,
     }

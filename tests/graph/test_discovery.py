@@ -236,6 +236,9 @@ gain                                      (8, 1)        only scales, element by 
 scales                                    (3, 6)        only scales, element by element: mul
 position                                  (1, 1, 3, 3)  only added: upsample_bilinear2d
 normed.parametrizations.weight.original0  (6, 1)        only scales, element by element: _weight_norm
+down: zeros do not survive: matmul
+up: zeros do not survive: matmul
+base: zeros do not survive: add
 (2 one-dimensional parameters; read from torch.export)""",
     )
 

@@ -13,9 +13,9 @@ from fx_sparsity.checkpoints.checkpoint import Checkpoint, CheckpointError
 from fx_sparsity.checkpoints.report import CheckpointReport
 from fx_sparsity.checkpoints.run import put_json
 from fx_sparsity.patterns import Role, SparsityConfig
-from fx_sparsity.sparsifier.record import ZEROS, record_metadata
+from fx_sparsity.sparsifier.record import ZEROS, masks_checksum, record_metadata
 from fx_sparsity.storage.bit_packing import as_integers, find_bits
-from fx_sparsity.storage.container import bytes_of, checksum
+from fx_sparsity.storage.container import bytes_of
 
 REPORT = "sparsity.json"
 """Name of the file that says what was asked of each weight, and how many zeros it has."""
@@ -110,7 +110,7 @@ class CheckpointRecord:
             for bits in (mask.keep, mask.kept_zeros):
                 file.write(bytes_of(bits))
                 self._end += len(bits)
-        sum_of_both = checksum([bytes_of(mask.keep), bytes_of(mask.kept_zeros)])
+        sum_of_both = masks_checksum(mask.keep, mask.kept_zeros)
         self._held[name] = [len(mask.keep), len(mask.kept_zeros), level, sum_of_both]
 
     def sync(self) -> None:
@@ -172,5 +172,4 @@ def _header(
         name: {"dtype": "U8", "shape": [size], "data_offsets": [start, start + size]}
         for name, (start, size) in places.items()
     }
-    metadata = record_metadata(weights, {name: size for name, (_, size) in places.items()})
-    return json.dumps({"__metadata__": metadata, **entries}).encode()
+    return json.dumps({"__metadata__": record_metadata(weights), **entries}).encode()

@@ -21,7 +21,7 @@ from fx_sparsity.sparsifier import BaseDataSparsifier, DataNormSparsifier
 from fx_sparsity.storage.compressed_file import CompressedFile
 from fx_sparsity.storage.compressed_tensors import OUTSIDE
 from fx_sparsity.storage.container import elements_of
-from fx_sparsity.storage.sparsity_config import Counts
+from fx_sparsity.storage.sparsity_config import Counts, as_compressed, as_dense
 
 
 @torch.no_grad()
@@ -156,9 +156,9 @@ def _write_run(
             run.save()
     done = [run.done["shards"][shard] for shard in source.shards]
     anew = {REPORT, RECORD} if record is not None else set()
-    if layout in OUTSIDE:
+    if (config := _config(source, layout, done)) != source.config:
         anew.add(CONFIG)
-        _write_config(source, run.folder, layout, done)
+        put_json(run.folder / CONFIG, config)
     run.copy([name for name in source.others if name not in anew])
     if source.index is not None:
         _write_index(source, source.index, run.folder)
@@ -209,14 +209,17 @@ def _report(criterion: Criterion, done: list[dict[str, Any]]) -> CheckpointRepor
     return CheckpointReport(tuple(rows))
 
 
-def _write_config(
-    source: Checkpoint, folder: Path, layout: str, done: list[dict[str, Any]]
-) -> None:
-    """The model's configuration, with what compressed-tensors looks for."""
+def _config(source: Checkpoint, layout: str, done: list[dict[str, Any]]) -> dict[str, Any]:
+    """The model's configuration, with what says how its files are laid out."""
+    config = as_dense(source.config)
+    if layout == "compressed":
+        return as_compressed(config) if config else config
+    if layout not in OUTSIDE:
+        return config
     counts = Counts()
     for shard in done:
         counts.merge(Counts(**shard["counts"]))
-    put_json(folder / CONFIG, counts.configured(source.config, layout))
+    return counts.configured(config, layout)
 
 
 def _write_index(source: Checkpoint, name: str, folder: Path) -> None:

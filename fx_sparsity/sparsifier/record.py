@@ -1,26 +1,30 @@
 """What masking leaves behind: which elements were pruned, and to what pattern."""
 
+import ctypes
 import json
 import math
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fx_sparsity.errors import FxSparsityError
 from fx_sparsity.masks.bits import pack_bits, unpack_bits
 from fx_sparsity.patterns import ROLES, Pattern, Role, Tiling
 from fx_sparsity.sparsifier.core import SparsifierCore, roles_of
-
-if TYPE_CHECKING:
-    from fx_sparsity.storage.container import SafetensorsFile
 
 ZEROS = "::zeros"
 """Behind a weight's name: the kept zeros, in a record's file."""
 _METADATA = "sparsity_record"
 _CHECKSUM = "sparsity_record_checksum"
+
+
+class RecordError(FxSparsityError, ValueError):
+    """A file holds no sparsity record, or a damaged one."""
 
 
 @dataclass(frozen=True)
@@ -107,60 +111,53 @@ class SparsityRecord(Mapping[str, MaskRecord]):
     def save(self, path: str | Path) -> None:
         """Write the record as one safetensors file: the masks, and the rest as JSON metadata.
 
-        The file appears whole or not at all. Each mask has a checksum, and so has the header.
+        Each mask has a checksum, and so has what is said of them all.
         """
-        # Here, since the package of files needs this one.
-        from fx_sparsity.storage.container import SafetensorsWriter, bytes_of, checksum, replacing
+        from safetensors.torch import save_file  # here, since it takes a while to import
 
         meta: dict[str, dict[str, Any]] = {}
         masks: dict[str, Tensor] = {}
         for name, weight in self.items():
-            mine = {name: weight.packed.cpu(), name + ZEROS: weight.packed_zeros.cpu()}
-            masks |= mine
+            both = weight.packed.cpu(), weight.packed_zeros.cpu()
+            masks[name], masks[name + ZEROS] = both
             meta[name] = {
                 "shape": weight.shape,
                 "roles": weight.roles,
                 "pattern": weight.pattern,
                 "level": weight.level,
                 "aliases": weight.aliases,
-                "crc32": checksum([bytes_of(mask) for mask in mine.values()]),
-                **({"lost_zeros": weight.lost_zeros} if weight.lost_zeros else {}),
+                "crc32": masks_checksum(*both),
             }
-        metadata = record_metadata(meta, {name: len(mask) for name, mask in masks.items()})
-        room = len(json.dumps(metadata)) + sum(len(json.dumps(name)) + 128 for name in masks) + 64
-        with replacing(path) as file:
-            writer = SafetensorsWriter(file, room)
-            for name, mask in masks.items():
-                writer.add(name, mask)
-            writer.finish(metadata)
+        save_file(masks, path, metadata=record_metadata(meta))
 
     @classmethod
     def load(cls, path: str | Path) -> "SparsityRecord":
         """Read what `save` wrote; everything that it says is checked, and all checksums.
 
         Raises:
-            FileFormatError: a `ValueError`: the file holds no record, or a damaged one; the weight
-                is named.
+            RecordError: the file holds no record, or a damaged one; the weight is named.
             OSError: it cannot be read.
         """
-        from fx_sparsity.storage.container import DTYPE_NAMES, FileFormatError, SafetensorsFile
-        from fx_sparsity.storage.writing import header_checksum
+        from safetensors import SafetensorError, safe_open
 
-        file = SafetensorsFile(path)
-        text = file.metadata.get(_METADATA)
-        if text is None:
-            raise FileFormatError(f"{path}: holds no sparsity record")
-        shapes = {name: (DTYPE_NAMES[e.dtype], e.shape) for name, e in file.entries.items()}
-        if file.metadata.get(_CHECKSUM) != header_checksum(text, shapes):
-            raise FileFormatError(f"{path}: its header does not match the header's checksum")
         try:
-            found = json.loads(text)
-            names = [*found, *(name + ZEROS for name in found)]
-            if sorted(names) != sorted(file.entries):
-                raise ValueError("expected two masks for each weight that it lists")
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                masks = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise RecordError(f"{path}: not a whole safetensors file: {error}") from error
+        if _METADATA not in metadata:
+            raise RecordError(f"{path}: holds no sparsity record")
+        text = metadata[_METADATA]
+        if metadata.get(_CHECKSUM) != _text_checksum(text):
+            raise RecordError(f"{path}: what it says of its masks does not match the checksum")
+        try:
+            found = dict(json.loads(text))
         except (ValueError, TypeError, RecursionError) as error:
-            raise FileFormatError(f"{path}: its metadata cannot be read: {error}") from error
-        return cls({name: _read(file, name, entry) for name, entry in found.items()})
+            raise RecordError(f"{path}: its metadata cannot be read: {error}") from error
+        if masks.keys() != {key for name in found for key in (name, name + ZEROS)}:
+            raise RecordError(f"{path}: expected two masks for each weight that it lists")
+        return cls({n: _read(n, entry, masks[n], masks[n + ZEROS]) for n, entry in found.items()})
 
     def __getitem__(self, name: str) -> MaskRecord:
         return self._weights[name]
@@ -175,78 +172,75 @@ class SparsityRecord(Mapping[str, MaskRecord]):
         return f"SparsityRecord({len(self)} weights)"
 
 
-def record_metadata(
-    weights: Mapping[str, Mapping[str, Any]], masks: Mapping[str, int]
-) -> dict[str, str]:
+def record_metadata(weights: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     """What the header of a record's file says.
 
     Args:
         weights: name -> shape, roles, pattern, level and aliases, as `MaskRecord` has them, and
-            the checksum of its masks.
-        masks: name in the file -> bytes.
+            `crc32`, see `masks_checksum`.
     """
-    from fx_sparsity.storage.writing import header_checksum
-
     text = json.dumps(weights)
-    entries = {name: ("U8", (size,)) for name, size in masks.items()}
-    return {_METADATA: text, _CHECKSUM: header_checksum(text, entries)}
+    return {_METADATA: text, _CHECKSUM: _text_checksum(text)}
 
 
-def _read(file: "SafetensorsFile", name: str, entry: Any) -> MaskRecord:
+def masks_checksum(*masks: Tensor) -> int:
+    """CRC-32 of a weight's mask and of its kept zeros, one behind the other."""
+    value = 0
+    for mask in masks:
+        value = zlib.crc32(ctypes.string_at(mask.data_ptr(), mask.nbytes), value)
+    return value
+
+
+def _text_checksum(text: str) -> str:
+    return f"{zlib.crc32(text.encode()):08x}"
+
+
+def _read(name: str, entry: Any, packed: Tensor, zeros: Tensor) -> MaskRecord:
     """One weight of a file, checked."""
-    from fx_sparsity.storage.container import FileFormatError, checksum
-
     keys = {"shape", "roles", "pattern", "level", "aliases", "crc32"}
-    if not isinstance(entry, dict) or set(entry) - {"lost_zeros"} != keys:
-        raise FileFormatError(f"{name}: expected {', '.join(sorted(keys))}")
-    found = checksum([file.raw(key) for key in (name, name + ZEROS)])
+    if not isinstance(entry, dict) or set(entry) != keys:
+        raise RecordError(f"{name}: expected {', '.join(sorted(keys))}")
+    found = masks_checksum(packed, zeros)
     if found != entry["crc32"]:
-        raise FileFormatError(f"{name}: expected checksum {entry['crc32']!r}, found {found}")
-    record = MaskRecord(
-        **_described(name, entry), packed=file.read(name), packed_zeros=file.read(name + ZEROS)
-    )
+        raise RecordError(f"{name}: expected checksum {entry['crc32']!r}, found {found}")
+    record = MaskRecord(**_described(name, entry), packed=packed, packed_zeros=zeros)
     elements = math.prod(record.shape)
-    for mask, sizes in ((record.packed, (elements,)), (record.packed_zeros, (elements, 0))):
+    for mask, sizes in ((packed, (elements,)), (zeros, (elements, 0))):
         if mask.dtype != torch.uint8 or mask.shape not in [(-(-n // 8),) for n in sizes]:
-            raise FileFormatError(
+            raise RecordError(
                 f"{name}: expected a mask of {elements} bits, found {mask.dtype} of shape "
                 f"{tuple(mask.shape)}"
             )
         if elements % 8 and len(mask) and int(mask[-1]) >> elements % 8:
-            raise FileFormatError(f"{name}: its mask has bits behind the last of {elements}")
-    if len(record.packed_zeros) and bool((record.packed_zeros & ~record.packed).any()):
-        raise FileFormatError(f"{name}: elements are both masked and kept")
+            raise RecordError(f"{name}: its mask has bits behind the last of {elements}")
+    if len(zeros) and bool((zeros & ~packed).any()):
+        raise RecordError(f"{name}: elements are both masked and kept")
     return record
 
 
 def _described(name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
     """What a file says of a weight beside its masks, checked."""
-    from fx_sparsity.storage.container import FileFormatError, check_shape
-
-    shape = check_shape(name, entry["shape"])
-    roles, pattern, level, aliases = (
-        entry[key] for key in ("roles", "pattern", "level", "aliases")
+    shape, roles, pattern, level, aliases = (
+        entry[key] for key in ("shape", "roles", "pattern", "level", "aliases")
     )
-    lost = entry.get("lost_zeros", "")
-    if not isinstance(lost, str):
-        raise FileFormatError(f"{name}: expected words for lost_zeros, found {lost!r}")
+    if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
+        raise RecordError(f"{name}: expected a shape, found {shape!r}")
     for key, texts in (("roles", roles), ("aliases", aliases)):
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-            raise FileFormatError(f"{name}: expected a list of {key}, found {texts!r}")
+            raise RecordError(f"{name}: expected a list of {key}, found {texts!r}")
     if len(roles) != len(shape) or not set(roles) <= set(ROLES):
-        raise FileFormatError(f"{name}: expected roles of {shape}, found {roles}")
+        raise RecordError(f"{name}: expected roles of {shape}, found {roles}")
     if level is not None and not (isinstance(level, int | float) and 0 <= level <= 1):
-        raise FileFormatError(f"{name}: expected a level in [0, 1], found {level!r}")
+        raise RecordError(f"{name}: expected a level in [0, 1], found {level!r}")
     try:
         if pattern is not None:
-            Pattern.parse(pattern).tiling(shape, roles)
+            Pattern.parse(pattern).tiling(tuple(shape), roles)
     except (ValueError, TypeError, AttributeError) as error:
-        raise FileFormatError(f"{name}: its pattern {pattern!r}: {error}") from error
+        raise RecordError(f"{name}: its pattern {pattern!r}: {error}") from error
     return {
-        "shape": shape,
+        "shape": tuple(shape),
         "roles": tuple(roles),
         "pattern": pattern,
         "level": level,
         "aliases": tuple(aliases),
-        "lost_zeros": lost,
     }

@@ -1,11 +1,45 @@
-"""What compressed-tensors looks for in a model's `config.json`."""
+"""What a model's `config.json` says of how its files are laid out."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from fx_sparsity.storage.compressed_tensors import OUTSIDE
 from fx_sparsity.storage.container import elements_of
 from fx_sparsity.storage.writing import Encoded
+
+METHOD = "fx_sparsity"
+"""What `quantization_config` calls the layout `compressed`."""
+_WEIGHTS = "call-fx_sparsity.compat.transformers.register-first.safetensors"
+"""A file that is not there: transformers leaves out a method that it does not know, and would begin
+with random weights, but for a file that it is told to load and does not find."""
+_KEYS = ("quantization_config", "transformers_weights")
+
+
+def as_compressed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A model's `config.json` beside files in the layout `compressed`.
+
+    Whoever does not know that layout finds no weights.
+    """
+    method = {"quant_method": METHOD, "replaced": {k: config[k] for k in _KEYS if k in config}}
+    return {**config, "quantization_config": method, "transformers_weights": _WEIGHTS}
+
+
+def as_dense(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A model's `config.json` without what `as_compressed` or `Counts.configured` have put in."""
+    method = config.get("quantization_config")
+    if not isinstance(method, dict):
+        return dict(config)
+    rest = {key: value for key, value in config.items() if key not in _KEYS}
+    if method.get("quant_method") == METHOD:
+        return {**rest, **method.get("replaced", {})}
+    sparsity = method.get("sparsity_config")
+    if not isinstance(sparsity, dict) or sparsity.get("format") not in OUTSIDE:
+        return dict(config)
+    method = {key: value for key, value in method.items() if key != "sparsity_config"}
+    if method != {"quant_method": "compressed-tensors"}:
+        return {**config, "quantization_config": method}
+    return {key: value for key, value in config.items() if key != "quantization_config"}
 
 
 @dataclass

@@ -40,7 +40,7 @@ def sparsify_checkpoint(
 
     The output has the same shards, an index that fits them, and the files beside them, except
     weights in other formats (`Checkpoint.skipped`). Memory holds no more than three times the
-    largest tensor. A folder grows in `<target>.partial` and gets its name when it is complete.
+    largest tensor; codes of fp8 are ranked in single precision. A folder grows in `<target>.partial` and gets its name when it is complete.
     After an interruption the same call goes on; finished shards are not done again.
 
     Args:
@@ -64,7 +64,8 @@ def sparsify_checkpoint(
     Raises:
         MappingError: the mapping does not fit the checkpoint.
         CheckpointError: `source` cannot be used, `target` is there already or was begun otherwise,
-            or `ranked="model"` with other patterns.
+            another process is at work on it, `ranked="model"` with other patterns, or codes whose
+            scale does not fit.
         FileFormatError: a file contradicts itself.
         ScoreError: a weight that cannot be ranked (NaN). Shards before it are finished.
 

@@ -295,7 +295,7 @@ class SafetensorsWriter:
 
     def __init__(self, file: BinaryIO, room: int) -> None:
         self._file = file
-        self._room = -(-room // _ALIGNMENT) * _ALIGNMENT
+        self._room = min(-(-room // _ALIGNMENT) * _ALIGNMENT, _LONGEST_HEADER)  # or nobody reads it
         self._entries: dict[str, dict[str, Any]] = {}
         self._place = 0
         self._late: list[tuple[str, Tensor]] = []
@@ -329,7 +329,9 @@ class SafetensorsWriter:
         header = {"__metadata__": dict(metadata)} if metadata else {}
         text = json.dumps({**header, **self._entries}, separators=(",", ":")).encode()
         if len(text) > self._room:
-            raise ValueError(f"a header of {len(text)} bytes in a room of {self._room}")
+            raise ValueError(
+                f"a header of {len(text)} bytes in a room of {self._room}; write shards"
+            )
         self._file.seek(0)
         self._file.write(self._room.to_bytes(8, "little") + text.ljust(self._room))
 
@@ -355,8 +357,9 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
     What a killed process has left is removed, and a file that is replaced keeps its permissions.
     """
     path = Path(path)
-    for left in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 12}.part"):
-        if not is_at_work(left):
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        of_another = "." in left.name.removeprefix(f".{path.name}.").removesuffix(".part")
+        if not of_another and not is_at_work(left):
             left.unlink(missing_ok=True)
     temporary, part = _create_part(path)
     try:

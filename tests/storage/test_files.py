@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import fx_sparsity as fxs
-from fx_sparsity.storage import CompressedFile, FileFormatError, faults
+from fx_sparsity.storage import CompressedFile, FileFormatError, container, faults
 from fx_sparsity.storage.container import replacing
 from tests.models import make
 from tests.storage.test_formats import same_bits
@@ -351,10 +351,10 @@ def test_a_kill_at_any_moment_leaves_a_whole_file(tmp_path, kills):
 
 def test_what_a_killed_save_left_is_removed_by_the_next_and_nothing_else(tmp_path):
     path = tmp_path / "model.safetensors"
-    left = [tmp_path / f".model.safetensors.{digits}.part" for digits in ("0" * 12, "9f" * 6)]
+    left = [tmp_path / f".model.safetensors.{digits}.part" for digits in ("0" * 12, "9f" * 6, "x")]
     others = [
         tmp_path / f".model.safetensors.bak.{'0' * 12}.part",  # of another file
-        tmp_path / ".model.safetensors.notes.part",
+        tmp_path / ".model.safetensors.part",
     ]
     for file in (*left, *others):
         file.touch()
@@ -401,3 +401,14 @@ def test_names_that_are_listed_twice_are_counted_once(tmp_path):
     with pytest.raises(FileFormatError, match="0: listed twice"):
         fxs.load(tmp_path / "f")
     assert time.process_time() - started < 10
+
+
+def test_no_header_is_written_that_is_too_long_to_be_read(tmp_path, monkeypatch):
+    """The room for it is an estimate, and generous."""
+    monkeypatch.setattr(container, "_LONGEST_HEADER", 2048)
+    path, state = tmp_path / "f", {f"{i}": torch.eye(64) for i in range(4)}
+    fxs.save(state, path)
+    assert fxs.load(path, check=True).keys() == state.keys()
+    with pytest.raises(ValueError, match="in a room of 2048; write shards"):
+        fxs.save({f"{i}": torch.eye(64) for i in range(99)}, path)
+    assert fxs.load(path).keys() == state.keys()

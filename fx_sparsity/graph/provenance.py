@@ -617,9 +617,12 @@ def reduced_by(node: fx.Node, origin: Origin) -> str:
         for axis, (size, stride) in enumerate(zip(view.shape, view.stride(), strict=True))
         if size > 1 and stride > 0
     }
-    pending = list(node.users)
+    pending, seen = [*node.users], {node}
     while pending:
         user = pending.pop()
+        if user in seen:
+            continue
+        seen.add(user)
         if operator_name(user) in REDUCTIONS:
             dims = bind(user).get("dim")
             dims = [dims] if isinstance(dims, int) else dims or range(len(shape))

@@ -11,7 +11,6 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fx_sparsity.graph.compiled import returned
-from fx_sparsity.graph.memory import Memory
 from fx_sparsity.graph.operators import (
     ADDITIONS,
     EMPTY,
@@ -40,6 +39,7 @@ from fx_sparsity.graph.provenance import (
 )
 from fx_sparsity.graph.sources import Source, module_source
 from fx_sparsity.graph.weight_map import Reason, Use
+from fx_sparsity.graph.writes import Memory
 
 WEIGHT_META = "fx_sparsity_weights"
 """Key in `node.meta`: argument name -> `SeenWeight` that it receives."""

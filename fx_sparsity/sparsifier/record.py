@@ -198,7 +198,7 @@ def _text_checksum(text: str) -> str:
 def _read(name: str, entry: Any, packed: Tensor, zeros: Tensor) -> MaskRecord:
     """One weight of a file, checked."""
     keys = {"shape", "roles", "pattern", "level", "aliases", "crc32"}
-    if not isinstance(entry, dict) or set(entry) != keys:
+    if not isinstance(entry, dict) or set(entry) - {"lost_zeros"} != keys:
         raise RecordError(f"{name}: expected {', '.join(sorted(keys))}")
     found = masks_checksum(packed, zeros)
     if found != entry["crc32"]:
@@ -243,4 +243,5 @@ def _described(name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
         "pattern": pattern,
         "level": level,
         "aliases": tuple(aliases),
+        "lost_zeros": lost,
     }

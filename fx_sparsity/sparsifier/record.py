@@ -127,6 +127,7 @@ class SparsityRecord(Mapping[str, MaskRecord]):
                 "level": weight.level,
                 "aliases": weight.aliases,
                 "crc32": masks_checksum(*both),
+                **({"lost_zeros": weight.lost_zeros} if weight.lost_zeros else {}),
             }
         save_file(masks, path, metadata=record_metadata(meta))
 
@@ -223,6 +224,9 @@ def _described(name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
     shape, roles, pattern, level, aliases = (
         entry[key] for key in ("shape", "roles", "pattern", "level", "aliases")
     )
+    lost = entry.get("lost_zeros", "")
+    if not isinstance(lost, str):
+        raise RecordError(f"{name}: expected words for lost_zeros, found {lost!r}")
     if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
         raise RecordError(f"{name}: expected a shape, found {shape!r}")
     for key, texts in (("roles", roles), ("aliases", aliases)):

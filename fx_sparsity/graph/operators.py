@@ -11,11 +11,11 @@ import inspect
 import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, NamedTuple
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from fx_sparsity.graph import weight_inputs as inputs
 from fx_sparsity.graph.weight_inputs import InputsOf
@@ -343,6 +343,52 @@ _PYTHON_NAMES = {
 _TRANSPOSES = ("T", "mT", "H", "mH")
 
 
+class Call:
+    """What a node calls; everything about it is looked up when it is first asked for.
+
+    Attributes:
+        node: of a graph.
+    """
+
+    def __init__(self, node: fx.Node) -> None:
+        self.node = node
+
+    @cached_property
+    def name(self) -> str:
+        """See `operator_name`."""
+        return operator_name(self.node)
+
+    @cached_property
+    def args(self) -> dict[str, Any]:
+        """See `bind`."""
+        return bind(self.node)
+
+    @cached_property
+    def row(self) -> Operator | None:
+        """Of the operator table; None where the operator has none."""
+        return OPERATORS.get(self.name)
+
+    @cached_property
+    def views(self) -> bool:
+        """See `is_view`."""
+        return is_view(self.node)
+
+    @cached_property
+    def looks_up(self) -> bool:
+        """See `is_lookup`."""
+        return is_lookup(self.node)
+
+    @cached_property
+    def elementwise(self) -> bool:
+        """See `is_elementwise`."""
+        return is_elementwise(self.node)
+
+    @cached_property
+    def shape(self) -> tuple[int, ...] | None:
+        """See `shape_of`."""
+        return shape_of(self.node)
+
+
 def shows_inputs(op: str) -> bool:
     """Whether a call of an operator shows the inputs of its weights."""
     return op in OPERATORS and OPERATORS[op].inputs is not None
@@ -373,6 +419,26 @@ def operator_name(node: fx.Node) -> str:
         return str(node.args[1])
     name = getattr(target, "__name__", str(target))
     return _PYTHON_NAMES.get(name, name)
+
+
+def shape_of(node: fx.Node) -> tuple[int, ...] | None:
+    """Shape of a node's tensor, with hints for dynamic sizes; None where its graph notes none."""
+    value = node.meta.get("val", node.meta.get("example_value"))
+    if not isinstance(value, Tensor):
+        return None
+    try:
+        return tuple(known_size(size) for size in value.shape)
+    except ValueError:
+        return None
+
+
+def known_size(size: int | torch.SymInt) -> int:
+    """A size, by its hint where it is dynamic: asking for its value would specialize the graph."""
+    if isinstance(size, torch.SymInt):
+        if size.node.hint is None:
+            raise ValueError(f"size {size} is not known before running")
+        return int(size.node.hint)
+    return size
 
 
 def bind(node: fx.Node) -> dict[str, Any]:

@@ -19,24 +19,22 @@ from fx_sparsity.graph.operators import (
     OPERATORS,
     PRODUCTS,
     Axes,
+    Call,
     bind,
     is_elementwise,
-    is_lookup,
     operator_name,
+    shape_of,
     writes,
     written,
 )
-from fx_sparsity.graph.provenance import (
+from fx_sparsity.graph.origins import (
     Origin,
-    follow,
-    mixed,
     origin_of,
-    reduced_by,
     reordered_dimensions,
     roles_of_parameter,
-    shape_of,
     slice_of_parameter,
 )
+from fx_sparsity.graph.provenance import follow, mixed, reduced_by
 from fx_sparsity.graph.sources import Source, module_source
 from fx_sparsity.graph.weight_map import Reason, Use
 from fx_sparsity.graph.writes import Memory
@@ -279,19 +277,19 @@ def _consumed(
     node: fx.Node, received: list[fx.Node], origins: dict[fx.Node, list[Origin]], constant: bool
 ) -> Iterator[Consumption]:
     """What an operator consumes of what it receives; what it passes on is added to `origins`."""
-    passed = list(follow(node, origins, constant))
+    passed, call = list(follow(node, origins, constant)), Call(node)
     origins.setdefault(node, []).extend(origin for _, origin in passed)
     settled = {value for value, _ in passed}
-    if constant and (is_lookup(node) or operator_name(node) in PRODUCTS):
+    if constant and (call.looks_up or call.name in PRODUCTS):
         settled = set()  # should nothing else come of it, this is what it is used for
-    row, arguments = OPERATORS.get(operator_name(node)), bind(node)
+    row, arguments = call.row, call.args
     for arg, value, axes in row.find(arguments) if row and arguments else ():
         if isinstance(value, fx.Node) and value in origins and value not in settled:
             settled.add(value)
             for origin in origins[value]:
                 yield Consumption(node, arg, origin, axes, constant or origin.is_factor)
     rest = [origin for value in received if value not in settled for origin in origins[value]]
-    if constant and not is_elementwise(node):
+    if constant and not call.elementwise:
         # Nothing is decided yet: what matters is who consumes the result.
         origins[node] += [mixed(node, origin) for origin in rest]
     else:

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 from torch import fx
 
-from fx_sparsity.graph.operators import is_view, operator_name, written
-from fx_sparsity.graph.provenance import Origin, follow, mixed, placed, region_of, replay, shape_of
+from fx_sparsity.graph.operators import is_view, operator_name, shape_of, written
+from fx_sparsity.graph.origins import Origin, placed, region_of
+from fx_sparsity.graph.provenance import follow, mixed, replay
 
 
 class Memory:

@@ -21,9 +21,9 @@ from fx_sparsity.graph.operators import (
     is_lookup,
     is_view,
     operator_name,
+    shape_of,
     writes,
 )
-from fx_sparsity.graph.provenance import shape_of
 from fx_sparsity.graph.sources import module_source
 from fx_sparsity.graph.uses import canonical_fqn, live_nodes
 from fx_sparsity.graph.weight_inputs import UnsupportedUse, WeightInputs

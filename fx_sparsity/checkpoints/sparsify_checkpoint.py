@@ -40,8 +40,9 @@ def sparsify_checkpoint(
 
     The output has the same shards, an index that fits them, and the files beside them, except
     weights in other formats (`Checkpoint.skipped`). Memory holds no more than three times the
-    largest tensor; codes of fp8 are ranked in single precision. A folder grows in `<target>.partial` and gets its name when it is complete.
-    After an interruption the same call goes on; finished shards are not done again.
+    largest tensor; codes of fp8 are ranked in single precision. A folder grows in
+    `<target>.partial` and gets its name when it is complete. After an interruption the same call
+    goes on; finished shards are not done again.
 
     Args:
         source: a folder of safetensors files, or one file. Not changed.

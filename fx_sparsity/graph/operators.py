@@ -343,6 +343,11 @@ _PYTHON_NAMES = {
 _TRANSPOSES = ("T", "mT", "H", "mH")
 
 
+SCORING = frozenset({"flex_attention", "flex_attention_backward"})
+"""Higher-order operators that call a subgraph with values of their own, and what it captures: what
+becomes of that is not known."""
+
+
 class Call:
     """What a node calls; everything about it is looked up when it is first asked for.
 

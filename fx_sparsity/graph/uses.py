@@ -18,6 +18,7 @@ from fx_sparsity.graph.operators import (
     NORMALIZATIONS,
     OPERATORS,
     PRODUCTS,
+    SCORING,
     Axes,
     Call,
     bind,
@@ -264,6 +265,10 @@ def _uses(
         elif node.op in ("call_function", "call_method") and received and node in live:
             if isinstance(node.target, torch._ops.HigherOrderOperator):
                 results[node] = yield from _inside(node, origins, dependent)
+                if node.target.name() in SCORING:
+                    for value in received:
+                        for origin in origins[value]:
+                            yield Consumption(node, "", origin, None, constant)
             else:
                 yield from _consumed(node, received, origins, constant)
         if written(node) is not None:
@@ -348,6 +353,8 @@ def _inside(
     """
     flat = pytree.tree_leaves((node.args, node.kwargs))
     results: list[list[Origin]] = []
+    if node.target.name() in SCORING:  # type: ignore[union-attr]
+        return results
     for body in _bodies(node.graph.owning_module, flat):
         placeholders = body.graph.find_nodes(op="placeholder")
         operands = flat[len(flat) - len(placeholders) :]

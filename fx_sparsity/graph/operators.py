@@ -248,6 +248,8 @@ MODULES: dict[type[nn.Module], tuple[str, Axes]] = {
 counts. Each of them calls its weights `weight`, `weight_...` or `..._weight`.
 """
 
+RENORMALIZATIONS = frozenset({"embedding_renorm_", "embedding_renorm"})
+"""Operators that shorten the rows of a table that are too long, in place: it stays what it was."""
 COPIES = frozenset({"copy_", "copy", "setitem"})
 """Operators that write their last argument into the first."""
 SCATTERS = frozenset({"slice_scatter", "select_scatter", "diagonal_scatter", "as_strided_scatter"})
@@ -325,6 +327,7 @@ SAME_VALUES = frozenset(
         ),
         *("_fake_quantize_per_tensor_affine_cachemask_tensor_qparams",),
         *("_weight_norm", "_weight_norm_interface", "dropout"),
+        *RENORMALIZATIONS,
     }
 )
 """Operators whose result stands for their first argument, element by element.
@@ -493,12 +496,14 @@ def is_elementwise(node: fx.Node) -> bool:
 
 
 def writes(node: fx.Node) -> bool:
-    """Whether a node changes one of its arguments in place."""
+    """Whether a node makes something else of one of its arguments, in place."""
     if node.op not in ("call_function", "call_method"):
+        return False
+    name = operator_name(node)
+    if name in RENORMALIZATIONS:
         return False
     if isinstance(node.target, torch._ops.OpOverload):
         return node.target._schema.is_mutable
-    name = operator_name(node)
     return name == "setitem" or (name.endswith("_") and not name.endswith("__"))
 
 

@@ -49,9 +49,9 @@ class Consumption(NamedTuple):
 
     Attributes:
         node: the consumer.
-        arg: name of its argument; empty where the operator has no row for it.
+        arg: name of its argument; empty where the operator's row has no place for it.
         origin: what arrives there.
-        axes: roles of the argument's axes; None where the operator has no row for it.
+        axes: roles of the argument's axes; None for a bias, and where the row has no place for it.
         constant: whether the node is the same for all inputs of the model, or the tensor but a
             factor of what arrives there, in a product of constants.
     """
@@ -85,7 +85,7 @@ class Consumption(NamedTuple):
         name = operator_name(self.node)
         if self.axes is None and (reduced := reduced_by(self.node, self.origin)):
             return Reason.OPERATOR, f"{name}, then {reduced}"
-        if self.axes is None and name in ADDITIONS:
+        if self.axes is None and (name in ADDITIONS or self.arg):
             return Reason.ADDED, self.origin.through or ""
         if self.axes is None and (name in NORMALIZATIONS or is_elementwise(self.node)):
             return Reason.SCALE, name
@@ -293,13 +293,15 @@ def _consumed(
             settled.add(value)
             for origin in origins[value]:
                 yield Consumption(node, arg, origin, axes, constant or origin.is_factor)
-    rest = [origin for value in received if value not in settled for origin in origins[value]]
-    if constant and not call.elementwise:
-        # Nothing is decided yet: what matters is who consumes the result.
-        origins[node] += [mixed(node, origin) for origin in rest]
-    else:
-        for origin in rest:
-            yield Consumption(node, "", origin, None, constant)
+    bias = arguments.get(row.bias) if row else None
+    for value in received:
+        for origin in origins[value] if value not in settled else ():
+            if constant and not call.elementwise:
+                # Nothing is decided yet: what matters is who consumes the result.
+                origins[node].append(mixed(node, origin))
+            else:
+                arg = row.bias if row and value is bias else ""
+                yield Consumption(node, arg, origin, None, constant)
 
 
 def _write(

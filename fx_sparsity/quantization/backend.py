@@ -104,9 +104,12 @@ class Backend(ABC):
             BackendError: torch refuses, or what comes out does not run on the example inputs.
         """
 
-    @abstractmethod
     def read(self, model: nn.Module) -> Iterator[StoredWeight]:
-        """The quantized weights that a model holds in this backend's way; none in other models."""
+        """The quantized weights that modules hold in this backend's way; none of other modules.
+
+        Graphs are read by what their nodes do, whoever made them.
+        """
+        yield from ()
 
     def quantize(
         self,

@@ -33,8 +33,7 @@ from fx_sparsity.graph import AnnotateWeights, WeightMap
 from fx_sparsity.graph.example_inputs import ExampleInputs
 from fx_sparsity.graph.frontends import export_model
 from fx_sparsity.graph.operators import OPERATORS, bind, operator_name
-from fx_sparsity.graph.sources import module_source
-from fx_sparsity.graph.uses import WEIGHT_META, SeenWeight, seen_weights, weight_arguments
+from fx_sparsity.graph.uses import weight_arguments
 from fx_sparsity.quantization.backend import (
     Backend,
     BackendError,
@@ -47,8 +46,6 @@ from fx_sparsity.quantization.backend import (
     refusing,
 )
 from fx_sparsity.quantization.observers import EMBEDDING_SPEC, FarRowsAlone, IntegerZeroPoint
-from fx_sparsity.verification.graph_reader import read_value
-from fx_sparsity.verification.stored import StoredWeight
 
 
 class EmbeddingObserver(IntegerZeroPoint, PerChannelMinMaxObserver):
@@ -185,11 +182,6 @@ class PT2EBackend(Backend):
         check_runs(converted, example_inputs)
         return Quantized(converted, prepared.meant)
 
-    def read(self, model: nn.Module) -> Iterator[StoredWeight]:
-        """See `Backend.read`: graphs, by what their consumers read now."""
-        if isinstance(model, fx.GraphModule):
-            yield from read_graph(model)
-
 
 def _one_name(prepared: fx.GraphModule, weights: WeightMap) -> Iterator[tuple[str, str]]:
     """FQN of a tied weight -> the one of its names that export kept, for the others."""
@@ -241,23 +233,3 @@ def drop_unread(model: fx.GraphModule) -> fx.GraphModule:
         if fqn not in read:
             delattr(model.get_submodule(owner), attribute)
     return model
-
-
-def read_graph(model: fx.GraphModule) -> Iterator[StoredWeight]:
-    """Weights of a graph, by what its consumers read now: codes, or float values.
-
-    Where nobody annotated the graph, what they read gives the names, and what it was in the float
-    model is not known.
-    """
-    seen: set[tuple[str, str]] = set()
-    found: dict[fx.Node, dict[str, SeenWeight]] = {}
-    annotated = any(WEIGHT_META in node.meta for node in model.graph.nodes)
-    source = module_source(model)
-    for node, arg, weight in () if annotated else seen_weights(model):
-        found.setdefault(node, {}).setdefault(arg, weight)
-    for node in model.graph.nodes:
-        for weight, value in weight_arguments(node, None if annotated else found.get(node, {})):
-            stored = read_value(source, weight, value)
-            if (weight.fqn, stored.where) not in seen:
-                seen.add((weight.fqn, stored.where))
-                yield stored

@@ -1,5 +1,6 @@
 """What a node of a graph receives as a weight: float values, or codes behind a dequantization."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -7,8 +8,8 @@ import torch
 from torch import Tensor, fx
 
 from fx_sparsity.graph.operators import SAME_VALUES, bind, is_view, operator_name
-from fx_sparsity.graph.sources import Source
-from fx_sparsity.graph.uses import SeenWeight
+from fx_sparsity.graph.sources import Source, module_source
+from fx_sparsity.graph.uses import WEIGHT_META, SeenWeight, seen_weights, weight_arguments
 from fx_sparsity.verification.stored import StoredWeight, float_weight
 
 
@@ -80,3 +81,23 @@ def read_value(source: Source, weight: SeenWeight, node: fx.Node) -> StoredWeigh
         view,
         obstacle,
     )
+
+
+def read_graph(model: fx.GraphModule) -> Iterator[StoredWeight]:
+    """Weights of a graph, by what its consumers read now: codes, or float values.
+
+    Where nobody annotated the graph, what they read gives the names, and only codes are told:
+    floats are weights by themselves, whatever the graph computes from them.
+    """
+    seen: set[tuple[str, str]] = set()
+    found: dict[fx.Node, dict[str, SeenWeight]] = {}
+    annotated = any(WEIGHT_META in node.meta for node in model.graph.nodes)
+    source = module_source(model)
+    for node, arg, weight in () if annotated else seen_weights(model):
+        found.setdefault(node, {}).setdefault(arg, weight)
+    for node in model.graph.nodes:
+        for weight, value in weight_arguments(node, None if annotated else found.get(node, {})):
+            stored = read_value(source, weight, value)
+            if (weight.fqn, stored.where) not in seen and (annotated or stored.quantized):
+                seen.add((weight.fqn, stored.where))
+                yield stored

@@ -121,21 +121,24 @@ class Proof:
             indices |= {use.slice[1], use.slice[2] - 1}
         claim = f"{fqn} dim {dim} as {role} of {use.op}({use.arg}) at {node.name}"
         touched = False
+        if (use.op, use.arg) in FACTORS:  # what lies beside the parameter, is taken away
+            part = self.zeroed(value, parameter) != weight
+            weight = weight.masked_fill(~part, 0)
         for index in sorted(indices):
             edited = self.zeroed(value, parameter, dim, index)
             hit = (edited == 0) & (weight != 0)
             if not hit.any():
-                hit = edited != weight  # something is added on the way
+                hit = (edited != weight) & (weight != 0)  # something is added on the way
             if hit.any():
                 touched = True
                 self.check_index(claim, use, node, value, weight, hit, role)
         if not touched:
             raise Wrong(f"{claim}: no index reaches the node")
 
-    def zeroed(self, value, parameter, dim, index):
-        """What `value` holds once one index of a parameter is zeroed."""
+    def zeroed(self, value, parameter, dim=None, index=0):
+        """What `value` holds once one index of a parameter is zeroed, or all of it is."""
         edited = parameter.clone()
-        edited.select(dim, index).zero_()
+        (edited if dim is None else edited.select(dim, index)).zero_()
         memo = {n: edited for n, t in self.parameters.items() if t is parameter}
 
         def compute(node):
@@ -157,7 +160,7 @@ class Proof:
         """Judge one node, whose weight loses the elements `hit`."""
         inputs = {}
         for n in node.all_input_nodes:
-            v = self.values[n]
+            v = weight if n is value else self.values[n]
             real = n is not value and isinstance(v, Tensor) and v.is_floating_point()
             # Positive and small, so that units behind a ReLU are active and gates unsaturated.
             inputs[n] = (
@@ -214,12 +217,12 @@ class Case:
             raise Wrong(f"{self.claim}: {what}")
 
     def slab(self, axis):
-        """Which indices of one axis are zeroed; everything else of them must be, too."""
+        """Which indices of one axis are zeroed; everything else of them must be zero, too."""
         axis %= self.weight.ndim
         others = [a for a in range(self.weight.ndim) if a != axis]
         indices = self.hit.amax(others) if others else self.hit
         shape = [-1 if a == axis else 1 for a in range(self.weight.ndim)]
-        whole = indices.view(shape).expand_as(self.hit)
+        whole = indices.view(shape) & (self.weight != 0)
         self.require(torch.equal(whole, self.hit), f"is not a slab along axis {axis}")
         return indices
 
@@ -269,14 +272,14 @@ class Case:
         if bool(self.hit.all()):
             return  # the only slice that this node receives
         indices = self.slab(0)
-        difference = self.pruned() - self.result()
+        before, after = self.result(), self.pruned()
         if "batch" not in axes:
-            self.require(not difference[~indices].any(), "other slices change")
+            self.require(torch.equal(before[~indices], after[~indices]), "other slices change")
             return
         ends = self.inputs[self.args["offs"]].tolist()
         for slice_, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
             if not indices[slice_]:
-                self.require(not difference[start:end].any(), "other experts change")
+                self.same(before[start:end], after[start:end], "other experts change")
 
     def bilinear(self, role):
         """A product of a weight and two activations, each with its own reduced axis."""

@@ -162,6 +162,8 @@ def test_a_product_or_a_difference_that_is_summed_is_no_mere_scale(forward):
         (lambda m, x: (x * m.v.mean(1, keepdim=True)).sum(1), Reason.SCALE),
         (lambda m, x: (x + m.v).mean(0), Reason.ADDED),
         (lambda m, x: (x * m.v).relu(), Reason.SCALE),
+        (lambda m, x: torch.addmm(m.v, x, x.new_ones(8, 8)), Reason.ADDED),
+        (lambda m, x: torch.baddbmm(m.v, x[None], x.new_ones(1, 8, 8)), Reason.ADDED),
     ],
 )
 def test_scales_and_shifts_are_explained(forward, reason):

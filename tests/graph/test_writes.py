@@ -132,3 +132,18 @@ def test_a_parameter_that_is_overwritten_is_left_open():
 
     weights = find_weights(model_of(forward, w=(8, 8)), (torch.randn(3, 8),))
     assert "w" in weights or not weights.dense[0].reason.explained
+
+
+@pytest.mark.parametrize("decomposed", [False, True])
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+def test_a_table_whose_long_rows_are_shortened_stays_one(kind, decomposed):
+    torch.manual_seed(0)
+    model, inputs = kind(10, 8, max_norm=0.5), (torch.tensor([[1, 2, 3]]),)
+    program = export_model(model, inputs)
+    program = program.run_decompositions() if decomposed else program
+    (site,) = find_weights(program).sites
+    assert (site.fqn, site.roles, site.lost_zeros) == ("weight", ("row", "dim"), "")
+    # The oracle: what is zero stays so when its row is shortened.
+    with torch.no_grad():
+        model.weight[:, ::2] = 0
+    assert not model(*inputs)[..., ::2].any()

@@ -83,7 +83,7 @@ def read_value(source: Source, weight: SeenWeight, node: fx.Node) -> StoredWeigh
     )
 
 
-def read_graph(model: fx.GraphModule) -> Iterator[StoredWeight]:
+def read_nodes(model: fx.GraphModule) -> Iterator[StoredWeight]:
     """Weights of a graph, by what its consumers read now: codes, or float values.
 
     Where nobody annotated the graph, what they read gives the names, and only codes are told:

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 from fx_sparsity.graph.operators import operator_name
 from fx_sparsity.graph.uses import WEIGHT_META
 from fx_sparsity.sparsifier import Mask
-from fx_sparsity.verification.graph_reader import read_graph
+from fx_sparsity.verification.graph_reader import read_nodes
 from fx_sparsity.verification.stored import Forms, OwnFormat, StoredWeight, float_weight, is_float
 
 READERS: list[Callable[[nn.Module], Iterable[StoredWeight]]] = []
@@ -34,7 +34,7 @@ def read_weights(model: nn.Module | ExportedProgram) -> list[StoredWeight]:
         model = model.module()
     model = _unwrapped(model)
     stored = [weight for read in READERS for weight in read(model)]
-    stored += read_graph(model) if isinstance(model, fx.GraphModule) else []
+    stored += read_nodes(model) if isinstance(model, fx.GraphModule) else []
     known = {name for weight in stored for name in (weight.where, *weight.made_of)}
     rest = [weight for weight in _read_float(model) if weight.where not in known]
     stored, rest = _of_the_place(model, stored), _of_the_place(model, rest)

@@ -25,6 +25,7 @@ from fx_sparsity.quantization.torch_ao.embeddings import (
     far_rows_alone_qconfig,
 )
 from fx_sparsity.verification import ZeroNotRepresentableError
+from fx_sparsity.verification.graph_reader import read_nodes
 from tests.benchmarks import bench_observers
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated.*", "ignore:.*must run observer.*")
@@ -194,7 +195,7 @@ def test_far_rows_are_left_alone_by_pt2e():
         backend.quantize(sparse, inputs, weights, config=config).model
         for config in (ours, TorchAOEmbeddingQuantizer())
     )
-    (stored,) = backend.read(quantized)
+    (stored,) = read_nodes(quantized)
     assert stored.zeros()[~keep].all()
     near, far = slice(0, 10), slice(10, 20)
     assert torch.equal(quantized(*inputs)[far], stock(*inputs)[far])
@@ -204,7 +205,7 @@ def test_far_rows_are_left_alone_by_pt2e():
     )
     assert error < 0.6 * stock_error
 
-    (stored,) = backend.read(backend.quantize(model, inputs, weights, config=ours).model)
+    (stored,) = read_nodes(backend.quantize(model, inputs, weights, config=ours).model)
     with pytest.raises(ZeroNotRepresentableError, match=r"^0\.weight .* found 10 others"):
         stored.set_zero(keep)
 

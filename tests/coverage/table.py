@@ -6,6 +6,7 @@ from pathlib import Path
 
 from fx_sparsity import find_weights
 from fx_sparsity.graph.frontends import export_model
+from fx_sparsity.graph.weight_map import Reason
 from fx_sparsity.reports import format_table
 from tests.coverage.architectures import NAMES, make
 from tests.coverage.proof import Proof, Wrong
@@ -24,7 +25,7 @@ class Coverage:
         explained: dense for a reason that settles the matter.
         unexplained: FQNs that are dense for another reason.
         wrong: claims that execution refutes, in words.
-        share: of all elements of all parameters, those in weights.
+        share: of all elements of all parameters that reach the outputs, those in weights.
     """
 
     name: str
@@ -54,7 +55,9 @@ def measure(name):
             proof.check(site)
         except Wrong as error:
             wrong.append(str(error))
-    elements = sum(parameter.numel() for parameter in model.parameters())
+    elements = sum(parameter.numel() for parameter in model.parameters()) - sum(
+        math.prod(dense.shape) for dense in weights.dense if dense.reason is Reason.UNREACHABLE
+    )
     return Coverage(
         name,
         weights=len(weights),

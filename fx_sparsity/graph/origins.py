@@ -170,6 +170,10 @@ def reordered_dimensions(origin: Origin) -> tuple[int, ...]:
     before = origin.before
     if before is None:
         return tuple(sorted(found))
+    repeated = [dim for dim, stride in enumerate(before.view.stride()) if not stride]
+    for inner in repeated:  # an axis that walks along a repetition first: each element, again
+        walked = set(axes_along(origin, inner))
+        found |= {dim for dim in range(inner) if walked.intersection(axes_along(origin, dim))}
     dims = range(before.parameter.ndim)
     earlier = {dim for dim in dims if found.intersection(axes_along(before, dim))}
     return tuple(sorted(earlier.union(reordered_dimensions(before))))

@@ -223,3 +223,24 @@ def test_factors_that_only_scale_or_shift_are_left_as_factors():
     net.forward = lambda x: x * (net.up @ net.down)[:5]
     weights = fxs.find_weights(net, (torch.randn(5, 8),))
     assert {site.kind for site in weights.sites} == {"matmul"}
+
+
+@pytest.mark.parametrize("decomposed", [False, True])
+@pytest.mark.parametrize(
+    ("repeat", "apart"),
+    [
+        (lambda w: w.repeat_interleave(2, 1), True),  # a a b b
+        (lambda w: w[:, :, None].expand(4, 8, 2).reshape(4, 16), True),
+        (lambda w: w[:, None].expand(4, 2, 8).reshape(4, 16), False),  # a b a b
+    ],
+)
+def test_what_is_repeated_element_by_element_has_other_neighbours(repeat, apart, decomposed):
+    def forward(m, x):
+        return F.linear(x, repeat(m.w))
+
+    program = torch.export.export(Net(forward, (4, 8)), (torch.randn(3, 16),))
+    (site,) = fxs.find_weights(program.run_decompositions() if decomposed else program).sites
+    # The oracle: where the elements of one row come to lie.
+    places = repeat(torch.arange(32.0).view(4, 8))[0].tolist()
+    assert (places[:2] != [0.0, 1.0]) is apart
+    assert (site.roles, site.uses[0].reordered) == (("out", "in"), (1,) if apart else ())

@@ -250,7 +250,7 @@ def _uses(
     results: dict[fx.Node, list[list[Origin]]] = {}
     memory = Memory()
     for node in graph.nodes:
-        root = memory.meet(node)
+        root = memory.note(node)
         if root is not node and node.op == "get_attr":
             origins[node] = list(origins.get(root, ()))
         if node.target is operator.getitem and node.args[0] in results:

@@ -17,7 +17,7 @@ class Memory:
         self._roots: dict[fx.Node, fx.Node] = {}
         self._shown: dict[fx.Node, list[fx.Node]] = {}
 
-    def meet(self, node: fx.Node) -> fx.Node:
+    def note(self, node: fx.Node) -> fx.Node:
         """Note a node, after those that it reads; its root."""
         base = _base(node)
         root = node if base is None else self.root(base)

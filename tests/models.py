@@ -116,3 +116,20 @@ def make_bert():
         "input_ids": tokens,
         "attention_mask": torch.ones_like(tokens),
     }
+
+
+class Delegating(nn.Module):
+    """Hands attributes that it has not on to its inner module, as peft's wrappers do."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self._modules["net"], name)
+
+    def forward(self, x):
+        return self.net(x)

@@ -13,7 +13,7 @@ import fx_sparsity as fxs
 from fx_sparsity.graph import MappingError
 from fx_sparsity.graph.compiled import compiled_callable, source_target
 from fx_sparsity.sparsifier import MaskError
-from tests.models import MODELS, make
+from tests.models import MODELS, Delegating, make
 
 HALF = fxs.SparsityMapping().set_global("unstructured 50%")
 MOST = fxs.SparsityMapping().set_global("unstructured 75%")
@@ -210,23 +210,6 @@ def mlp():
     return nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
 
 
-class Wrapper(nn.Module):
-    """Hands attributes that it has not on to its inner module, as peft's wrappers do."""
-
-    def __init__(self, net):
-        super().__init__()
-        self.net = net
-
-    def __getattr__(self, name):
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self._modules["net"], name)
-
-    def forward(self, x):
-        return self.net(x)
-
-
 class Containers(nn.Module):
     def __init__(self):
         super().__init__()
@@ -251,13 +234,13 @@ def part_compiled():
     [
         mlp,
         Containers,
-        lambda: Wrapper(mlp()),
-        lambda: Wrapper(Wrapper(Containers())),
-        lambda: nn.Sequential(Wrapper(mlp())),
-        lambda: nn.DataParallel(Wrapper(mlp())),
-        lambda: nn.ModuleDict({"part": Wrapper(mlp())})["part"],
+        lambda: Delegating(mlp()),
+        lambda: Delegating(Delegating(Containers())),
+        lambda: nn.Sequential(Delegating(mlp())),
+        lambda: nn.DataParallel(Delegating(mlp())),
+        lambda: nn.ModuleDict({"part": Delegating(mlp())})["part"],
         lambda: nn.Sequential(part_compiled()),
-        lambda: nn.Sequential(Wrapper(part_compiled())),
+        lambda: nn.Sequential(Delegating(part_compiled())),
         lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)),
     ],
 )
@@ -295,7 +278,7 @@ def test_a_compiled_part_of_an_eager_module_has_names_of_its_own():
         return gm.forward
 
     torch._dynamo.reset()
-    Wrapper(torch.compile(part, backend=backend))(torch.randn(2, 4))
+    Delegating(torch.compile(part, backend=backend))(torch.randn(2, 4))
     assert names == [name for name, _ in part.named_parameters()]
     assert owners == [part]
     assert compiled_callable() is None

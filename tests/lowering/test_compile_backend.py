@@ -15,6 +15,7 @@ from fx_sparsity.lowering import compile_backend as compiling
 from fx_sparsity.lowering import timing
 from fx_sparsity.lowering.compile_backend import backend
 from fx_sparsity.masks.engine import compute_mask
+from tests.models import Delegating
 
 ROOT = Path(__file__).parents[2]
 MAPPING = fxs.SparsityMapping().set_global("unstructured 60%").set_module_name("last", "2:4")
@@ -129,31 +130,14 @@ def compile_with(compiled, reports=None, /, *, policy="always", **options):
     return torch.compile(compiled, backend=backend, options=options)
 
 
-class Outer(nn.Module):
-    """Hands attributes that it has not on to its inner module, as peft's wrappers do."""
-
-    def __init__(self, net):
-        super().__init__()
-        self.net = net
-
-    def __getattr__(self, name):
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self._modules["net"], name)
-
-    def forward(self, x):
-        return self.net(x)
-
-
 def test_names_count_from_the_compiled_module():
     mlp = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 16))
     for make, fqn in [
-        (Outer, "net.0.weight"),
-        (lambda net: Outer(Outer(net)), "net.net.0.weight"),
+        (Delegating, "net.0.weight"),
+        (lambda net: Delegating(Delegating(net)), "net.net.0.weight"),
         (nn.DataParallel, "module.0.weight"),
         (lambda net: nn.Sequential(torch.compile(net)), "0._orig_mod.0.weight"),
-        (lambda net: nn.ModuleList([Outer(net)])[0], "net.0.weight"),
+        (lambda net: nn.ModuleList([Delegating(net)])[0], "net.0.weight"),
     ]:
         reports = []
         mapping = {"module_name": {fqn.removesuffix(".weight"): "2:4"}}
@@ -296,7 +280,7 @@ class Skipped(nn.Module):
     def __init__(self):
         super().__init__()
         self.rnn, self.looped = nn.LSTM(32, 32), nn.Linear(32, 32)
-        self.block = Outer(nn.Sequential(nn.Linear(32, 32), nn.ReLU()))
+        self.block = Delegating(nn.Sequential(nn.Linear(32, 32), nn.ReLU()))
 
     def forward(self, x):
         x = self.rnn(x)[0]

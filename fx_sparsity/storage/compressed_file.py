@@ -19,6 +19,7 @@ from fx_sparsity.storage.container import (
     check_shape,
     checksum,
     elements_of,
+    without_collections,
 )
 from fx_sparsity.storage.formats import FORMATS, Format
 from fx_sparsity.storage.memory import empty
@@ -66,10 +67,11 @@ class CompressedFile:
         text = self.file.metadata.get(KEY)
         self.ours = text is not None
         self._parts: dict[str, dict[str, str]] = {}
-        if text is None:
-            self._read_foreign()
-        else:
-            self._read(text)
+        with without_collections():
+            if text is None:
+                self._read_foreign()
+            else:
+                self._read(text)
         for name, form in self.forms.items():
             if self.ours or form != "dense":
                 dtype, shape = self._shapes[name]

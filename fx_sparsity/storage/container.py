@@ -6,6 +6,7 @@ https://huggingface.co/docs/safetensors: eight bytes with the length of a JSON h
 
 import contextlib
 import ctypes
+import gc
 import glob
 import json
 import mmap
@@ -93,7 +94,7 @@ class SafetensorsFile:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        with open(self.path, "rb", buffering=0) as file:
+        with open(self.path, "rb", buffering=0) as file, without_collections():
             layout = read_layout(file, str(path))
             self._descriptor = os.dup(file.fileno())
         weakref.finalize(self, os.close, self._descriptor)
@@ -150,6 +151,18 @@ class SafetensorsFile:
         """The bytes of one tensor."""
         entry = self.entries[name]
         return memoryview(self._map)[entry.start : entry.start + entry.nbytes]
+
+
+@contextlib.contextmanager
+def without_collections() -> Iterator[None]:
+    """No garbage collection meanwhile: what a header says stays, and torch's objects are many."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @dataclass(frozen=True)

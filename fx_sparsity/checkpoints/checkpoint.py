@@ -4,7 +4,6 @@ One file, or several shards with an index that says which tensor is where; confi
 tokenizer beside them.
 """
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -17,6 +16,7 @@ from fx_sparsity.checkpoints.names import tied_names
 from fx_sparsity.errors import FxSparsityError
 from fx_sparsity.storage.compressed_file import CompressedFile
 from fx_sparsity.storage.container import FileFormatError
+from fx_sparsity.storage.json_files import read_json
 
 CONFIG = "config.json"
 """Name of the model's configuration."""
@@ -90,15 +90,7 @@ class Checkpoint:
             FileFormatError: it is no JSON object.
         """
         path = self.folder / CONFIG
-        if not self.is_folder or not path.exists():
-            return {}
-        try:
-            found = json.loads(path.read_text())
-        except ValueError as error:
-            raise FileFormatError(f"{path}: cannot be read: {error}") from error
-        if not isinstance(found, dict):
-            raise FileFormatError(f"{path}: expected a JSON object")
-        return found
+        return read_json(path) if self.is_folder and path.exists() else {}
 
     @cached_property
     def ties(self) -> dict[str, str]:
@@ -158,11 +150,11 @@ class Checkpoint:
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    try:
-        found = json.loads(path.read_text())["weight_map"]
-        assert all(isinstance(name, str) and Path(name).name == name for name in found.values())
-    except (ValueError, TypeError, KeyError, AttributeError, AssertionError) as error:
+    found = read_json(path).get("weight_map")
+    if not isinstance(found, dict) or not all(
+        isinstance(name, str) and Path(name).name == name for name in found.values()
+    ):
         raise FileFormatError(
             f"{path}: expected a JSON object whose weight_map is name -> file in this directory"
-        ) from error
+        )
     return found

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from fx_sparsity.checkpoints.checkpoint import Checkpoint, CheckpointError
 from fx_sparsity.checkpoints.report import CheckpointReport
-from fx_sparsity.checkpoints.run import put_json
 from fx_sparsity.patterns import Role, SparsityConfig
 from fx_sparsity.sparsifier.record import ZEROS, masks_checksum, record_metadata
 from fx_sparsity.storage.bit_packing import as_integers, find_bits
 from fx_sparsity.storage.container import bytes_of
+from fx_sparsity.storage.json_files import put_json, read_json
 
 REPORT = "sparsity.json"
 """Name of the file that says what was asked of each weight, and how many zeros it has."""
@@ -150,13 +150,15 @@ def stated_patterns(
     Empty where there is no such file.
 
     Raises:
-        CheckpointError: the file cannot be read.
+        FileFormatError: it is no JSON object.
+        CheckpointError: it states nothing.
     """
     path = checkpoint.folder / REPORT
     if not checkpoint.is_folder or not path.exists():
         return {}, {}
+    found = read_json(path)
     try:
-        weights = json.loads(path.read_text())["weights"]
+        weights = found["weights"]
         stated = {n: w for n, w in weights.items() if w["pattern"] is not None}
         configs = {name: SparsityConfig.parse(weight["pattern"]) for name, weight in stated.items()}
         return configs, {name: tuple(weight["roles"]) for name, weight in stated.items()}

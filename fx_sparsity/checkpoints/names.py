@@ -4,6 +4,8 @@ import re
 from collections.abc import Container, Mapping
 from typing import Any
 
+from fx_sparsity.storage.json_files import object_in
+
 _QUANTIZED = re.compile(
     r"(?:.*_)?(?:scales?|scale_inv|scale_2|scale_ub|zero_?points?|zeros|qzeros|qweight|packed|g_idx"
     r"|absmax|amax|quant_map|codebooks?|scb)",
@@ -98,9 +100,8 @@ def tied_names(config: Mapping[str, Any], held: Mapping[str, Any]) -> dict[str, 
 
 def _ties_heads(config: Mapping[str, Any]) -> bool:
     """As `tie_word_embeddings` says; older files leave it out where they do tie them."""
-    text = config.get("text_config")
-    for part in (config, text if isinstance(text, dict) else {}):
+    for part in (config, object_in(config, "text_config")):
         if (said := part.get("tie_word_embeddings")) is not None:
             return said is True
-    classes = config.get("architectures") or [""]
-    return bool(_WITH_HEAD.search(str(classes[0])))
+    classes = config.get("architectures")
+    return isinstance(classes, list) and bool(_WITH_HEAD.search("".join(map(str, classes[:1]))))

@@ -15,7 +15,8 @@ from fx_sparsity.graph.mapping import Assignment
 from fx_sparsity.masks import GlobalCut, Rank, global_cut
 from fx_sparsity.patterns import SparsityConfig, Unstructured
 from fx_sparsity.sparsifier import BaseDataSparsifier, DataNormSparsifier
-from fx_sparsity.storage.container import elements_of
+from fx_sparsity.storage.container import elements_of, is_integers
+from fx_sparsity.storage.json_files import object_in
 
 _BLOCK = 128  # elements along an axis that share a scale, unless a configuration says otherwise
 
@@ -179,8 +180,9 @@ def _block(
         scales = (*scales, *[1] * (len(shape) - 1))
     if len(scales) != len(shape):
         return None
-    said = (config.get("quantization_config") or {}).get("weight_block_size") or ()
-    said = (*[1] * (len(shape) - len(said)), *said)
+    stated = object_in(config, "quantization_config").get("weight_block_size")
+    said: list[int] = stated if is_integers(stated) else []
+    said = [*[1] * (len(shape) - len(said)), *said]
     found = []
     for size, count, stated in zip(shape, scales, said, strict=False):
         shared = [size // count] if count and size % count == 0 else []

@@ -5,12 +5,14 @@ import json
 import logging
 import os
 import shutil
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 from fx_sparsity.checkpoints.checkpoint import Checkpoint, CheckpointError
-from fx_sparsity.storage.container import replacing, sync_folder
+from fx_sparsity.storage.container import FileFormatError, replacing, sync_folder
+from fx_sparsity.storage.json_files import read_json
 from fx_sparsity.storage.locks import try_lock
 
 _log = logging.getLogger(__name__)
@@ -79,8 +81,9 @@ class Run:
 
     def save(self) -> None:
         """Write down what is done, whole or not at all."""
+        content = {"asked": self._asked, "done": self.done}
         with replacing(self.folder / LOG) as file:
-            file.write(json.dumps({"asked": self._asked, "done": self.done}).encode())
+            file.write(json.dumps({**content, "crc32": _checksum(content)}).encode())
 
     def copy(self, names: Sequence[str]) -> None:
         """Copy files of the source that are not there yet; each appears whole."""
@@ -134,8 +137,8 @@ class Run:
         """Whether this very run was killed after the renaming."""
         if not (self._target / LOG).exists():
             return False
-        found = json.loads((self._target / LOG).read_text())
-        if found["asked"] != self._asked:
+        found = _read_log(self._target / LOG)
+        if found is None or found["asked"] != self._asked:
             return False
         self.done = found["done"]
         return True
@@ -143,7 +146,9 @@ class Run:
     def _check_folder(self) -> None:
         log = self.folder / LOG
         if log.exists():
-            found = json.loads(log.read_text())
+            found = _read_log(log)
+            if found is None:
+                raise CheckpointError(f"{log}: is not as a run wrote it; remove {self.folder}")
             if difference := _difference(found["asked"], self._asked):
                 raise self.begun_otherwise(difference)
             self.done = found["done"]
@@ -154,6 +159,20 @@ class Run:
                 raise CheckpointError(
                     f"{self.folder}: holds {strange[0]}, but no run began it; remove that folder"
                 )
+
+
+def _read_log(path: Path) -> dict[str, Any] | None:
+    """What `Run.save` wrote; None where something else is there."""
+    try:
+        found = read_json(path)
+        said = found.pop("crc32", None)
+        return found if said == _checksum(found) else None
+    except FileFormatError:
+        return None
+
+
+def _checksum(content: Any) -> int:
+    return zlib.crc32(json.dumps(content).encode())
 
 
 class _Lock:
@@ -193,12 +212,6 @@ def check_free(target: Path, *, is_folder: bool = True) -> None:
     empty = is_folder and target.is_dir() and not any(target.iterdir())
     if target.exists() and not empty:
         raise CheckpointError(f"{target}: is there already; remove it, or choose another target")
-
-
-def put_json(path: Path, content: Any) -> None:
-    """Write a file of JSON, whole or not at all."""
-    with replacing(path) as file:
-        file.write(json.dumps(content, indent=2).encode() + b"\n")
 
 
 def _difference(there: Any, now: Any, name: str = "") -> str:

@@ -1,7 +1,6 @@
 """Checkpoints larger than memory, sparsified or written in another layout, tensor by tensor."""
 
 import contextlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +12,7 @@ from fx_sparsity.checkpoints.checkpoint_record import RECORD, REPORT, Checkpoint
 from fx_sparsity.checkpoints.ranking import Criterion
 from fx_sparsity.checkpoints.report import CheckpointReport, CheckpointWeight
 from fx_sparsity.checkpoints.rewriting import Layout, Rewriter
-from fx_sparsity.checkpoints.run import Run, check_free, put_json
+from fx_sparsity.checkpoints.run import Run, check_free
 from fx_sparsity.checkpoints.weights import Roles, assign, find_checkpoint_weights
 from fx_sparsity.graph import MappingLike
 from fx_sparsity.progress import progress as show_progress
@@ -21,6 +20,7 @@ from fx_sparsity.sparsifier import BaseDataSparsifier, DataNormSparsifier
 from fx_sparsity.storage.compressed_file import CompressedFile
 from fx_sparsity.storage.compressed_tensors import OUTSIDE
 from fx_sparsity.storage.container import elements_of
+from fx_sparsity.storage.json_files import put_json, read_json
 from fx_sparsity.storage.sparsity_config import Counts, as_compressed, as_dense
 
 
@@ -227,7 +227,7 @@ def _config(source: Checkpoint, layout: str, done: list[dict[str, Any]]) -> dict
 def _write_index(source: Checkpoint, name: str, folder: Path) -> None:
     """An index of the files in `folder`; in the order of the source, where names are the same."""
     files: Mapping[str, CompressedFile] = {s: CompressedFile(folder / s) for s in source.shards}
-    index = json.loads((source.folder / name).read_text())
+    index = read_json(source.folder / name)
     where = {key: shard for shard, file in files.items() for key in file.file.entries}
     total = sum(entry.nbytes for file in files.values() for entry in file.file.entries.values())
     index["metadata"] = {**(index.get("metadata") or {}), "total_size": total}

@@ -36,7 +36,7 @@ def read_recipe(path: Path | None, flags: Mapping[str, Any]) -> dict[str, Any]:
     if path is not None:
         try:
             found = yaml.safe_load(path.read_text()) or {}
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
             raise RecipeError(f"{path}: not YAML: {error}") from error
         if not isinstance(found, dict):
             raise RecipeError(f"{path}: expected keys {', '.join(KEYS)}")

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import IO, Any, BinaryIO, TypeGuard
 
 import torch
 from torch import Tensor
@@ -275,7 +275,7 @@ def check_shape(name: str, shape: Any) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def is_integers(value: Any) -> bool:
+def is_integers(value: Any) -> TypeGuard[list[int]]:
     """Whether `value`, from JSON, is a list of integers."""
     return isinstance(value, list) and all(type(item) is int for item in value)
 

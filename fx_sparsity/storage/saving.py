@@ -1,7 +1,6 @@
 """Saving a model as a file that shrank, or for other runtimes."""
 
 import contextlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from fx_sparsity.storage import described_state as states
 from fx_sparsity.storage.compressed_tensors import OUTSIDE
 from fx_sparsity.storage.container import replacing
 from fx_sparsity.storage.formats import FORMATS
+from fx_sparsity.storage.json_files import put_json, read_json
 from fx_sparsity.storage.prefetch import prefetch
 from fx_sparsity.storage.sparsity_config import Counts
 from fx_sparsity.storage.writing import (
@@ -104,6 +104,8 @@ def export(
     for name in described:
         raise TypeError(f"{name}: expected a strided tensor of plain numbers; `save` stores it")
     check_dtypes(tensors)
+    config = Path(path).with_name("config.json")
+    said = read_json(config) if layout != "dense" and config.exists() else {}
     ties = _ties(tensors)
     counts = Counts()
     pieces = (
@@ -118,10 +120,7 @@ def export(
             counts.add(encoded)
         writer.finish()
     if layout != "dense":
-        config = Path(path).with_name("config.json")
-        found = json.loads(config.read_text()) if config.exists() else {}
-        with replacing(config) as file:
-            file.write(json.dumps(counts.configured(found, layout), indent=2).encode())
+        put_json(config, counts.configured(said, layout))
 
 
 def _ties(tensors: Mapping[str, Tensor]) -> dict[str, str]:

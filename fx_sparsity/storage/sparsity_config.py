@@ -6,6 +6,7 @@ from typing import Any
 
 from fx_sparsity.storage.compressed_tensors import OUTSIDE
 from fx_sparsity.storage.container import elements_of
+from fx_sparsity.storage.json_files import object_in
 from fx_sparsity.storage.writing import Encoded
 
 METHOD = "fx_sparsity"
@@ -27,14 +28,11 @@ def as_compressed(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def as_dense(config: Mapping[str, Any]) -> dict[str, Any]:
     """A model's `config.json` without what `as_compressed` or `Counts.configured` have put in."""
-    method = config.get("quantization_config")
-    if not isinstance(method, dict):
-        return dict(config)
+    method = object_in(config, "quantization_config")
     rest = {key: value for key, value in config.items() if key not in _KEYS}
     if method.get("quant_method") == METHOD:
-        return {**rest, **method.get("replaced", {})}
-    sparsity = method.get("sparsity_config")
-    if not isinstance(sparsity, dict) or sparsity.get("format") not in OUTSIDE:
+        return {**rest, **object_in(method, "replaced")}
+    if str(object_in(method, "sparsity_config").get("format")) not in OUTSIDE:
         return dict(config)
     method = {key: value for key, value in method.items() if key != "sparsity_config"}
     if method != {"quant_method": "compressed-tensors"}:
@@ -83,7 +81,7 @@ class Counts:
             "sparsity_structure": "2:4" if layout == "sparse-24-bitmask" else "unstructured",
             "targets": self.sparse,
         }
-        quantization = dict(config.get("quantization_config") or {})
+        quantization = dict(object_in(config, "quantization_config"))
         quantization.setdefault("quant_method", "compressed-tensors")
         quantization["sparsity_config"] = sparsity
         return {**config, "quantization_config": quantization}

@@ -14,6 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils import _pytree as pytree
 
 from fx_sparsity.graph.example_inputs import call_arguments
+from fx_sparsity.graph.frontends import export_model
 
 
 def peak_bytes(call: Callable[[], Any]) -> tuple[int, Any]:
@@ -66,8 +67,8 @@ class _Together(fx.Interpreter):
 @torch.no_grad()
 def live_activations(model: nn.Module, batches: list[Any]) -> int:
     """The most bytes that activations of all batches take at a node of the dense model."""
-    args, kwargs = call_arguments(batches[0])
-    graph = torch.export.export(model, args, kwargs).module()
+    graph = export_model(model, batches[0]).module()
+    graph.graph.output_node().args = ([],)  # what it returns, such as a cache, need not be kept
     flat = [pytree.tree_leaves(call_arguments(batch)) for batch in batches]
     inputs = [_Each(list(values)) for values in zip(*flat, strict=True)]
     run = _Together(graph)

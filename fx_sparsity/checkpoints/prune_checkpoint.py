@@ -39,6 +39,7 @@ def prune_checkpoint(
     dynamic_shapes: Any = None,
     correct_bias: bool = False,
     token_weights: Iterable[Tensor] | None = None,
+    all_experts: bool = False,
     progress: bool = True,
 ) -> PruningReport:
     """Prune a checkpoint in one shot, as `prune` does a model, without ever loading it.
@@ -69,6 +70,7 @@ def prune_checkpoint(
         dynamic_shapes: as `prune` takes it.
         correct_bias: as `prune` takes it.
         token_weights: as `prune` takes them.
+        all_experts: as `prune` takes it.
         progress: as `prune` takes it.
 
     Returns:
@@ -111,10 +113,11 @@ def prune_checkpoint(
         "method": _description(sparsifier),
         "sequential": sequential,
         "correct_bias": correct_bias,
+        "all_experts": all_experts,
         "batches": _digest([*batches, *(token_weights or ())]),
     }
     options = PruneOptions(
-        sequential, dynamic_shapes, None, None, correct_bias, token_weights, progress
+        sequential, dynamic_shapes, None, None, correct_bias, token_weights, all_experts, progress
     )
     with contextlib.closing(Run(checkpoint, Path(target), asked)) as run:
         store = PrunedFiles(run, checkpoint, held, loaded, sequential)

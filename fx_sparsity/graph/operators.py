@@ -488,6 +488,32 @@ def is_view(node: fx.Node) -> bool:
     return name in (*_TRANSPOSES, "_unsafe_view") or any(map(_returns_view, _schemas(node)))
 
 
+def looks_up_bias(node: fx.Node) -> bool:
+    """Whether what a node looks up is but added to products of experts: the bias of each."""
+
+    def is_added(user: fx.Node) -> bool:
+        others = [value for value in user.all_input_nodes if value is not node]
+        added = operator_name(user) in ("add", "add_") and len(others) == 1
+        return added and _is_of_experts(_beneath_views(others[0]), node)
+
+    return is_lookup(node) and bool(node.users) and all(map(is_added, node.users))
+
+
+def _is_of_experts(product: fx.Node, lookup: fx.Node) -> bool:
+    """Whether a product takes the experts that `lookup` picks: by its index, or by offsets."""
+    row = OPERATORS.get(operator_name(product))
+    if row is not None and row.kind == "experts":
+        return True
+    picked = map(_beneath_views, product.all_input_nodes if row is not None else ())
+    return any(is_lookup(value) and _indices(value) == _indices(lookup) for value in picked)
+
+
+def _beneath_views(node: fx.Node) -> fx.Node:
+    while is_view(node) and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node
+
+
 def is_elementwise(node: fx.Node) -> bool:
     """Whether a node computes each element of its result from the same element of its arguments."""
     return operator_name(node) in UNTAGGED or any(

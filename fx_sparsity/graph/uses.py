@@ -23,6 +23,7 @@ from fx_sparsity.graph.operators import (
     Call,
     bind,
     is_elementwise,
+    looks_up_bias,
     operator_name,
     shape_of,
     writes,
@@ -66,6 +67,8 @@ class Consumption(NamedTuple):
         """The roles that the parameter has here; None where it has none."""
         if self.axes is None or self.origin.through or not isinstance(self.origin.view, Tensor):
             return None
+        if looks_up_bias(self.node):
+            return None
         roles = roles_of_parameter(self.origin, self.axes)
         if roles is None:
             return None
@@ -85,7 +88,7 @@ class Consumption(NamedTuple):
         name = operator_name(self.node)
         if self.axes is None and (reduced := reduced_by(self.node, self.origin)):
             return Reason.OPERATOR, f"{name}, then {reduced}"
-        if self.axes is None and (name in ADDITIONS or self.arg):
+        if looks_up_bias(self.node) or (self.axes is None and (name in ADDITIONS or self.arg)):
             return Reason.ADDED, self.origin.through or ""
         if self.axes is None and (name in NORMALIZATIONS or is_elementwise(self.node)):
             return Reason.SCALE, name

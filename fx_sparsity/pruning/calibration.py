@@ -37,15 +37,21 @@ class Calibration:
         store: Store,
         batches: Sequence[Batch],
         sequential: bool = True,
+        all_experts: bool = False,
     ) -> None:
         self._frame, self._pruner, self._batches = frame, pruner, batches
         self._walks: list[Walk] = []
         self._blocks: list[nn.Module] = []
-        self._asked = sequential
+        self._asked, self._all_experts = sequential, all_experts
         if pruner.plans and frame.captured:
             self._walks = self._through_graphs(store)
         if sequential and not frame.captured:
             self._blocks = find_blocks(frame.model, pruner.weights.values())
+        if all_experts and not any(walk.is_routed for walk in self._walks):
+            raise CalibrationError(
+                "all_experts: no router of these weights was found, which takes a graph with a "
+                f"topk in it ({frame.reason}); leave it out"
+            )
 
     @property
     def sequential(self) -> bool:
@@ -80,7 +86,8 @@ class Calibration:
         for captured, uses in zip(self._frame.captured, self._frame.uses, strict=True):
             counted = [u for u in uses if u.fqn in plans and plans[u.fqn].counts(u.use)]
             arguments = (named, pruner.columns, store.read, pruner.take, pruner.refuse, pruner.note)
-            walks.append(Walk(captured.graph, captured.batches, counted, *arguments))
+            walk = Walk(captured.graph, captured.batches, counted, *arguments, self._all_experts)
+            walks.append(walk)
             shared.append(shared_inputs(walks[-1].order, counted, plans))
         _check_orders(walks, self._frame.captured)
         if self.sequential:

@@ -35,21 +35,18 @@ class Padding:
     reason: str = ""
 
     def find(self, shape: torch.Size, decoder: bool) -> Tensor | None:
-        """What counts of a tensor's leading axes, flat; None where they are not those of tokens.
+        """What counts of a tensor's leading axes, in their shape; None where they are no tokens.
 
         Args:
             shape: of activations or indices: [batch, tokens, ...], [tokens, batch, ...] or
-                [batch * tokens, ...].
+                [batch * tokens, ...]; axes of one element may stand before and between.
             decoder: whether the tensor depends on what the decoder is given.
         """
         names = (DECODER, ENCODER) if decoder else (ENCODER, DECODER)
         for keep in (self.keep[name] for name in names if name in self.keep):
-            if shape[:2] == keep.shape:
-                return keep
-            if shape[:2] == keep.shape[::-1]:
-                return keep.t()
-            if shape[:1] == (keep.numel(),):
-                return keep.reshape(-1)
+            for form in (keep, keep.t(), keep.reshape(-1)):
+                if (leading := _leading(form.shape, shape)) is not None:
+                    return form.reshape(leading)
         return None
 
 
@@ -108,6 +105,19 @@ def without_padding(
     if keep is None:
         return args, f"padding counts: inputs of shape {tuple(value.shape)} have no axes of tokens"
     return {**args, name: value[keep.to(value.device)]}, padding.reason
+
+
+def _leading(sizes: torch.Size, shape: torch.Size) -> torch.Size | None:
+    """The leading axes of `shape` that have these sizes, and ones among them."""
+    left = list(sizes)
+    for axis, size in enumerate(shape):
+        if left and size == left[0]:
+            left.pop(0)
+        elif size != 1:
+            break
+        if not left:
+            return shape[: axis + 1]
+    return None
 
 
 def _padding(masks: Mapping[str, Tensor], reason: str = "") -> Padding:

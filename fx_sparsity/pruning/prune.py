@@ -44,6 +44,7 @@ def prune(
     allocation: Allocation | None = None,
     correct_bias: bool = False,
     token_weights: Iterable[Tensor] | None = None,
+    all_experts: bool = False,
     progress: bool = True,
 ) -> tuple[_Model, PruningReport]:
     """Prune a model in one shot, each weight by its real inputs.
@@ -91,6 +92,9 @@ def prune(
         token_weights: which tokens count, for each batch zeros and ones of shape [batch, tokens].
             By default the batch says so itself: what its `attention_mask` (and, on the decoder's
             side, its `decoder_attention_mask`) leaves out is padding, and counts for nothing.
+        all_experts: statistics of experts are of all tokens, as if the router sent each of them to
+            every expert; what they give out is still of those that the router chooses. Where k of
+            n experts are chosen and k does not divide n, a token counts several times.
         progress: True shows a bar on a terminal and log lines elsewhere, False nothing.
 
     Returns:
@@ -102,8 +106,8 @@ def prune(
         MappingError: an unknown name, or a weight that cannot take its pattern.
         PatternError: a pattern without a matrix form for a weight.
         MaskError: a weight that cannot be masked, or that holds NaN or no data.
-        CalibrationError: NaN or infinite inputs of a weight, or shapes whose graphs use the
-            weights in different orders.
+        CalibrationError: NaN or infinite inputs of a weight, shapes whose graphs use the weights
+            in different orders, or `all_experts` of a model without a graph that shows a router.
         ValueError: the method or the allocation needs gradients and there is no loss, or a pattern
             such as 2:4 fixes the level that an allocation would choose, or there are
             `dynamic_shapes` of a graph.
@@ -116,7 +120,14 @@ def prune(
         [('0.weight', '2:4', 64), ('2.weight', '2:4', 64)]
     """
     options = PruneOptions(
-        sequential, dynamic_shapes, loss, allocation, correct_bias, token_weights, progress
+        sequential,
+        dynamic_shapes,
+        loss,
+        allocation,
+        correct_bias,
+        token_weights,
+        all_experts,
+        progress,
     )
     module = programs.begin(model, sparsifier) if isinstance(model, ExportedProgram) else model
     store = MaskStore(module, sparsifier)
@@ -135,6 +146,7 @@ class PruneOptions(NamedTuple):
     allocation: Allocation | None
     correct_bias: bool
     token_weights: Iterable[Tensor] | None
+    all_experts: bool
     progress: bool
 
 
@@ -171,7 +183,9 @@ def calibrate(
             plans, weights = decision.plans, decision.weights
             biases = find_biases(frame, plans) if options.correct_bias else None
             pruner = Pruner(sparsifier, plans, weights, biases, store)
-            calibration = Calibration(frame, pruner, store, read, options.sequential)
+            calibration = Calibration(
+                frame, pruner, store, read, options.sequential, options.all_experts
+            )
             if frame.error is not None:
                 _log.warning(
                     "no graph, so the statistics of %s are taken at once; for a graph, change what "
@@ -189,7 +203,7 @@ def calibrate(
             decision.dense.update(_prune_all(calibration, pruner, store, options.progress))
         if options.correct_bias:
             estimate_batch_norms(model, read)
-    return PruningReport(
+    report = PruningReport(
         rows=tuple(pruner.pruned),
         dense=decision.dense,
         sequential=calibration.sequential,
@@ -199,6 +213,9 @@ def calibrate(
         activation_bytes=calibration.activation_bytes,
         seconds=time.perf_counter() - start,
     )
+    if report.few_tokens:
+        _log.warning("%s", report.few_tokens)
+    return report
 
 
 def _check_method(sparsifier: CalibratedSparsifier, options: PruneOptions) -> Measuring | None:

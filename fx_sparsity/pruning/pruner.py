@@ -1,5 +1,6 @@
 """One weight is the unit of change: its statistics, its solution, and the writing of it."""
 
+import re
 import time
 from collections.abc import Callable, Mapping
 from typing import Protocol
@@ -23,6 +24,7 @@ from fx_sparsity.pruning.report import PrunedWeight
 from fx_sparsity.sparsifier import Mask, MaskError
 from fx_sparsity.sparsifier.target import graph_mask
 
+_EXPERT = re.compile(r"(?:^|[._])experts?[._]")
 DONE = "calibrated"
 """Counter in a sparsifier's state of a weight that has been pruned."""
 
@@ -172,6 +174,9 @@ class Pruner:
             error=relative,
             seconds=time.perf_counter() - start,
             notes=tuple(notes),
+            groups=len(stats.tokens),
+            fewest=int(stats.tokens.min()),
+            few=_few(plan, stats),
         )
         value = plan.form.from_matrix(kept).to(weight.dtype)
         self._store.write(row, plan.form.from_matrix(mask), value, bias)
@@ -271,16 +276,16 @@ def _kept(fqn: str, dense: Tensor, solution: Solution) -> Tensor:
 
 def _data_notes(plan: Plan, stats: Statistics) -> list[str]:
     """What to know of the data that a weight saw."""
-    notes = []
-    groups, size = plan.form.sizes[0], plan.form.width
-    idle = (stats.tokens == 0).nonzero().flatten().tolist()
-    if idle and groups > 1:
-        first = ", ".join(map(str, idle[:8])) + (", ..." if len(idle) > 8 else "")
-        notes.append(f"{len(idle)} of {groups} groups got no input: {first}")
-    fewest = int(stats.tokens[stats.tokens > 0].min()) if len(idle) < groups else 0
-    if stats.gram is not None and fewest < size:
-        notes.append(f"{fewest} inputs for {size} columns: the Gram matrix is singular")
-    return notes
+    fewest, size = int(stats.tokens.min()), plan.form.width
+    if stats.gram is not None and fewest < size and not _few(plan, stats):
+        return [f"{fewest} inputs for {size} columns: the Gram matrix is singular"]
+    return []
+
+
+def _few(plan: Plan, stats: Statistics) -> int:
+    """See `PrunedWeight.few`."""
+    routed = bool((stats.tokens != stats.tokens[0]).any()) or _EXPERT.search(plan.fqn) is not None
+    return int((stats.tokens < plan.form.width).sum()) if routed and not plan.table else 0
 
 
 class Untouched:

@@ -19,6 +19,10 @@ class PrunedWeight:
             the method asked for no Gram matrix.
         seconds: that solving took, without the passes over the data.
         notes: what a user should know.
+        groups: matrices that the weight consists of, such as experts.
+        fewest: tokens of the group that met fewest.
+        few: groups that met fewer tokens than they have inputs, of weights whose groups do not
+            all meet the same, and of modules that are called experts.
     """
 
     fqn: str
@@ -28,6 +32,9 @@ class PrunedWeight:
     error: float | None
     seconds: float
     notes: tuple[str, ...] = ()
+    groups: int = 1
+    fewest: int = 0
+    few: int = 0
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,20 @@ class PruningReport(WeightReport[PrunedWeight]):
     activation_bytes: int
     seconds: float
 
+    @property
+    def few_tokens(self) -> str:
+        """Which experts met fewer tokens than they have inputs, in words; empty where none did."""
+        rows = [row for row in self.rows if row.few]
+        if not rows:
+            return ""
+        few, groups = sum(row.few for row in rows), sum(row.groups for row in rows)
+        least = min(rows, key=lambda row: row.fewest)
+        return (
+            f"{few} of {groups} experts in {len(rows)} weights met fewer tokens than they have "
+            f"inputs, the fewest {least.fewest} in {least.fqn}; calibrate on more data, or with "
+            "all_experts=True"
+        )
+
     def __str__(self) -> str:
         rows = [
             (w.fqn, w.pattern, f"{w.level:.1%}", w.tokens, w.error, w.seconds, "; ".join(w.notes))
@@ -65,6 +86,8 @@ class PruningReport(WeightReport[PrunedWeight]):
         parts = [format_table(header, rows)]
         if self.dense:
             parts.append(format_table(("stays dense", "reason"), list(self.dense.items())))
+        if self.few_tokens:
+            parts.append(self.few_tokens)
         parts.append(
             f"{'sequential' if self.sequential else 'all at once'}: {self.reason}; "
             f"{self.batches} batches, {self.seconds:.1f} s, "

@@ -1,7 +1,7 @@
 """Walks batches through a graph, and stops wherever all inputs of a weight are known."""
 
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,7 +28,8 @@ from fx_sparsity.graph.sources import module_source
 from fx_sparsity.graph.uses import canonical_fqn, live_nodes
 from fx_sparsity.graph.weight_inputs import UnsupportedUse, WeightInputs
 from fx_sparsity.pruning.batches import Batch, GraphUse
-from fx_sparsity.pruning.padding import without_padding
+from fx_sparsity.pruning.padding import Padding, without_padding
+from fx_sparsity.pruning.routing import Routing, Value, find_routing
 
 Read = Callable[[str, Tensor], Tensor]
 """(FQN, tensor of the graph) -> its value now."""
@@ -57,9 +58,11 @@ class Walk:
         take: receives inputs of the weights.
         refuse: called for a weight whose inputs cannot be known.
         note: called with what the report is to say of a weight, if anything.
+        all_experts: whether experts take the inputs that all tokens would be to them.
 
     Attributes:
         order: FQNs of the weights in the order in which they are complete.
+        is_routed: whether a router decides on the inputs of some of them.
         peak: the most bytes that activations of all batches took at a stop.
     """
 
@@ -74,10 +77,11 @@ class Walk:
         take: Take,
         refuse: Refuse,
         note: Note,
+        all_experts: bool = False,
     ) -> None:
         self._graph, self._batches, self._named = graph, batches, named
         self._columns, self._read, self._take, self._refuse = columns, read, take, refuse
-        self._note = note
+        self._note, self._all_experts = note, all_experts
         self._source = module_source(graph)
         live = live_nodes(graph.graph)
         nodes = [node for node in graph.graph.nodes if node in live]
@@ -96,7 +100,9 @@ class Walk:
         self._state: dict[fx.Node, Any] = {}
         self._followed: dict[GraphUse, Tensor] = {}
         self.peak = 0
-        self._dying = _last_uses(self._nodes, self._fixed)
+        self._routings = self._find_routings()
+        self.is_routed = bool(self._routings)
+        self._dying = _last_uses(self._nodes, self._fixed, self._read_late())
         inputs = graph.graph.find_nodes(op="placeholder")
         self._values: list[dict[fx.Node, Any]] = [
             dict(zip(inputs, batch.leaves, strict=True)) for batch in batches
@@ -114,6 +120,34 @@ class Walk:
             self._state.clear()
             self.peak = max(self.peak, self._held())
             yield from self._stops[node]
+
+    def _find_routings(self) -> dict[fx.Node, Routing]:
+        """Consumer -> how its experts get their tokens."""
+        order = {node: place for place, node in enumerate(self._nodes)}
+        found = {}
+        for node, uses in self._uses.items():
+            for use in uses:
+                weight = _argument(bind(node), use.use.arg)
+                if "batch" in use.use.roles and isinstance(weight, fx.Node):
+                    routing = find_routing(node, weight, order, self._fixed)
+                    if routing is not None and routing.experts in self._columns(use.fqn).shape:
+                        found[node] = routing
+        return found
+
+    def _read_late(self) -> dict[fx.Node, set[fx.Node]]:
+        """Consumer -> what tells of its inputs, besides its arguments."""
+        late: dict[fx.Node, set[fx.Node]] = {}
+        for node, uses in self._uses.items():
+            read = late.setdefault(node, set())
+            pending = [_argument(bind(node), use.use.arg) for use in uses]
+            while pending:  # what picks a weight, such as an index
+                value = pending.pop()
+                if isinstance(value, fx.Node) and value not in self._fixed and value not in read:
+                    read.update(value.all_input_nodes)
+                    pending += value.args[:1] if is_view(value) or is_lookup(value) else []
+            if node in self._routings:
+                read.update(self._routings[node].sources)
+        return late
 
     def _held(self) -> int:
         """Bytes that values take now, those of views once."""
@@ -157,34 +191,53 @@ class Walk:
                 self._state[node] = run_node(node, args, kwargs)
         return self._state[node]
 
-    def _collect(self, use: GraphUse, value: Callable[[fx.Node], Any], batch: Batch) -> None:
-        bound = bind(use.node)
-        name, _, place = use.use.arg.partition("[")
-        weight = bound[name][int(place.removesuffix("]"))] if place else bound[name]
-        if use in self._followed:
-            columns = self._followed[use]
-        else:
-            columns = self._follow(weight, use.fqn, value)
-            if weight in self._fixed:
-                self._followed[use] = columns
-        if columns is None:
-            self._refuse(use.fqn, f"which of its columns {use.use.op} reads is not known")
-            return
-        row = OPERATORS[use.use.op]
-        assert row.inputs is not None  # no other weight has a plan
-        whole = fx.map_arg(bound, lambda node: columns if node is weight else value(node))
-        of_decoder = use.node in self._of_decoder
-        args, note = without_padding(batch.padding, row, use.use.arg, whole, of_decoder)
-        self._note(use.fqn, note)
+    def _collect(self, use: GraphUse, value: Value, batch: Batch) -> None:
+        """Take the inputs that a weight has in one use."""
+        decoder = use.node in self._of_decoder
+        routing = self._routings.get(use.node)
         try:
-            for inputs in row.inputs(args, use.use.arg, columns):
-                if use.use.reordered:
-                    _check_distinct(inputs.columns)
-                self._take(use.fqn, inputs)
+            if routing is None or not (self._all_experts or batch.padding.keep):
+                self._take_all(use, self._inputs(use, value, batch.padding, decoder))
+                return
+            marked = routing.marked(value, batch.padding, decoder)
+            padding = Padding({}) if marked else batch.padding
+            for turn in routing.turns(value, self._all_experts, marked):
+                found = self._inputs(use, turn, padding, decoder)
+                self._take_all(use, routing.without_marked(list(found), value, marked))
         except UnsupportedUse as reason:
             self._refuse(use.fqn, str(reason))
 
-    def _follow(self, node: fx.Node, fqn: str, value: Callable[[fx.Node], Any]) -> Any:
+    def _take_all(self, use: GraphUse, found: Iterable[WeightInputs]) -> None:
+        for inputs in found:
+            if use.use.reordered:
+                _check_distinct(inputs.columns)
+            self._take(use.fqn, inputs)
+
+    def _inputs(
+        self, use: GraphUse, value: Value, padding: Padding, decoder: bool
+    ) -> Iterator[WeightInputs]:
+        """The inputs of a weight in one use.
+
+        Raises:
+            UnsupportedUse: they cannot be known.
+        """
+        bound = bind(use.node)
+        weight = _argument(bound, use.use.arg)
+        columns = self._followed.get(use)
+        if columns is None:
+            columns = self._follow(weight, use.fqn, value)
+            if columns is None:
+                raise UnsupportedUse(f"which of its columns {use.use.op} reads is not known")
+            if weight in self._fixed:
+                self._followed[use] = columns
+        row = OPERATORS[use.use.op]
+        assert row.inputs is not None  # no other weight has a plan
+        whole = fx.map_arg(bound, lambda node: columns if node is weight else value(node))
+        args, note = without_padding(padding, row, use.use.arg, whole, decoder)
+        self._note(use.fqn, note)
+        return row.inputs(args, use.use.arg, columns)
+
+    def _follow(self, node: fx.Node, fqn: str, value: Value) -> Any:
         """Which column of a weight each element of a node belongs to; None where it is not in it.
 
         What happens to the weight on its way happens to the numbers of its columns; arithmetic with
@@ -208,7 +261,7 @@ class Walk:
             return self._follow_operands(node, fqn, value)
         return self._follow_factor(node, fqn, value) if name in PRODUCTS else None
 
-    def _follow_factor(self, node: fx.Node, fqn: str, value: Callable[[fx.Node], Any]) -> Any:
+    def _follow_factor(self, node: fx.Node, fqn: str, value: Value) -> Any:
         """Through a product of constants, where its inputs are those of this factor, too."""
         for _, factor, axes in OPERATORS[operator_name(node)].find(bind(node)):
             columns = self._follow(factor, fqn, value)
@@ -224,7 +277,7 @@ class Walk:
             return seen.unsqueeze(-1 if left else -2).expand(value(node).shape)
         return None
 
-    def _follow_parts(self, node: fx.Node, fqn: str, value: Callable[[fx.Node], Any]) -> Any:
+    def _follow_parts(self, node: fx.Node, fqn: str, value: Value) -> Any:
         """Through `cat` and its kin: other tensors beside the weight have no column of it, -1."""
         parts: Any = node.args[0]
         columns = [self._follow(part, fqn, value) for part in parts]
@@ -237,9 +290,7 @@ class Walk:
         rest, kwargs = fx.map_arg((node.args[1:], node.kwargs), value)
         return node.target(filled, *rest, **kwargs)  # type: ignore[operator]
 
-    def _follow_view(
-        self, node: fx.Node, fqn: str, value: Callable[[fx.Node], Any], first: int = 0
-    ) -> Any:
+    def _follow_view(self, node: fx.Node, fqn: str, value: Value, first: int = 0) -> Any:
         """Through an operator that moves elements of its first argument, or returns them all.
 
         Args:
@@ -261,13 +312,19 @@ class Walk:
         except RuntimeError:  # the numbers take no memory along `out`, which allows fewer views
             return node.target(passed.contiguous(), *rest, **kwargs)  # type: ignore[operator]
 
-    def _follow_operands(self, node: fx.Node, fqn: str, value: Callable[[fx.Node], Any]) -> Any:
+    def _follow_operands(self, node: fx.Node, fqn: str, value: Value) -> Any:
         """Through elementwise arithmetic: by the operand that has the result's shape."""
         for operand in node.all_input_nodes:
             passed = self._follow(operand, fqn, value)
             if passed is not None and tuple(passed.shape) == shape_of(node):
                 return passed
         return None
+
+
+def _argument(bound: Mapping[str, Any], arg: str) -> Any:
+    """An argument by its name, as a `Use` has it: `weight`, or `params[3]`."""
+    name, _, place = arg.partition("[")
+    return bound[name][int(place.removesuffix("]"))] if place else bound[name]
 
 
 def _check_distinct(columns: Tensor) -> None:
@@ -302,13 +359,22 @@ def _of_state_alone(nodes: Sequence[fx.Node]) -> set[fx.Node]:
     return found
 
 
-def _last_uses(nodes: Sequence[fx.Node], fixed: set[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
-    """Node -> the values that no later node needs."""
+def _last_uses(
+    nodes: Sequence[fx.Node], fixed: set[fx.Node], also: Mapping[fx.Node, Iterable[fx.Node]]
+) -> dict[fx.Node, list[fx.Node]]:
+    """Node -> the values that no later node needs.
+
+    Args:
+        nodes: in the order of the graph.
+        fixed: whose values are not kept.
+        also: node -> what is read when its turn comes, besides its arguments.
+    """
     last: dict[fx.Node, fx.Node] = {}
     for node in nodes:
         if node not in fixed:
             last[node] = node
-            last.update(dict.fromkeys((a for a in node.all_input_nodes if a not in fixed), node))
+            read = (*node.all_input_nodes, *also.get(node, ()))
+            last.update(dict.fromkeys((a for a in read if a not in fixed), node))
     dying: dict[fx.Node, list[fx.Node]] = {}
     for value, node in last.items():
         dying.setdefault(node, []).append(value)

@@ -184,3 +184,27 @@ def test_a_kernel_that_is_folded_into_another_is_a_weight():
     apart = F.conv2d(x, model.k3, padding=1) + F.conv2d(x, model.k1)
     assert torch.allclose(model(x), apart, atol=1e-4)
     assert all(site.lost_zeros for site in weights.sites)
+
+
+class Experts(nn.Module):
+    """Picks one of some experts for each token."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(3, 8, 4)), nn.Parameter(torch.randn(3, 4))
+        self.table = nn.Parameter(torch.randn(3, 4))
+        self.linear = nn.Linear(8, 4)
+
+    def forward(self, x, which):
+        picked = torch.bmm(x.unsqueeze(1), self.weight[which]).squeeze(1) + self.bias[which]
+        return picked + (self.linear(x) + self.table[which])
+
+
+def test_the_biases_of_experts_are_biases_and_tables_are_tables():
+    weights = find_weights(Experts(), (torch.randn(5, 8), torch.tensor([0, 2, 1, 1, 0])))
+    assert {fqn: site.kind for fqn, site in weights.items()} == {
+        "weight": "matmul",
+        "table": "lookup",
+        "linear.weight": "linear",
+    }
+    assert [(other.fqn, other.reason) for other in weights.dense] == [("bias", Reason.ADDED)]

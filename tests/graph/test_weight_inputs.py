@@ -214,7 +214,9 @@ def test_an_expert_without_inputs_is_counted():
     method = Everything()
     _, report = prune(Function(picked, (3, 5, 8)), method, [(torch.randn(2, 8),)])
     assert method.shown[0][1].tokens.tolist() == [1, 0, 1]
-    assert "1 of 3 groups got no input: 1" in report["weight"].notes
+    row = report["weight"]
+    assert (row.groups, row.fewest, row.few) == (3, 0, 3)
+    assert report.few_tokens.startswith("3 of 3 experts in 1 weights met fewer tokens")
 
 
 def test_a_bag_of_maxima_counts_its_lookups():

@@ -12,6 +12,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fx_sparsity import find_weights
+from fx_sparsity.graph.frontends import export_model
 
 SMALL = {"vocab_size": 1000, "hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8}
 LARGE = {
@@ -39,7 +40,7 @@ def seconds(call):
 def discovery(layers, repeats=3):
     """Seconds of export, best seconds of discovery, and nodes of the graph."""
     model, inputs = llama(num_hidden_layers=layers, **SMALL)
-    export, program = seconds(lambda: torch.export.export(model, (), inputs, strict=False))
+    export, program = seconds(lambda: export_model(model, inputs))
     runs = [seconds(lambda: find_weights(program)) for _ in range(repeats)]
     assert len(runs[0][1]) == 7 * layers + 2
     return export, min(run[0] for run in runs), len(program.graph.nodes)

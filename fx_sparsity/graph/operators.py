@@ -7,15 +7,11 @@ A row names the operator without its namespace and overload, so that it serves A
 `torch` functions and tensor methods alike.
 """
 
-import inspect
-import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache, cached_property
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from fx_sparsity.graph import weight_inputs as inputs
 from fx_sparsity.graph.weight_inputs import InputsOf
@@ -336,65 +332,9 @@ Elementwise arithmetic is not listed: torch tags it (see `is_elementwise`).
 """
 
 
-_PYTHON_NAMES = {
-    "truediv": "div",
-    "iadd": "add_",
-    "isub": "sub_",
-    "imul": "mul_",
-    "__setitem__": "setitem",
-}
-_TRANSPOSES = ("T", "mT", "H", "mH")
-
-
 SCORING = frozenset({"flex_attention", "flex_attention_backward"})
 """Higher-order operators that call a subgraph with values of their own, and what it captures: what
 becomes of that is not known."""
-
-
-class Call:
-    """What a node calls; everything about it is looked up when it is first asked for.
-
-    Attributes:
-        node: of a graph.
-    """
-
-    def __init__(self, node: fx.Node) -> None:
-        self.node = node
-
-    @cached_property
-    def name(self) -> str:
-        """See `operator_name`."""
-        return operator_name(self.node)
-
-    @cached_property
-    def args(self) -> dict[str, Any]:
-        """See `bind`."""
-        return bind(self.node)
-
-    @cached_property
-    def row(self) -> Operator | None:
-        """Of the operator table; None where the operator has none."""
-        return OPERATORS.get(self.name)
-
-    @cached_property
-    def views(self) -> bool:
-        """See `is_view`."""
-        return is_view(self.node)
-
-    @cached_property
-    def looks_up(self) -> bool:
-        """See `is_lookup`."""
-        return is_lookup(self.node)
-
-    @cached_property
-    def elementwise(self) -> bool:
-        """See `is_elementwise`."""
-        return is_elementwise(self.node)
-
-    @cached_property
-    def shape(self) -> tuple[int, ...] | None:
-        """See `shape_of`."""
-        return shape_of(self.node)
 
 
 def shows_inputs(op: str) -> bool:
@@ -414,171 +354,3 @@ def groups_of_owner(model: nn.Module, site: WeightSite) -> tuple[Role, int]:
     owner = model.get_submodule(site.owner)
     groups = owner.groups if isinstance(owner, nn.modules.conv._ConvNd) else 1
     return "in" if isinstance(owner, nn.modules.conv._ConvTransposeNd) else "out", groups
-
-
-def operator_name(node: fx.Node) -> str:
-    """Name of a node's operator, without namespace and overload."""
-    target = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        return target._schema.name.rpartition("::")[2]
-    if node.op == "call_method":
-        return _PYTHON_NAMES.get(str(target), str(target))
-    if target is getattr and node.args[1] in _TRANSPOSES:
-        return str(node.args[1])
-    name = getattr(target, "__name__", str(target))
-    return _PYTHON_NAMES.get(name, name)
-
-
-def shape_of(node: fx.Node) -> tuple[int, ...] | None:
-    """Shape of a node's tensor, with hints for dynamic sizes; None where its graph notes none."""
-    value = node.meta.get("val", node.meta.get("example_value"))
-    if not isinstance(value, Tensor):
-        return None
-    try:
-        return tuple(known_size(size) for size in value.shape)
-    except ValueError:
-        return None
-
-
-def known_size(size: int | torch.SymInt) -> int:
-    """A size, by its hint where it is dynamic: asking for its value would specialize the graph."""
-    if isinstance(size, torch.SymInt):
-        if size.node.hint is None:
-            raise ValueError(f"size {size} is not known before running")
-        return int(size.node.hint)
-    return size
-
-
-def bind(node: fx.Node) -> dict[str, Any]:
-    """A node's arguments by name.
-
-    ATen operators, tensor methods and built-in functions take the names of the ATen schema;
-    functions written in Python take their own.
-    """
-    if node.target is operator.getitem:
-        return {"self": node.args[0], "indices": _indices(node)}
-    names = _signature(node)
-    if names is None:
-        return {}
-    if node.target is torch.einsum:  # einsum(equation, *operands), or a list of them
-        if not isinstance(node.args[0], str):
-            return {}
-        operands = node.args[1:]
-        flat = operands[0] if isinstance(operands[0], list | tuple) else operands
-        return {"equation": node.args[0], "tensors": flat}
-    # Built-in functions call `input` what the schema calls `self`.
-    rename = {"input": "self"} if "self" in names else {}
-    named = {rename.get(name, name): value for name, value in node.kwargs.items()}
-    return {**dict(zip(names, node.args, strict=False)), **named}
-
-
-def is_lookup(node: fx.Node) -> bool:
-    """Whether a node indexes by tensors, rather than by what is known before running."""
-    name = operator_name(node)
-    if name in ("index", "getitem"):
-        return any(isinstance(index, fx.Node) for index in bind(node)["indices"])
-    return name in ("index_select", "gather")
-
-
-def is_view(node: fx.Node) -> bool:
-    """Whether a node's result is a view of its first argument, by the schema's alias annotation."""
-    if node.target is operator.getitem:
-        return not is_lookup(node)
-    name = operator_name(node)
-    return name in (*_TRANSPOSES, "_unsafe_view") or any(map(_returns_view, _schemas(node)))
-
-
-def looks_up_bias(node: fx.Node) -> bool:
-    """Whether what a node looks up is but added to products of experts: the bias of each."""
-
-    def is_added(user: fx.Node) -> bool:
-        others = [value for value in user.all_input_nodes if value is not node]
-        added = operator_name(user) in ("add", "add_") and len(others) == 1
-        return added and _is_of_experts(_beneath_views(others[0]), node)
-
-    return is_lookup(node) and bool(node.users) and all(map(is_added, node.users))
-
-
-def _is_of_experts(product: fx.Node, lookup: fx.Node) -> bool:
-    """Whether a product takes the experts that `lookup` picks: by its index, or by offsets."""
-    row = OPERATORS.get(operator_name(product))
-    if row is not None and row.kind == "experts":
-        return True
-    picked = map(_beneath_views, product.all_input_nodes if row is not None else ())
-    return any(is_lookup(value) and _indices(value) == _indices(lookup) for value in picked)
-
-
-def _beneath_views(node: fx.Node) -> fx.Node:
-    while is_view(node) and isinstance(node.args[0], fx.Node):
-        node = node.args[0]
-    return node
-
-
-def is_elementwise(node: fx.Node) -> bool:
-    """Whether a node computes each element of its result from the same element of its arguments."""
-    return operator_name(node) in UNTAGGED or any(
-        torch.Tag.pointwise in overload.tags for overload in _overloads(node)
-    )
-
-
-def writes(node: fx.Node) -> bool:
-    """Whether a node makes something else of one of its arguments, in place."""
-    if node.op not in ("call_function", "call_method"):
-        return False
-    name = operator_name(node)
-    if name in RENORMALIZATIONS:
-        return False
-    if isinstance(node.target, torch._ops.OpOverload):
-        return node.target._schema.is_mutable
-    return name == "setitem" or (name.endswith("_") and not name.endswith("__"))
-
-
-def written(node: fx.Node) -> fx.Node | None:
-    """What a node changes in place: the argument that its schema marks so, or else the first."""
-    if not writes(node):
-        return None
-    target = node.args[0] if node.args else None
-    if isinstance(node.target, torch._ops.OpOverload):
-        arguments = node.target._schema.arguments
-        marked = [a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write]
-        target = bind(node).get(marked[0]) if marked else None
-    return target if isinstance(target, fx.Node) else None
-
-
-def _indices(node: fx.Node) -> tuple[Any, ...]:
-    index = node.args[1]
-    return tuple(index) if isinstance(index, tuple | list) else (index,)
-
-
-def _signature(node: fx.Node) -> list[str] | None:
-    """Names of the arguments that a node's operator takes; None where they cannot be known."""
-    if inspect.isfunction(node.target):
-        return list(inspect.signature(node.target).parameters)
-    given = len(node.args) + len(node.kwargs)
-    fitting = [schema for schema in _schemas(node) if len(schema.arguments) >= given]
-    return [argument.name for argument in fitting[0].arguments] if fitting else None
-
-
-def _schemas(node: fx.Node) -> list[Any]:
-    return [overload._schema for overload in _overloads(node)]
-
-
-def _overloads(node: fx.Node) -> list[torch._ops.OpOverload]:
-    """A node's ATen operator; every overload of that name for torch functions and methods."""
-    if isinstance(node.target, torch._ops.OpOverload):
-        return [node.target]
-    if isinstance(node.target, torch._ops.OpOverloadPacket):
-        return _overloads_of(node.target)
-    return _overloads_of(getattr(torch.ops.aten, operator_name(node), None))
-
-
-@cache
-def _overloads_of(packet: Any) -> list[torch._ops.OpOverload]:
-    if not isinstance(packet, torch._ops.OpOverloadPacket):
-        return []
-    return [getattr(packet, overload) for overload in packet.overloads()]
-
-
-def _returns_view(schema: Any) -> bool:
-    infos = [result.alias_info for result in schema.returns]
-    return bool(infos) and all(info is not None and not info.is_write for info in infos)

@@ -11,7 +11,7 @@ from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fx_sparsity.graph.operators import bind
+from fx_sparsity.graph.calls import bind
 from fx_sparsity.graph.passes import is_mask_name, mask_path
 from fx_sparsity.sparsifier import Mask
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fx_sparsity.graph.calls import Call, known_size, operator_name, shape_of
 from fx_sparsity.graph.operators import (
     BATCH,
     COMBINATIONS,
@@ -30,53 +31,48 @@ from fx_sparsity.graph.operators import (
     SCATTERS,
     SELECTIONS,
     Axes,
-    Call,
-    known_size,
-    operator_name,
-    shape_of,
 )
 from fx_sparsity.graph.origins import Origin, Origins, placed, region_of
 
 
-def follow(node: fx.Node, origins: Origins, constant: bool) -> Iterator[tuple[fx.Node, Origin]]:
-    """What `node` passes on of the parameters that it receives.
+def follow(call: Call, origins: Origins, constant: bool) -> Iterator[tuple[fx.Node, Origin]]:
+    """What a node passes on of the parameters that it receives.
 
     Args:
-        node: of the graph.
+        call: of the node.
         origins: of the nodes before it.
-        constant: whether `node` is the same for all inputs of the model. Elementwise operators
+        constant: whether its result is the same for all inputs of the model. Elementwise operators
             pass a parameter on only then: `weight * mask` is a weight, `x * scale` is none.
 
     Yields:
         (argument that is passed on, its new origin); an argument that is not, is consumed here.
     """
+    node, name = call.node, call.name
     if node.op not in ("call_function", "call_method") or not node.args:
         return
-    call = Call(node)
-    name = call.name
     passes = name in SAME_VALUES or name == BATCH or call.views or call.looks_up
     if passes or (constant and name in REARRANGEMENTS):
         yield from _viewed(call, origins, constant)
     elif constant and name in PRODUCTS:
         yield from _multiplied(call, origins)
     elif constant and name in COMBINATIONS:
-        for value, origin in _received(node, origins):
+        for value, origin in _received(call, origins):
             yield value, _combined(call, origin, origins)
     elif constant and name in COPIES:
         yield from _copied(call, origins)
     elif constant and name in SCATTERS:
         yield from _scattered(call, origins)
     elif constant and name in MIXTURES:
-        for value, origin in _received(node, origins):
+        for value, origin in _received(call, origins):
             if value is node.args[0] and not origin.through:
                 yield value, replace(origin, exact=False).moved(name)
     elif constant and call.elementwise:
         yield from _unbroadcast(call, origins)
 
 
-def _received(node: fx.Node, origins: Origins) -> Iterator[tuple[fx.Node, Origin]]:
+def _received(call: Call, origins: Origins) -> Iterator[tuple[fx.Node, Origin]]:
     """(argument, origin) of everything that a node receives of parameters."""
-    for value in node.all_input_nodes:
+    for value in call.node.all_input_nodes:
         for origin in origins.get(value, ()):
             yield value, origin
 
@@ -92,7 +88,7 @@ def _viewed(call: Call, origins: Origins, constant: bool) -> Iterator[tuple[fx.N
 
 def _unbroadcast(call: Call, origins: Origins) -> Iterator[tuple[fx.Node, Origin]]:
     """Arguments of the result's own shape: what is broadcast, scales or shifts the others."""
-    received = list(_received(call.node, origins))
+    received = list(_received(call, origins))
     shapes = [origin.view.shape for _, origin in received if isinstance(origin.view, Tensor)]
     result = call.shape or _broadcast(shapes)
     for value, origin in received:
@@ -168,21 +164,20 @@ def _copied(call: Call, origins: Origins) -> Iterator[tuple[fx.Node, Origin]]:
 
 def _scattered(call: Call, origins: Origins) -> Iterator[tuple[fx.Node, Origin]]:
     """A tensor, and what takes the place of a part of it."""
-    node = call.node
-    base, source = node.args[:2]
+    base, source = call.node.args[:2]
     assert isinstance(base, fx.Node)
     assert isinstance(source, fx.Node)
     for origin in origins.get(base, ()):
         yield base, replace(origin, exact=False)
     shape = shape_of(base)
-    region = None if shape is None else replay(node, region_of(shape))
+    region = None if shape is None else replay(call, region_of(shape))
     for origin in origins.get(source, ()):
-        yield source, placed(origin, region) or mixed(node, origin)
+        yield source, placed(origin, region) or mixed(call, origin)
 
 
-def mixed(node: fx.Node, origin: Origin) -> Origin:
+def mixed(call: Call, origin: Origin) -> Origin:
     """The origin of what is computed from a parameter by an operator without a row."""
-    return replace(origin, view=None, through=origin.through or operator_name(node))
+    return replace(origin, view=None, through=origin.through or call.name)
 
 
 def _broadcast(shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...] | None:
@@ -200,7 +195,7 @@ def _pass_on(call: Call, origin: Origin, constant: bool) -> Origin | None:
     if call.looks_up:
         return _picked(call, origin) if constant else _looked_up(call, origin)
     if name in REARRANGEMENTS:
-        return _rearranged(node, origin)
+        return _rearranged(call, origin)
     if name == BATCH:
         return _one_of_batch(origin, *node.args[1:2])
     if name in SAME_VALUES:
@@ -208,7 +203,7 @@ def _pass_on(call: Call, origin: Origin, constant: bool) -> Origin | None:
         return replace(origin, dequantized=quantized)
     if node.target is operator.getitem and _is_pair(node.args[0]):
         return origin if node.args[1] == 0 else None
-    return replay(node, origin)
+    return replay(call, origin)
 
 
 def _is_pair(node: Any) -> bool:
@@ -216,12 +211,12 @@ def _is_pair(node: Any) -> bool:
     return operator_name(node) in SAME_VALUES | MIXTURES
 
 
-def viewing(node: fx.Node) -> Callable[[Any], Any] | None:
+def viewing(call: Call) -> Callable[[Any], Any] | None:
     """The view that a node takes of its first argument, or writes into.
 
     None where it depends on data.
     """
-    name = operator_name(node)
+    node, name = call.node, call.name
     given = {"setitem": node.args[1:2], **dict.fromkeys(SCATTERS, node.args[2:])}
     rest = given.get(name, node.args[1:])
     try:
@@ -240,9 +235,9 @@ def viewing(node: fx.Node) -> Callable[[Any], Any] | None:
     return lambda view: target(view, *args, **kwargs)
 
 
-def replay(node: fx.Node, origin: Origin) -> Origin | None:
+def replay(call: Call, origin: Origin) -> Origin | None:
     """Apply a node's view; None where it depends on data."""
-    if (apply := viewing(node)) is None:
+    if (apply := viewing(call)) is None:
         return None
     copy = origin.copied(origin.view.shape) if isinstance(origin.view, Tensor) else origin
     for start in (origin, copy):
@@ -323,9 +318,9 @@ def _picked(call: Call, origin: Origin) -> Origin | None:
     )
 
 
-def _rearranged(node: fx.Node, origin: Origin) -> Origin | None:
+def _rearranged(call: Call, origin: Origin) -> Origin | None:
     """What an operator makes of a constant that moves or repeats whole slices along its axes."""
-    view, apply = origin.view, viewing(node)
+    view, apply = origin.view, viewing(call)
     if apply is None or not isinstance(view, Tensor):
         return None
     shape = apply(view).shape
@@ -363,14 +358,14 @@ def _multiplied(call: Call, origins: Origins) -> Iterator[tuple[fx.Node, Origin]
     shape, name, row = call.shape, call.name, call.row
     assert row is not None  # every product has one
     bias = call.args.get(row.bias)
-    for value, origin in _received(call.node, origins):
+    for value, origin in _received(call, origins):
         whole = isinstance(origin.view, Tensor) and origin.view.shape == shape
         if value is bias and whole:
             yield value, replace(origin, exact=False).moved(name)
     for _, value, axes in row.find(call.args):
         for origin in origins.get(value, ()):
             if origin.through or shape is None or not isinstance(origin.view, Tensor):
-                yield value, mixed(call.node, origin)
+                yield value, mixed(call, origin)
             elif 2 <= origin.view.ndim <= len(shape):
                 yield value, _factor(name, origin, axes, shape)
 
@@ -408,13 +403,12 @@ def _combined(call: Call, origin: Origin, origins: Origins) -> Origin:
     return replace(origin.copied(shape), exact=False)
 
 
-def reduced_by(node: fx.Node, origin: Origin) -> str:
+def reduced_by(call: Call, origin: Origin) -> str:
     """The operator that sums what an elementwise one makes of activations and a parameter.
 
     A product that is summed along an axis of the parameter is a dot product, a difference that is
     a distance: neither scales nor shifts alone. Empty where nothing sums.
     """
-    call = Call(node)
     name, shape, view = call.name, call.shape, origin.view
     if name not in SCALINGS | DIFFERENCES or shape is None or not isinstance(view, Tensor):
         return ""
@@ -423,7 +417,7 @@ def reduced_by(node: fx.Node, origin: Origin) -> str:
         for axis, (size, stride) in enumerate(zip(view.shape, view.stride(), strict=True))
         if size > 1 and stride > 0
     }
-    pending, seen = [*node.users], {node}
+    pending, seen = [*call.node.users], {call.node}
     while pending:
         user = pending.pop()
         if user in seen:

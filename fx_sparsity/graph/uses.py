@@ -10,24 +10,16 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from fx_sparsity.graph.calls import Call, bind, looks_up_bias, operator_name, shape_of, writes
 from fx_sparsity.graph.compiled import returned
 from fx_sparsity.graph.operators import (
     ADDITIONS,
-    EMPTY,
     MODULES,
     NORMALIZATIONS,
     OPERATORS,
     PRODUCTS,
     SCORING,
     Axes,
-    Call,
-    bind,
-    is_elementwise,
-    looks_up_bias,
-    operator_name,
-    shape_of,
-    writes,
-    written,
 )
 from fx_sparsity.graph.origins import (
     Origin,
@@ -49,7 +41,7 @@ class Consumption(NamedTuple):
     """One node that consumes a tensor.
 
     Attributes:
-        node: the consumer.
+        call: of the consumer.
         arg: name of its argument; empty where the operator's row has no place for it.
         origin: what arrives there.
         axes: roles of the argument's axes; None for a bias, and where the row has no place for it.
@@ -57,24 +49,28 @@ class Consumption(NamedTuple):
             factor of what arrives there, in a product of constants.
     """
 
-    node: fx.Node
+    call: Call
     arg: str
     origin: Origin
     axes: Axes | None
     constant: bool
 
+    @property
+    def node(self) -> fx.Node:
+        """The consumer."""
+        return self.call.node
+
     def use(self) -> Use | None:
         """The roles that the parameter has here; None where it has none."""
         if self.axes is None or self.origin.through or not isinstance(self.origin.view, Tensor):
             return None
-        if looks_up_bias(self.node):
+        if self.call.looks_up and looks_up_bias(self.node):
             return None
         roles = roles_of_parameter(self.origin, self.axes)
         if roles is None:
             return None
-        name = operator_name(self.node)
         return Use(
-            name,
+            self.call.name,
             self.node.name,
             self.arg,
             roles,
@@ -85,12 +81,12 @@ class Consumption(NamedTuple):
 
     def reason(self) -> tuple[Reason, str]:
         """Why the parameter is no weight here, and the operator concerned."""
-        name = operator_name(self.node)
-        if self.axes is None and (reduced := reduced_by(self.node, self.origin)):
+        name = self.call.name
+        if self.axes is None and (reduced := reduced_by(self.call, self.origin)):
             return Reason.OPERATOR, f"{name}, then {reduced}"
         if looks_up_bias(self.node) or (self.axes is None and (name in ADDITIONS or self.arg)):
             return Reason.ADDED, self.origin.through or ""
-        if self.axes is None and (name in NORMALIZATIONS or is_elementwise(self.node)):
+        if self.axes is None and (name in NORMALIZATIONS or self.call.elementwise):
             return Reason.SCALE, name
         return Reason.OPERATOR, self.origin.through or name
 
@@ -253,14 +249,15 @@ def _uses(
     results: dict[fx.Node, list[list[Origin]]] = {}
     memory = Memory()
     for node in graph.nodes:
-        root = memory.note(node)
+        call = Call(node)
+        root = memory.note(call)
         if root is not node and node.op == "get_attr":
             origins[node] = list(origins.get(root, ()))
         if node.target is operator.getitem and node.args[0] in results:
             passed_out = results[node.args[0]]
             origins[node] = passed_out[i] if (i := node.args[1]) < len(passed_out) else []
         received = [value for value in node.all_input_nodes if value in origins]
-        constant = dependent.isdisjoint([root, *_read(node)])
+        constant = dependent.isdisjoint([root, *call.read])
         if not constant:
             dependent.add(node)
         if received and _observes(node):
@@ -271,22 +268,22 @@ def _uses(
                 if node.target.name() in SCORING:
                     for value in received:
                         for origin in origins[value]:
-                            yield Consumption(node, "", origin, None, constant)
+                            yield Consumption(call, "", origin, None, constant)
             else:
-                yield from _consumed(node, received, origins, constant)
-        if written(node) is not None:
-            yield from _write(node, memory, seeds, origins, dependent)
+                yield from _consumed(call, received, origins, constant)
+        if call.written is not None:
+            yield from _write(call, memory, seeds, origins, dependent)
     (returned,) = graph.output_node().args
     values = returned if isinstance(returned, list | tuple) else [returned]
     return [list(origins.get(v, ())) if isinstance(v, fx.Node) else [] for v in values]
 
 
 def _consumed(
-    node: fx.Node, received: list[fx.Node], origins: dict[fx.Node, list[Origin]], constant: bool
+    call: Call, received: list[fx.Node], origins: dict[fx.Node, list[Origin]], constant: bool
 ) -> Iterator[Consumption]:
     """What an operator consumes of what it receives; what it passes on is added to `origins`."""
-    passed, call = list(follow(node, origins, constant)), Call(node)
-    origins.setdefault(node, []).extend(origin for _, origin in passed)
+    passed = list(follow(call, origins, constant))
+    origins.setdefault(call.node, []).extend(origin for _, origin in passed)
     settled = {value for value, _ in passed}
     if constant and (call.looks_up or call.name in PRODUCTS):
         settled = set()  # should nothing else come of it, this is what it is used for
@@ -295,44 +292,38 @@ def _consumed(
         if isinstance(value, fx.Node) and value in origins and value not in settled:
             settled.add(value)
             for origin in origins[value]:
-                yield Consumption(node, arg, origin, axes, constant or origin.is_factor)
+                yield Consumption(call, arg, origin, axes, constant or origin.is_factor)
     bias = arguments.get(row.bias) if row else None
     for value in received:
         for origin in origins[value] if value not in settled else ():
             if constant and not call.elementwise:
                 # Nothing is decided yet: what matters is who consumes the result.
-                origins[node].append(mixed(node, origin))
+                origins[call.node].append(mixed(call, origin))
             else:
                 arg = row.bias if row and value is bias else ""
-                yield Consumption(node, arg, origin, None, constant)
+                yield Consumption(call, arg, origin, None, constant)
 
 
 def _write(
-    node: fx.Node,
+    call: Call,
     memory: Memory,
     seeds: Mapping[fx.Node, list[Origin]],
     origins: dict[fx.Node, list[Origin]],
     dependent: set[fx.Node],
 ) -> Iterator[Consumption]:
     """A write in place: all views of what it changes hold what is written from then on."""
-    if node not in dependent:
-        memory.spread(node, origins)
+    if call.node not in dependent:
+        memory.spread(call, origins)
         return
-    root = memory.root(node)
+    root = memory.root(call.node)
     held = origins.get(root, [])
     for shown in memory.shown(root):
         # A parameter that is overwritten for good is no activation, but what it is is not known.
-        origins[shown] = [mixed(node, origin) for origin in held] if root in seeds else []
+        origins[shown] = [mixed(call, origin) for origin in held] if root in seeds else []
     dependent.update(memory.shown(root))
     if root not in seeds:
         for origin in held:
-            yield Consumption(node, "", origin, None, False)
-
-
-def _read(node: fx.Node) -> list[fx.Node]:
-    """Arguments whose values count."""
-    read = node.all_input_nodes
-    return read[1:] if operator_name(node) in EMPTY else read
+            yield Consumption(call, "", origin, None, False)
 
 
 def _observes(node: fx.Node) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from fx_sparsity.graph.operators import bind
+from fx_sparsity.graph.calls import bind
 from fx_sparsity.graph.sources import module_source
 from fx_sparsity.kernels.embedding import RowPrunedEmbedding, RowPrunedEmbeddingBag
 from fx_sparsity.kernels.linear import SparseLinear

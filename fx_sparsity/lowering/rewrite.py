@@ -11,7 +11,8 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from fx_sparsity.graph.operators import OPERATORS, LinearForm, Operator, bind, operator_name
+from fx_sparsity.graph.calls import bind, operator_name
+from fx_sparsity.graph.operators import OPERATORS, LinearForm, Operator
 from fx_sparsity.graph.program_editor import replace_nodes
 from fx_sparsity.graph.sources import Source, exported_source, module_source
 from fx_sparsity.graph.uses import WEIGHT_META, SeenWeight, seen_weights

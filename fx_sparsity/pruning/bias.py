@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, fx, nn
 
-from fx_sparsity.graph.operators import OPERATORS, bind
+from fx_sparsity.graph.calls import bind
+from fx_sparsity.graph.operators import OPERATORS
 from fx_sparsity.pruning.batches import Batch, Frame, is_exported, over_same_tensors
 from fx_sparsity.pruning.plan import Plan
 

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
+from fx_sparsity.graph.calls import operator_name, shape_of, writes
 from fx_sparsity.graph.context_blocks import run_node
-from fx_sparsity.graph.operators import operator_name, shape_of, writes
 from fx_sparsity.graph.weight_inputs import WeightInputs
 from fx_sparsity.pruning.padding import Padding
 

@@ -8,6 +8,15 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from fx_sparsity.graph.calls import (
+    bind,
+    is_elementwise,
+    is_lookup,
+    is_view,
+    operator_name,
+    shape_of,
+    writes,
+)
 from fx_sparsity.graph.context_blocks import run_node
 from fx_sparsity.graph.operators import (
     COMBINATIONS,
@@ -16,13 +25,6 @@ from fx_sparsity.graph.operators import (
     PRODUCTS,
     REARRANGEMENTS,
     SAME_VALUES,
-    bind,
-    is_elementwise,
-    is_lookup,
-    is_view,
-    operator_name,
-    shape_of,
-    writes,
 )
 from fx_sparsity.graph.sources import module_source
 from fx_sparsity.graph.uses import canonical_fqn, live_nodes

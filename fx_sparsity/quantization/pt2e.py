@@ -30,9 +30,10 @@ from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
 )
 
 from fx_sparsity.graph import AnnotateWeights, WeightMap
+from fx_sparsity.graph.calls import bind, operator_name
 from fx_sparsity.graph.example_inputs import ExampleInputs
 from fx_sparsity.graph.frontends import export_model
-from fx_sparsity.graph.operators import OPERATORS, bind, operator_name
+from fx_sparsity.graph.operators import OPERATORS
 from fx_sparsity.graph.uses import weight_arguments
 from fx_sparsity.quantization.backend import (
     Backend,

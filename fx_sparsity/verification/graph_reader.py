@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fx_sparsity.graph.operators import SAME_VALUES, bind, is_view, operator_name
+from fx_sparsity.graph.calls import bind, is_view, operator_name
+from fx_sparsity.graph.operators import SAME_VALUES
 from fx_sparsity.graph.sources import Source, module_source
 from fx_sparsity.graph.uses import WEIGHT_META, SeenWeight, seen_weights, weight_arguments
 from fx_sparsity.verification.stored import StoredWeight, float_weight

@@ -8,7 +8,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.nn.utils import parametrize
 
-from fx_sparsity.graph.operators import operator_name
+from fx_sparsity.graph.calls import operator_name
 from fx_sparsity.graph.uses import WEIGHT_META
 from fx_sparsity.sparsifier import Mask
 from fx_sparsity.verification.graph_reader import read_nodes

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from fx_sparsity.graph.operators import OPERATORS, bind
+from fx_sparsity.graph.calls import bind
+from fx_sparsity.graph.operators import OPERATORS
 from fx_sparsity.graph.uses import canonical_fqn
 
 # (operator, argument) -> (argument that holds the activation, its reduced axis, axis of the result)

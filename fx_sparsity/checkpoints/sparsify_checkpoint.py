@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from fx_sparsity.checkpoints.checkpoint import CONFIG, Checkpoint
 from fx_sparsity.checkpoints.checkpoint_record import RECORD, REPORT, CheckpointRecord
@@ -13,8 +14,14 @@ from fx_sparsity.checkpoints.ranking import Criterion
 from fx_sparsity.checkpoints.report import CheckpointReport, CheckpointWeight
 from fx_sparsity.checkpoints.rewriting import Layout, Rewriter
 from fx_sparsity.checkpoints.run import Run, check_free
-from fx_sparsity.checkpoints.weights import Roles, assign, find_checkpoint_weights
+from fx_sparsity.checkpoints.weights import (
+    Roles,
+    assign,
+    find_checkpoint_weights,
+    weights_on_meta,
+)
 from fx_sparsity.graph import MappingLike
+from fx_sparsity.graph.example_inputs import ExampleInputs
 from fx_sparsity.progress import progress as show_progress
 from fx_sparsity.sparsifier import BaseDataSparsifier, DataNormSparsifier
 from fx_sparsity.storage.compressed_file import CompressedFile
@@ -34,9 +41,11 @@ def sparsify_checkpoint(
     ranked: Literal["weight", "model"] = "weight",
     layout: Layout = "dense",
     roles: Roles | None = None,
+    model: nn.Module | None = None,
+    example_inputs: ExampleInputs | None = None,
     progress: bool = True,
 ) -> CheckpointReport:
-    """Sparsify a checkpoint without its model's code, tensor by tensor.
+    """Sparsify a checkpoint tensor by tensor, without its model's code or with it.
 
     The output has the same shards, an index that fits them, and the files beside them, except
     weights in other formats (`Checkpoint.skipped`). Memory holds no more than three times the
@@ -56,6 +65,10 @@ def sparsify_checkpoint(
             `unstructured` at one level; `"weight"` ranks each for itself.
         layout: of the files. All but `"dense"` are for readers that know it.
         roles: of axes, where names and shapes do not tell, see `find_checkpoint_weights`.
+        model: the architecture, such as `AutoModel.from_config(config)` on the meta device: tells
+            which of its tensors are weights, and the roles of their axes. Not changed, nor are its
+            data looked at. What the checkpoint calls otherwise is judged by name and shape.
+        example_inputs: of the model, see `find_weights`; without them its classes are looked at.
         progress: True shows a bar on a terminal and log lines elsewhere, False nothing.
 
     Returns:
@@ -77,7 +90,8 @@ def sparsify_checkpoint(
         (16, 32)
     """
     checkpoint = Checkpoint(source)
-    weights = find_checkpoint_weights(checkpoint, roles)
+    known = None if model is None else weights_on_meta(model, example_inputs)
+    weights = find_checkpoint_weights(checkpoint, roles, known)
     assignment = assign(weights, mapping)
     sparsifier = DataNormSparsifier() if sparsifier is None else sparsifier
     criterion = Criterion(checkpoint, weights, assignment, sparsifier, ranked)

@@ -1,7 +1,7 @@
 """Compressed checkpoints in `from_pretrained`; needs transformers 5.
 
 A folder in the layout `compressed` calls itself quantized by `fx_sparsity`. transformers has no
-such method, and refuses the folder unless `register` was called.
+such method, and refuses the folder unless `register` was called, as `import fx_sparsity` does.
 """
 
 import contextlib
@@ -27,10 +27,6 @@ def register() -> None:
 
     Shards are decoded into a temporary folder, which takes the room of the dense checkpoint there
     while it is loaded. Calling it again does nothing.
-
-    Example:
-        >>> from fx_sparsity.compat.transformers import register
-        >>> register()
     """
     if METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantization_config(METHOD)(CompressedConfig)

@@ -11,7 +11,7 @@ from fx_sparsity.storage.writing import Encoded
 
 METHOD = "fx_sparsity"
 """What `quantization_config` calls the layout `compressed`."""
-_WEIGHTS = "call-fx_sparsity.compat.transformers.register-first.safetensors"
+_WEIGHTS = "import-fx_sparsity-to-load-this-model.safetensors"
 """A file that is not there: transformers leaves out a method that it does not know, and would begin
 with random weights, but for a file that it is told to load and does not find."""
 _KEYS = ("quantization_config", "transformers_weights")

@@ -1,5 +1,6 @@
 """Compressed folders of transformers models: refused by those who do not know them, or loaded."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -11,6 +12,8 @@ from transformers.quantizers import auto
 
 import fx_sparsity as fxs
 from fx_sparsity.checkpoints import convert
+from fx_sparsity.compat import _register_with_transformers
+from fx_sparsity.compat.after_import import after_import
 from fx_sparsity.compat.transformers import register
 from fx_sparsity.storage.sparsity_config import METHOD, as_compressed, as_dense
 from tests.storage.test_formats import same_bits
@@ -43,7 +46,7 @@ def test_whoever_does_not_know_a_compressed_folder_gets_no_model(
     cls, dense, tmp_path, unregistered
 ):
     convert(dense, tmp_path / "small", "compressed")
-    with pytest.raises((OSError, ValueError), match="fx_sparsity.compat.transformers.register"):
+    with pytest.raises((OSError, ValueError), match="import-fx_sparsity-to-load"):
         cls.from_pretrained(tmp_path / "small")
 
 
@@ -106,6 +109,55 @@ def test_what_others_have_quantized_is_refused_when_it_is_loaded(dense, tmp_path
     convert(dense, tmp_path / "small", "compressed")
     with pytest.raises(ValueError, match="quantized by 'fp8', too"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+
+
+LOADING = """
+import sys
+{imports}
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])
+assert float(model.lm_head.weight.abs().sum()) == float(sys.argv[2])
+"""
+
+
+@pytest.mark.parametrize("dense", ["1 file"], indirect=True)
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import fx_sparsity, transformers",
+        "import transformers, fx_sparsity",
+        "import transformers; transformers.AutoModelForCausalLM; import fx_sparsity.cli.commands",
+    ],
+)
+def test_importing_both_is_enough(imports, dense, tmp_path):
+    convert(dense, tmp_path / "small", "compressed")
+    expected = AutoModelForCausalLM.from_pretrained(dense).lm_head.weight.abs().sum()
+    code = LOADING.format(imports=imports)
+    command = [sys.executable, "-c", code, str(tmp_path / "small"), str(float(expected))]
+    subprocess.run(command, check=True)
+
+
+def test_a_transformers_that_is_too_old_is_told_and_goes_on_working(caplog, monkeypatch):
+    monkeypatch.setitem(sys.modules, "fx_sparsity.compat.transformers", None)
+    _register_with_transformers()
+    assert "compressed checkpoints do not load with this transformers" in caplog.text
+
+
+def test_what_follows_an_import_is_called_once(tmp_path, monkeypatch):
+    (tmp_path / "some_module.py").write_text("value = 3")
+    monkeypatch.syspath_prepend(tmp_path)
+    called = []
+    finders = len(sys.meta_path)
+    after_import("some_module", lambda: called.append(sys.modules["some_module"].value))
+    assert not called
+    for _ in range(2):
+        import some_module
+
+        assert some_module.value == 3
+        assert called == [3]
+        importlib.reload(some_module)
+    assert len(sys.meta_path) == finders
+    after_import("some_module", lambda: called.append(4))
+    assert called == [3, 4]
 
 
 def test_nothing_else_imports_transformers():

@@ -178,8 +178,17 @@ class SparsifierCore(ABC):
         targets = [self._target(name) for name in names]
         for target in targets:
             target.check_detachable()
-        for target in targets:
-            target.squash()
+        done: list[str] = []
+        try:
+            for target in targets:
+                target.squash()
+                done.append(target.name)
+        except BaseException as error:
+            error.add_note(
+                f"{len(done)} of {len(targets)} masks are squashed, the last of them "
+                f"{done[-1] if done else 'none'}; the others are on. The call may be repeated"
+            )
+            raise
 
     def _target(self, name: str) -> Target:
         if name not in self._targets:

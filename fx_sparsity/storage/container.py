@@ -75,7 +75,8 @@ class Entry:
 class SafetensorsFile:
     """A safetensors file, checked as a whole when opened; its tensors are views of a memory map.
 
-    The map is private: tensors may be written to, the file never is.
+    The map is private: tensors may be written to, the file never is. Whoever cuts a file off while
+    it is mapped ends the process that reads there (SIGBUS); `hold` it where that may be.
 
     Args:
         path: of the file.
@@ -102,8 +103,18 @@ class SafetensorsFile:
         self.header_bytes, self.nbytes = layout.header_bytes, layout.nbytes
 
     @cached_property
-    def _map(self) -> mmap.mmap:
+    def _map(self) -> mmap.mmap | bytearray:
         return mmap.mmap(self._descriptor, 0, access=mmap.ACCESS_COPY)
+
+    def hold(self) -> None:
+        """Have tensors from now on be views of a copy in memory, which no one else can change.
+
+        Raises:
+            FileFormatError: the file got shorter meanwhile.
+        """
+        held = bytearray(self.nbytes)
+        self._fill(memoryview(held), 0, str(self.path))
+        self._map = held
 
     def read(self, name: str, room: Tensor | None = None) -> Tensor:
         """One tensor, read into memory of its own, or into `room`; nothing is mapped.
@@ -120,13 +131,16 @@ class SafetensorsFile:
             tensor = torch.empty(entry.shape, dtype=entry.dtype)
         else:
             tensor = room[: entry.nbytes].view(entry.dtype).view(entry.shape)
-        into, place = bytes_of(tensor), entry.start
+        self._fill(bytes_of(tensor), entry.start, name)
+        return tensor
+
+    def _fill(self, into: memoryview, place: int, name: str) -> None:
+        """Read bytes from a place on, until `into` is full."""
         while into:
             count = os.preadv(self._descriptor, [into[:_MOST_READ]], place)
             if not count:
                 raise FileFormatError(f"{name}: the file ends at byte {place}")
             into, place = into[count:], place + count
-        return tensor
 
     def ask_for(self, name: str) -> None:
         """Have the system read a tensor's bytes ahead, where it can, without waiting for them."""

@@ -74,7 +74,7 @@ def load_sparse(path: str | Path, model: nn.Module, *, check: bool = False) -> L
     Args:
         path: of the file.
         model: quantized as the one that was saved; changed in place.
-        check: compare every tensor with its checksum, too.
+        check: compare every tensor with its checksum, too, as `load` does.
 
     Returns:
         What holds each matrix that is stored sparse, and each quantized table, now.

@@ -19,13 +19,15 @@ def load(
     """Read what `save` wrote, as dense tensors.
 
     The file is mapped, not read. Dense tensors are views of the map, which is private: writing to
-    them does not change the file. Into a model, tensors are decoded where its own are.
+    them does not change the file, but a file that is cut off while it is mapped ends the process
+    (SIGBUS). Into a model, tensors are decoded where its own are.
 
     Args:
         path: a file from `save`, or any safetensors file (its tensors are dense).
         model: loaded strictly, if given, and quantized as the one that was saved; with torchao's
             tensors it has to be given.
-        check: compare every tensor with its checksum, too.
+        check: compare every tensor with its checksum, too. The file is read into memory for that,
+            once, so that what comes back is what was checked, whatever becomes of the file.
 
     Returns:
         The `state_dict`.
@@ -33,7 +35,8 @@ def load(
     Raises:
         FileFormatError: the file contradicts itself, or a checksum does not match; the tensor is
             named. Nothing was loaded.
-        RuntimeError: the state does not fit `model`, which is as it was.
+        RuntimeError: the state does not fit `model`, which is as it was. A later failure, as of a
+            file that is changed meanwhile, has a note that says what is loaded; call again.
         TypeError: the file holds a torchao tensor, and no model was given.
         OSError: it cannot be read.
 
@@ -77,12 +80,20 @@ def _state(file: CompressedFile, targets: Mapping[str, Any]) -> "OrderedDict[str
     """All entries; those that fit a tensor of `targets` are decoded into it, and are that."""
     state: OrderedDict[str, Any] = OrderedDict()
     ties: dict[tuple[str, int], Any] = {}
-    for name in file.keys:
-        target = targets.get(name)
-        tie = file.same_as.get(name, name), id(target)
-        if tie not in ties:
-            ties[tie] = read_entry(file, name, target)
-        state[name] = ties[tie]
+    try:
+        for name in file.keys:
+            target = targets.get(name)
+            tie = file.same_as.get(name, name), id(target)
+            if tie not in ties:
+                ties[tie] = read_entry(file, name, target)
+            state[name] = ties[tie]
+    except BaseException as error:
+        if targets:
+            error.add_note(
+                f"{len(state)} of {len(file.keys)} entries are loaded, {name} in part at most; the "
+                "others are as they were. The call may be repeated"
+            )
+        raise
     versions = {prefix: {"version": version} for prefix, version in file.versions.items()}
     state._metadata = versions  # type: ignore[attr-defined]
     return state
@@ -108,7 +119,12 @@ def read_entry(file: CompressedFile, name: str, target: Any = None) -> Any:
 
 
 def check_sums(file: CompressedFile) -> None:
-    """Raise `FileFormatError` naming every tensor that does not match its checksum."""
+    """Hold a file in memory, and check it there.
+
+    Raises:
+        FileFormatError: naming every tensor that does not match its checksum.
+    """
+    file.file.hold()
     if faults := file.faults():
         raise FileFormatError("\n".join(faults))
 

@@ -8,11 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrize import is_parametrized
 
 import fx_sparsity as fxs
 from fx_sparsity.masks.bits import pack_bits, unpack_bits
 from fx_sparsity.pruning.methods import RandomSparsifier
-from fx_sparsity.sparsifier import MaskError
+from fx_sparsity.sparsifier import Mask, MaskError
+from fx_sparsity.sparsifier.target import Target
 
 
 def elements(level=0.5):
@@ -179,6 +181,35 @@ def test_squashing_again_after_training_bakes_again():
     model, again = fxs.squash(model, sparsifier)
     assert fxs.verify(model, again).ok
     assert torch.equal(again["0.weight"].keep, record["0.weight"].keep)
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize("where", ["bake", "detach"])
+def test_a_squash_that_fails_says_how_far_it_came_and_can_be_repeated(place, where, monkeypatch):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(*(nn.Linear(8, 8) for _ in range(3))), (torch.randn(4, 8),)
+    sparsifier = fxs.WeightNormSparsifier()
+    fxs.prepare(model, sparsifier, x, "2:4")
+    sparsifier.step()
+    expected = [sparsifier.get_data(f"{i}.weight", return_original=False).clone() for i in range(3)]
+    owner = {"bake": Mask, "detach": Target}[where]
+    called, usual = [], getattr(owner, where)
+
+    def failing(self, *arguments):
+        called.append(self)
+        if len(called) == place + 1:
+            raise MemoryError("injected")
+        return usual(self, *arguments)
+
+    monkeypatch.setattr(owner, where, failing)
+    with pytest.raises(MemoryError) as caught:
+        fxs.squash(model, sparsifier)
+    monkeypatch.undo()
+    assert f"{place} of 3 masks are squashed" in caught.value.__notes__[0]
+    assert [is_parametrized(layer) for layer in model] == [i >= place for i in range(3)]
+    model, record = fxs.squash(model, sparsifier)
+    assert fxs.verify(model, record).ok
+    assert all(torch.equal(model[i].weight, expected[i]) for i in range(3))
 
 
 @pytest.mark.parametrize("method", [fxs.MagnitudeSparsifier, RandomSparsifier])

@@ -270,6 +270,45 @@ def test_a_flipped_payload_is_found_on_request(tmp_path):
     assert [fault.split(":")[0] for fault in faults(path)] == ["v"]
 
 
+@pytest.mark.parametrize("end", [0, 4096])
+def test_what_was_checked_is_what_comes_back(end, tmp_path):
+    """Also where the file is overwritten, or cut off, right after."""
+    path = tmp_path / "f"
+    tensors = {"w": torch.randn(64, 64), "sparse": torch.randn(64, 64) * (torch.rand(64, 64) < 0.2)}
+    fxs.save(tensors, path)
+    state = fxs.load(path, check=True)
+    with open(path, "r+b") as file:
+        file.write(bytes(path.stat().st_size))
+        file.truncate(end)
+    assert all(same_bits(state[name], tensor) for name, tensor in tensors.items())
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_a_load_that_fails_says_how_far_it_came_and_can_be_repeated(place, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    model, other = (nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)) for _ in range(2))
+    fxs.save(model, tmp_path / "f")
+    before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+    read = []
+
+    def failing(self, name, target):
+        if len(read) == place:
+            raise FileFormatError(f"{name}: injected")
+        read.append(name)
+        return usual(self, name, target)
+
+    usual = CompressedFile.fill
+    monkeypatch.setattr(CompressedFile, "fill", failing)
+    with pytest.raises(FileFormatError, match="injected") as caught:
+        fxs.load(tmp_path / "f", other)
+    monkeypatch.undo()
+    assert caught.value.__notes__[0].startswith(f"{place} of 4 entries are loaded")
+    for name, tensor in other.state_dict().items():
+        assert torch.equal(tensor, (model.state_dict() if name in read else before)[name])
+    fxs.load(tmp_path / "f", other)
+    assert all(map(torch.equal, other.state_dict().values(), model.state_dict().values()))
+
+
 @pytest.mark.parametrize("kernels", ["1", "0"])
 @pytest.mark.parametrize("bits", [0x00, 0xFF])
 @pytest.mark.parametrize("form", ["bitmask", "two_four"])

@@ -202,6 +202,7 @@ class SparsifierCore(ABC):
     def _register(self, target: Target, counters: dict[str, Any] | None = None) -> None:
         """Take a target, attached already, under this sparsifier."""
         self._targets[target.name] = target
+        target.mask.name = target.name
         self.state[target.name] = TensorState(target.mask, counters)
 
     def _forget(self, name: str) -> None:

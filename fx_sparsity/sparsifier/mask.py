@@ -1,5 +1,6 @@
 """The mask parametrization: zeros a weight while the original stays trainable beneath it."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fx_sparsity.masks.bits import pack_bits, unpack_bits
+from fx_sparsity.sparsifier.lost_writes import LostWrites
 
 GRAPH_MASKS = "sparsity_masks"
 """Submodule of a GraphModule under which the masks of its own weights live, each by its FQN."""
@@ -52,6 +54,10 @@ class Mask(nn.Module):
     persistent buffer that is edited in place, so that compiled code sees every edit without
     recompiling and a `state_dict` round trip is strict.
 
+    What it gives out is computed anew at each access, so that a write in place into the weight, as
+    by `nn.init`, is lost. There is a warning at the next access, or when the mask is updated or
+    baked in. Assigning to the weight, and writing to the original beneath, take effect.
+
     Args:
         mask: of the weight's shape; boolean, or any dtype in which non-zero means keep. Held as it
             is, not copied; its dtype never changes.
@@ -59,6 +65,10 @@ class Mask(nn.Module):
 
     mask: Tensor
     zero: Tensor
+    name = "a masked weight"
+    """For messages."""
+    watches = True
+    """Whether lost writes are told."""
 
     def __init__(self, mask: Tensor) -> None:
         super().__init__()
@@ -66,6 +76,7 @@ class Mask(nn.Module):
         # A constant in the graph rather than a scalar argument: only then does Inductor fold the
         # whole selection into a frozen weight. Zero-dimensional, so it never promotes the dtype.
         self.register_buffer("zero", torch.zeros((), device=mask.device), persistent=False)
+        self._writes = LostWrites()
 
     @property
     def keep(self) -> Tensor:
@@ -74,14 +85,30 @@ class Mask(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         """`weight` with zeros, in its own dtype."""
-        if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and weight.requires_grad):
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return torch.where(self.keep, weight, self.zero)
-        selected: Tensor = _Select.apply(weight, self.keep, self.zero)
+        self._tell_lost_writes()
+        if torch.is_grad_enabled() and weight.requires_grad:
+            selected: Tensor = _Select.apply(weight, self.keep, self.zero)
+        else:
+            selected = torch.where(self.keep, weight, self.zero)
+        if self.watches:
+            self._writes.give(selected)
         return selected
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """Assigning to the masked weight replaces the original as it is."""
+        self._writes.take()  # as of `layer.weight += 1`, which assigns what it wrote into
         return weight
+
+    def _tell_lost_writes(self) -> None:
+        if self._writes.take():
+            warnings.warn(
+                f"{self.name}: something wrote in place into what its mask gives out, which is "
+                "lost; write to the original beneath (parametrizations.weight.original), or "
+                "assign to the weight",
+                stacklevel=3,
+            )
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Mask":
         """Moving the module may hand out uninitialised memory (`to_empty`); zero stays zero."""
@@ -102,6 +129,7 @@ class Mask(nn.Module):
 
         A mask of other values than zeros and ones is kept as it is.
         """
+        self._tell_lost_writes()  # a new mask is on its way
         keep = self.keep
         if self.mask.dtype == torch.bool or torch.equal(keep.to(self.mask.dtype), self.mask):
             packed, shape = pack_bits(keep), self.mask.shape
@@ -125,6 +153,7 @@ class Mask(nn.Module):
     @torch.no_grad()
     def bake(self, weight: Tensor) -> None:
         """Write the zeros into `weight` itself, in place."""
+        self._tell_lost_writes()
         weight.masked_fill_(~self.keep, 0)
 
 

@@ -79,6 +79,8 @@ class Target:
                 names = list(module._parameters)
                 if attribute in names:
                     self._followers[id(module), attribute] = names[names.index(attribute) + 1 :]
+                if getattr(module, "max_norm", None) is not None:
+                    self.mask.watches = False  # it shortens what it looks up, each time anew
                 parametrize.register_parametrization(module, attribute, self.mask)
                 done.append((module, attribute))
                 take_plain_keys(module)

@@ -8,14 +8,14 @@ from torch.optim import Optimizer
 
 from fx_sparsity.sparsifier.record import SparsityRecord
 from fx_sparsity.sparsifier.target import MaskError, mask_on
-from fx_sparsity.sparsifier.utils import fqn_to_module
+from fx_sparsity.sparsifier.wrappers import owner_of
 
 
 class Hold:
     """Keeps masked values at zero after every step of an optimizer; see `hold`."""
 
-    def __init__(self, optimizer: Optimizer, pruned: dict[str, tuple[Tensor, Tensor]]) -> None:
-        self._optimizer = optimizer
+    def __init__(self, optimizer: Optimizer, model: nn.Module, pruned: dict[str, Tensor]) -> None:
+        self._optimizer, self._model = optimizer, model
         self._pruned = pruned
         self._hook = optimizer.register_step_post_hook(self._after_step)
         self.apply()
@@ -23,7 +23,9 @@ class Hold:
     @torch.no_grad()
     def apply(self) -> None:
         """Zero every masked value and its optimizer state now, as after a merge of LoRA factors."""
-        for weight, pruned in self._pruned.values():
+        for name, pruned in self._pruned.items():
+            owner, attribute = owner_of(self._model, name)
+            weight = getattr(owner, attribute)  # loading with assign=True makes it another one
             weight.masked_fill_(pruned, 0)
             for value in self._optimizer.state.get(weight, {}).values():
                 if isinstance(value, Tensor) and value.shape == weight.shape:
@@ -48,7 +50,7 @@ def hold(optimizer: Optimizer, model: nn.Module, record: SparsityRecord) -> Hold
     Args:
         optimizer: trains the model; weights that it does not hold, such as the frozen ones beneath
             LoRA factors, are zeroed by `Hold.apply` all the same.
-        model: squashed.
+        model: squashed; wrapped or not, also by peft. What its parameters are may change later.
         record: what `squash` returned.
 
     Raises:
@@ -68,12 +70,12 @@ def hold(optimizer: Optimizer, model: nn.Module, record: SparsityRecord) -> Hold
     """
     pruned = {}
     for name, mask in record.items():
-        weight = fqn_to_module(model, name)
+        owner, attribute = owner_of(model, name)
+        weight = getattr(owner, attribute, None)
         if not isinstance(weight, Tensor) or tuple(weight.shape) != mask.shape:
             found = tuple(weight.shape) if isinstance(weight, Tensor) else "nothing"
             raise MaskError(f"{name}: expected a weight of shape {mask.shape}, found {found}")
-        owner, _, attribute = name.rpartition(".")
-        if mask_on(model.get_submodule(owner), attribute) is not None:
+        if mask_on(owner, attribute) is not None:
             raise MaskError(f"{name} is still masked; squash first")
-        pruned[name] = (weight, ~mask.keep.to(weight.device))
-    return Hold(optimizer, pruned)
+        pruned[name] = ~mask.keep.to(weight.device)
+    return Hold(optimizer, model, pruned)

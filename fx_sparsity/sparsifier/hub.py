@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fx_sparsity.sparsifier.adapters import guard_merges, unguard_merges
 from fx_sparsity.sparsifier.dense_state import original_state_dict
 from fx_sparsity.sparsifier.mask import Mask
 from fx_sparsity.sparsifier.utils import fqn_to_module
@@ -31,6 +32,7 @@ def guard(model: nn.Module, sparsifier: Any) -> None:
         model: that has masks.
         sparsifier: whose masks they are; not kept alive.
     """
+    guard_merges(model)
     for module in model.modules():
         if all(callable(getattr(type(module), name, None)) for name in _GUARDED):
             save = _Save(weakref.ref(module), weakref.ref(sparsifier))
@@ -40,6 +42,7 @@ def guard(model: nn.Module, sparsifier: Any) -> None:
 
 def unguard(model: nn.Module) -> None:
     """Take the guards off the modules that have no masks any more."""
+    unguard_merges(model)
     for module in model.modules():
         if not _masked(module):
             for name in _GUARDED:

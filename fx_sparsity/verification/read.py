@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize
 from fx_sparsity.graph.calls import operator_name
 from fx_sparsity.graph.uses import WEIGHT_META
 from fx_sparsity.sparsifier import Mask
+from fx_sparsity.sparsifier.wrappers import plain_paths
 from fx_sparsity.verification.graph_reader import read_nodes
 from fx_sparsity.verification.stored import Forms, OwnFormat, StoredWeight, float_weight, is_float
 
@@ -37,7 +38,11 @@ def read_weights(model: nn.Module | ExportedProgram) -> list[StoredWeight]:
     stored += read_nodes(model) if isinstance(model, fx.GraphModule) else []
     known = {name for weight in stored for name in (weight.where, *weight.made_of)}
     rest = [weight for weight in _read_float(model) if weight.where not in known]
-    stored, rest = _of_the_place(model, stored), _of_the_place(model, rest)
+    plain = plain_paths(model)
+    stored, rest = (
+        [_also_plainly(weight, plain) for weight in _of_the_place(model, part)]
+        for part in (stored, rest)
+    )
     if not isinstance(model, fx.GraphModule) or not any(
         WEIGHT_META in node.meta for node in model.graph.nodes
     ):
@@ -62,6 +67,20 @@ def _unwrapped(model: nn.Module) -> nn.Module:
         if not isinstance(inner, nn.Module):
             return model
         model = inner
+
+
+def _also_plainly(weight: StoredWeight, plain: Mapping[str, str]) -> StoredWeight:
+    """A weight that goes by the name, too, that it had before something was put around its module.
+
+    Args:
+        weight: of the model.
+        plain: see `plain_paths`.
+    """
+    path, _, attribute = weight.fqn.rpartition(".")
+    if path not in plain:
+        return weight
+    name = f"{plain[path]}.{attribute}".removeprefix(".")
+    return replace(weight, aliases=(*weight.aliases, name))
 
 
 def _of_the_place(model: nn.Module, stored: list[StoredWeight]) -> list[StoredWeight]:

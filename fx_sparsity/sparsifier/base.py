@@ -24,6 +24,7 @@ from fx_sparsity.sparsifier.placement import (
     tensor_of,
     weights_of,
 )
+from fx_sparsity.sparsifier.ranks import RankCheck, watch_for_parallel
 from fx_sparsity.sparsifier.target import (
     MaskError,
     Owners,
@@ -70,6 +71,28 @@ class BaseSparsifier(SparsifierCore):
         self.groups: list[dict[str, Any]] = []
         self.model: nn.Module | None = None
         self.config: list[dict[str, Any]] = []
+        self._ranks = RankCheck()
+
+    def step(self, use_path: bool = True) -> None:
+        """Recompute every mask that is not squashed yet.
+
+        In a model that `DistributedDataParallel` was put around, every rank does so by itself, and
+        the masks of the step before are compared with the other ranks'.
+
+        Args:
+            use_path: of no effect, as in `torch.ao.pruning`.
+
+        Raises:
+            ValueError: a tensor cannot be ranked (NaN), or has no data yet (meta device); it is
+                named.
+            MaskError: the masks of the step before differ between ranks.
+            DetachedError: the sparsifier has no model.
+
+            Whatever is raised, every mask is as it was.
+        """
+        self._ranks.check(self.model)
+        super().step(use_path)
+        self._ranks.tell(self.model, {name: self.get_mask(name) for name in self.names})
 
     @abstractmethod
     def update_mask(self, module: nn.Module, tensor_name: str, **config: Any) -> None:
@@ -200,6 +223,7 @@ class BaseSparsifier(SparsifierCore):
         self.groups += [placement.group for placement in placements]
         self.model = model
         guard(model, self)
+        watch_for_parallel()
 
     def attach(self, model: nn.Module) -> None:
         """Bind a detached sparsifier to a model that has its weights.
@@ -267,9 +291,11 @@ class BaseSparsifier(SparsifierCore):
 
         Raises:
             KeyError: a key that a group does not have; nothing was squashed.
-            MaskError: a weight that something else parametrizes too; nothing was squashed.
+            MaskError: a weight that something else parametrizes too, or masks that differ between
+                the ranks of a data-parallel model; nothing was squashed.
             DetachedError: the sparsifier has no model.
         """
+        self._ranks.check(self.model)
         kept: list[tuple[nn.Module, dict[str, Any]]] = []
         for group in self.groups:
             self.get_tensor(group["tensor_fqn"])
@@ -414,6 +440,7 @@ class BaseSparsifier(SparsifierCore):
         ]
         self.model = model
         guard(model, self)
+        watch_for_parallel()
 
     def _find_target(
         self, model: nn.Module, owners: Owners, name: str, mask: Tensor, squashed: bool

@@ -11,6 +11,7 @@ from torch.nn.utils import prune
 
 import fx_sparsity as fxs
 from fx_sparsity.patterns import PatternError
+from fx_sparsity.pruning.methods import RandomSparsifier
 from fx_sparsity.sparsifier import (
     MaskError,
     dense_state_dict,
@@ -213,6 +214,55 @@ def test_two_data_parallel_ranks_train_and_agree(tmp_path):
     mp.spawn(_train_in_parallel, (tmp_path,), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def _differ(rank, folder, broadcast):
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(folder / "store"), 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    model, inputs = make("sequential")
+    sparsifier = RandomSparsifier(seed=rank)
+    fxs.prepare(model, sparsifier, inputs, "unstructured 50%")
+    parallel = nn.parallel.DistributedDataParallel(model, broadcast_buffers=broadcast)
+    optimizer = OPTIMIZERS["sgd"](parallel.parameters())
+    sparsifier.step()
+    train(parallel, inputs, optimizer, steps=2)
+    masks = {name: sparsifier.get_mask(name).clone() for name in sparsifier.names}
+    for call in (sparsifier.step, lambda: fxs.squash(parallel, sparsifier)):
+        with pytest.raises(MaskError, match=rf"2 masks differ between ranks {rank} and {1 - rank}"):
+            call()
+    assert all(torch.equal(masks[name], sparsifier.get_mask(name)) for name in masks)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("broadcast", [True, False])
+def test_ranks_whose_masks_differ_are_noticed(broadcast, tmp_path):
+    mp.spawn(_differ, (tmp_path, broadcast), nprocs=2)
+
+
+def _step_on_one_rank(rank, folder):
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(folder / "store"), 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    model, inputs = make("sequential")
+    sparsifier = RandomSparsifier()
+    fxs.prepare(model, sparsifier, inputs, "unstructured 50%")
+    parallel = nn.parallel.DistributedDataParallel(model)
+    for _ in range(3):
+        if rank == 0:
+            sparsifier.step()
+        train(parallel, inputs, OPTIMIZERS["sgd"](parallel.parameters()), steps=1)
+    parallel(*inputs)
+    _, record = fxs.squash(parallel, sparsifier)
+    torch.save({name: mask.keep for name, mask in record.items()}, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_rank_0_may_step_alone(tmp_path):
+    mp.spawn(_step_on_one_rank, (tmp_path,), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not first["0.weight"].all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

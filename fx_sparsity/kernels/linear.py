@@ -127,12 +127,14 @@ class SparseLinear(PackedModule):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in] -> [..., out], in the dtype of x.
+        """[..., in] -> [..., out], in the dtype of x; of sparse activations a dense result.
 
         Raises:
             TypeError: x has a dtype that does not go with the weight's.
             ValueError: its last dimension is not `in_features`, or it lies on another device.
         """
+        if x.layout is not torch.strided:
+            x = x.to_dense()
         expect_input(x, self.in_features)
         packing, held, bias = self._packing, self._buffers, self.bias
         if x.dtype != self.weight_dtype and held["scale"] is None:

@@ -7,25 +7,15 @@ import weakref
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.module import register_module_module_registration_hook
 
 from fx_sparsity.sparsifier.mask import Mask, masked_weights
 from fx_sparsity.sparsifier.target import MaskError
 
 _BASE = "base_layer"
-_hooked = False
 
 
 def guard_merges(model: nn.Module) -> None:
-    """Have adapters refuse to merge into masked weights: those of a model, and all that come.
-
-    Args:
-        model: that gets masks.
-    """
-    global _hooked
-    if not _hooked:
-        register_module_module_registration_hook(_on_registration)
-        _hooked = True
+    """Have the adapters of a model refuse to merge into masked weights."""
     for module in model.modules():
         if (base := module._modules.get(_BASE)) is not None:
             _guard(module, base)
@@ -38,9 +28,9 @@ def unguard_merges(model: nn.Module) -> None:
             del vars(module)["merge"]
 
 
-def _on_registration(module: nn.Module, name: str, submodule: nn.Module | None) -> None:
-    """A masked module is put into an adapter."""
-    if name == _BASE and submodule is not None and masked_weights(submodule):
+def guard_merge(module: nn.Module, name: str, submodule: nn.Module) -> None:
+    """Have an adapter that gets a masked module refuse to merge."""
+    if name == _BASE and masked_weights(submodule):
         _guard(module, submodule)
 
 

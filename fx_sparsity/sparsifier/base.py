@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from fx_sparsity.patterns import Rows
+from fx_sparsity.sparsifier.adapters import guard_merge
+from fx_sparsity.sparsifier.averaging import follow_masks
 from fx_sparsity.sparsifier.core import SparsifierCore
 from fx_sparsity.sparsifier.hub import guard, unguard
 from fx_sparsity.sparsifier.mask import Mask
@@ -24,7 +26,8 @@ from fx_sparsity.sparsifier.placement import (
     tensor_of,
     weights_of,
 )
-from fx_sparsity.sparsifier.ranks import RankCheck, watch_for_parallel
+from fx_sparsity.sparsifier.ranks import RankCheck, note_parallel
+from fx_sparsity.sparsifier.registration import on_registration
 from fx_sparsity.sparsifier.target import (
     MaskError,
     Owners,
@@ -221,9 +224,7 @@ class BaseSparsifier(SparsifierCore):
         names = {placement.target.name for placement in placements}
         self.groups = [g for g in self.groups if g["tensor_fqn"] not in names]
         self.groups += [placement.group for placement in placements]
-        self.model = model
-        guard(model, self)
-        watch_for_parallel()
+        self._live_in(model)
 
     def attach(self, model: nn.Module) -> None:
         """Bind a detached sparsifier to a model that has its weights.
@@ -438,9 +439,14 @@ class BaseSparsifier(SparsifierCore):
             {**group, **get_arg_info_from_tensor_fqn(model, group["tensor_fqn"])}
             for group in groups
         ]
+        self._live_in(model)
+
+    def _live_in(self, model: nn.Module) -> None:
+        """Take a model whose masks are on, and see to what would not go well with them."""
         self.model = model
         guard(model, self)
-        watch_for_parallel()
+        for handler in (guard_merge, note_parallel, follow_masks):
+            on_registration(handler)
 
     def _find_target(
         self, model: nn.Module, owners: Owners, name: str, mask: Tensor, squashed: bool

@@ -11,9 +11,7 @@ from weakref import WeakSet
 
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.hooks import RemovableHandle
 
 from fx_sparsity.masks.bits import pack_bits
 from fx_sparsity.sparsifier.record import masks_checksum
@@ -22,17 +20,11 @@ from fx_sparsity.sparsifier.target import MaskError
 _PARALLEL: WeakSet[nn.Module] = WeakSet()
 """Modules that `DistributedDataParallel` was put around."""
 _ORDINALS = itertools.count()
-_HOOKS: list[RemovableHandle] = []
 
 
-def watch_for_parallel() -> None:
-    """Learn from now on what `DistributedDataParallel` is put around."""
-    if not _HOOKS:
-        _HOOKS.append(register_module_module_registration_hook(_on_registration))
-
-
-def _on_registration(module: nn.Module, name: str, submodule: nn.Module | None) -> None:
-    if submodule is not None and name == "module" and isinstance(module, DistributedDataParallel):
+def note_parallel(module: nn.Module, name: str, submodule: nn.Module) -> None:
+    """Note what `DistributedDataParallel` is put around."""
+    if name == "module" and isinstance(module, DistributedDataParallel):
         _PARALLEL.add(submodule)
 
 

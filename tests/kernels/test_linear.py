@@ -18,6 +18,7 @@ from torchao.quantization import MappingType, PerRow
 from torchao.quantization.quantize_.workflows import Int8Tensor
 
 import fx_sparsity.kernels.packed_module
+from fx_sparsity import lower
 from fx_sparsity._native import KERNELS, compiler
 from fx_sparsity.kernels import PACKINGS, PackingError, SparseLinear
 from fx_sparsity.kernels.activations import ACTIVATIONS, quantize
@@ -495,3 +496,16 @@ def test_codes_of_activations_are_those_of_plain_torch(monkeypatch, level, quant
         x = torch.randn(1 + seed % 40, 64, generator=generator).to(dtype)
         y = plain_linear(PACKINGS["bitmask"], *operands(module, x))
         assert torch.equal(module(x), y)
+
+
+@pytest.mark.parametrize("layout", ["to_sparse", "to_sparse_csr"])
+def test_sparse_activations(layout):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 32))
+    model[0].weight.data[:, ::2] = 0
+    x = torch.randn(5, 64).relu()
+    expected = model(x)
+    lowered, _ = lower(model, (x,), "bitmask")
+    found = lowered(getattr(x, layout)())
+    assert found.layout is torch.strided
+    assert torch.allclose(found, expected, atol=1e-5)

@@ -8,6 +8,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.utils import prune
+from torch.optim import swa_utils
 
 import fx_sparsity as fxs
 from fx_sparsity.patterns import PatternError
@@ -186,6 +187,33 @@ def test_transformers_models_save_and_tie(tmp_path, caplog):
         loaded = LlamaForCausalLM.from_pretrained(tmp_path / folder)
         assert torch.equal(loaded(**inputs).logits, expected)
         assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("use_buffers", [True, False])
+@pytest.mark.parametrize("ema", [True, False])
+def test_averages_have_the_masks_of_the_model(use_buffers, ema):
+    model, inputs, sparsifier = sparse_model()
+    options = {"multi_avg_fn": swa_utils.get_ema_multi_avg_fn(0.5)} if ema else {}
+    averaged = swa_utils.AveragedModel(model, use_buffers=use_buffers, **options)
+    seen = []
+    for step in range(3):
+        train(model, inputs, OPTIMIZERS["sgd"](model.parameters()), steps=1)
+        seen.append(sparsifier.get_data("0.weight").detach().clone())
+        averaged.update_parameters(model)
+        if step < 2:
+            sparsifier.step()
+    expected = seen[0]
+    for i, weight in enumerate(seen[1:], start=1):
+        expected = (expected + weight) / 2 if ema else expected + (weight - expected) / (i + 1)
+    keep = sparsifier.get_mask("0.weight")
+    found = averaged.module[0]
+    assert torch.equal(found.parametrizations.weight[0].keep, keep)
+    assert torch.allclose(found.parametrizations.weight.original, expected, atol=1e-6)
+    assert torch.equal(found.weight == 0, (expected * keep) == 0)
+    copied = copy.deepcopy(averaged)
+    copied.update_parameters(model)
+    assert torch.equal(averaged.module[0].weight, found.weight)
+    assert averaged(*inputs).shape == model(*inputs).shape
 
 
 def _train_in_parallel(rank, folder):

@@ -26,29 +26,48 @@ def folders() -> list[Path]:
     return [*found, _temporary()]
 
 
-def usable(folder: Path) -> bool:
-    """Whether libraries from `folder` may be loaded.
+def usable(path: Path) -> bool:
+    """Whether what lies in a folder, or a file, may be loaded: nobody else can have put it there.
 
-    Anybody can make a folder in the shared temporary one, so that has to be this user's alone.
+    It is this user's or the system's, and so is every folder on the way; nobody else can write to
+    it, nor exchange what is on the way. On systems without owners, whether it is there.
     """
-    if folder != _temporary():
-        return folder.is_dir()
     try:
-        info = folder.lstat()
+        place = path.resolve(strict=True)
+        if path == _temporary() and path.is_symlink():
+            return False  # anybody can put one into the folder for all
+        return not any(_is_open(part, part == place) for part in (place, *place.parents))
     except OSError:
         return False
-    mine = not hasattr(os, "getuid") or info.st_uid == os.getuid()
-    return stat.S_ISDIR(info.st_mode) and mine and not info.st_mode & 0o022
 
 
-def writable(folder: Path) -> bool:
-    """Make `folder` if need be; whether a file can be put there."""
+def _is_open(path: Path, itself: bool) -> bool:
+    """Whether other users can change a path.
+
+    Args:
+        path: a folder, or a file.
+        itself: whether it is what is loaded from; of a folder above, a group that has but the user
+            is no other, and what is in a sticky one is its owner's.
+    """
+    if not hasattr(os, "getuid"):
+        return False
+    info, me = path.stat(), os.getuid()
+    mode = info.st_mode
+    if not itself and (info.st_gid in (me, 0) or mode & stat.S_ISVTX):
+        mode &= ~stat.S_IWGRP
+    if not itself and mode & stat.S_ISVTX:
+        mode &= ~stat.S_IWOTH
+    return info.st_uid not in (me, 0) or bool(mode & (stat.S_IWGRP | stat.S_IWOTH))
+
+
+def refusal(folder: Path) -> str:
+    """Make `folder` if need be; why nothing to be loaded can be put there, empty where it can."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
-            return usable(folder)
+            return "" if usable(folder) else f"{folder} can be written by other users"
     except OSError:
-        return False
+        return f"{folder} cannot be written"
 
 
 def file_name(name: str, sources: Iterable[Path], flags: Iterable[str]) -> str:

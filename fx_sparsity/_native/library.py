@@ -63,15 +63,15 @@ class Library:
         """
         name = self._file_name()
         for folder in cache.folders():
-            if cache.usable(folder) and (folder / name).is_file():
+            if cache.usable(folder) and cache.usable(folder / name):
                 return folder / name
         command = compiler.find()
         refused = []
         for folder in cache.folders():
-            if not cache.writable(folder):
-                refused.append(str(folder))
+            if refusal := cache.refusal(folder):
+                refused.append(refusal)
                 continue
-            because = f" ({', '.join(refused)} cannot be written)" if refused else ""
+            because = f" ({', '.join(refused)})" if refused else ""
             # A warning, so that whoever waits can see why.
             logger.warning(
                 "%s: compiling C++ kernels with %s into %s%s; once, some seconds",
@@ -82,7 +82,7 @@ class Library:
             )
             compiler.compile_library(command, self.sources, folder / name, self._flags())
             return folder / name
-        raise BuildError(f"none of {', '.join(refused)} can be written")
+        raise BuildError(", ".join(refused))
 
     def _file_name(self) -> str:
         folders = {compiler.INCLUDE, *(source.parent for source in self.sources)}

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fx_sparsity._native import KERNELS
-from fx_sparsity._native.cache import folders, instruction_set, usable, writable
+from fx_sparsity._native.cache import folders, instruction_set, refusal, usable
 from fx_sparsity.lowering.dense_tables import DenseTable, Lookup
 from fx_sparsity.lowering.layers import DenseLinear
 from fx_sparsity.lowering.lowered import LoweredLinear
@@ -419,7 +419,7 @@ def machine() -> str:
 def path() -> Path:
     """Where the table is, or would be."""
     places = [folder / "timings.json" for folder in folders()]
-    held = (place for place in places if usable(place.parent) and place.is_file())
+    held = (place for place in places if usable(place.parent) and usable(place))
     return next(held, places[0])
 
 
@@ -438,9 +438,9 @@ def write_table(table: dict[str, Timing]) -> None:
 
     A folder that cannot be written costs the measurement next time, and a warning.
     """
-    folder = next((f for f in folders() if writable(f)), None)
+    folder = next((f for f in folders() if not refusal(f)), None)
     if folder is None:
-        _log.warning("timings are not kept: no folder of %s is writable", folders())
+        _log.warning("timings are not kept: %s", ", ".join(map(refusal, folders())))
         return
     whole = _read()
     whole[machine()] = whole.get(machine(), {}) | {c: asdict(t) for c, t in table.items()}

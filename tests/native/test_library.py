@@ -112,19 +112,47 @@ def test_nowhere_to_write(tmp_path):
     env = environment(tmp_path, HOME=UNWRITABLE)
     (tmp_path / "tmp" / f"fx_sparsity-{os.getuid()}").touch()
     reason, logged = finish(start(env))
-    assert "can be written" in reason
+    assert "cannot be written" in reason
     assert logged == [f"tiny: {reason}"]
 
 
-@pytest.mark.parametrize("mode", [0o777, 0o770])
-def test_a_temporary_folder_that_others_can_write_is_not_used(tmp_path, monkeypatch, mode):
+@pytest.mark.parametrize("variable", ["TMPDIR", "XDG_CACHE_HOME", "FX_SPARSITY_CACHE"])
+@pytest.mark.parametrize("mode", [0o777, 0o770, 0o707])
+def test_a_folder_that_others_can_write_is_not_used(tmp_path, monkeypatch, mode, variable):
     monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
-    folder = cache.folders()[-1]
-    assert cache.writable(folder)
+    monkeypatch.setenv(variable, str(tmp_path / "chosen"))
+    folder = cache.folders()[-1 if variable == "TMPDIR" else 0]
+    assert not cache.refusal(folder)
     assert cache.usable(folder)
+    (folder / "library.so").touch(0o755)
+    assert cache.usable(folder / "library.so")
     folder.chmod(mode)
     assert not cache.usable(folder)
-    assert not cache.writable(folder)
+    assert cache.refusal(folder) == f"{folder} can be written by other users"
+    folder.chmod(0o700)
+    (folder / "library.so").chmod(mode)
+    assert not cache.usable(folder / "library.so")
+
+
+@pytest.mark.parametrize(("mode", "good"), [(0o777, False), (0o1777, True), (0o755, True)])
+def test_nor_one_whose_parents_others_can_exchange(tmp_path, monkeypatch, mode, good):
+    monkeypatch.setenv("FX_SPARSITY_CACHE", str(tmp_path / "shared" / "mine"))
+    folder = cache.folders()[0]
+    assert not cache.refusal(folder)
+    folder.parent.chmod(mode)
+    assert cache.usable(folder) == good
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give files away")
+def test_nor_one_of_another_user(tmp_path, monkeypatch):
+    monkeypatch.setenv("FX_SPARSITY_CACHE", str(tmp_path / "theirs"))
+    folder = cache.folders()[0]
+    assert not cache.refusal(folder)
+    os.chown(folder, 12345, 12345)
+    assert not cache.usable(folder)
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
+    cache.folders()[-1].symlink_to(tmp_path)
+    assert not cache.usable(cache.folders()[-1])
 
 
 def test_no_compiler(tmp_path):

@@ -42,6 +42,7 @@ class VerifiedWeight:
         pattern_holds: whether the stored zeros obey it, for the weight as a whole where this copy
             stores only a part; None without a pattern.
         max_change: largest change of a kept value against quantizing alone; None as for `extra`.
+        changed: kept values that differ from it by more than `verify`'s tolerance.
         obstacle: what keeps the stored value from being what the consumer reads; empty as a rule.
         not_finite: kept values that are NaN or infinite, or become so by their scale.
         emptied: rows of codes that are all zero though the mask keeps some of them; the weight as
@@ -67,6 +68,7 @@ class VerifiedWeight:
     obstacle: str = ""
     not_finite: int = 0
     emptied: int = 0
+    changed: int = 0
 
     @property
     def sparsity(self) -> float:
@@ -95,6 +97,8 @@ class VerifiedWeight:
             faults.append(f"{self.not_finite} kept values are NaN or infinite")
         if self.emptied:
             faults.append(f"{self.emptied} rows that should keep values are all zero")
+        if self.changed:
+            faults.append(f"{self.changed} kept values are not what quantizing alone makes of them")
         if self.extra:
             faults.append(f"{self.extra} zeros more than asked for")
         if self.pattern_holds is False:
@@ -194,6 +198,7 @@ def verify(
     *,
     reference: nn.Module | ExportedProgram | None = None,
     meant: Collection[str] | None = None,
+    tolerance: float = 1.0,
 ) -> Verification:
     """Check, weight by weight, that what was masked is zero, and nothing else is.
 
@@ -209,6 +214,10 @@ def verify(
             quantizing alone makes are found, and kept values are compared. Without it, only a float
             weight's further zeros are found.
         meant: FQNs of the weights that were meant to be quantized.
+        tolerance: how far a kept value of codes may be from the reference's, as a share of that;
+            what rounding takes comes on top. All of it by default, since what is normalized on the
+            way to its codes is scaled otherwise without what was masked; less is known of what
+            lies at the end of a range of codes. `math.inf` where kept values were updated by much.
 
     Example:
         >>> model, sparsifier = nn.Linear(8, 4), fxs.WeightNormSparsifier()
@@ -235,7 +244,10 @@ def verify(
         for i, weight in enumerate(copies):
             counterpart = alone[fqn][i] if fqn in alone and i < len(alone[fqn]) else None
             expected = None if weight.incidental else intended
-            rows.append(_row(fqn, weight, mask, counterpart, expected, holds[i]))
+            row = _row(fqn, weight, mask, counterpart, expected, holds[i])
+            if counterpart is not None and weight.quantized and counterpart.quantized:
+                row = replace(row, changed=_changed(weight, mask, counterpart, tolerance))
+            rows.append(row)
         if not copies:
             rows.append(_missing(fqn, mask, intended))
     return Verification(tuple(rows))
@@ -375,6 +387,17 @@ def _row(
         not_finite=not_finite,
         emptied=emptied,
     )
+
+
+def _changed(weight: StoredWeight, mask: MaskRecord, alone: StoredWeight, tolerance: float) -> int:
+    """See `VerifiedWeight.changed`."""
+    if weight.obstacle or alone.obstacle:
+        return 0
+    keep = weight.seen(mask.keep).to(weight.data.device)
+    judged = keep & ~weight.zeros() & ~weight.at_the_end() & ~alone.at_the_end()
+    change = (weight.dequantize() - alone.dequantize()).abs()
+    allowed = tolerance * alone.dequantize().abs() + (weight.step() + alone.step()) / 2
+    return int(((change > allowed) & judged).count_nonzero())
 
 
 def _emptied(zeros: Tensor, nonzero: Tensor, scale: Tensor | None) -> int:

@@ -83,6 +83,24 @@ class StoredWeight:
             return self.data
         return (self.data.to(torch.float32) - self.zero_point) * self.scale
 
+    def step(self) -> Tensor:
+        """The distance from each code to the next, in what they stand for; nothing for floats."""
+        if self.scale is None:
+            return torch.zeros((), device=self.data.device)
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        if not dtype.is_floating_point:
+            return self.scale.abs().float()
+        kind = torch.finfo(dtype)
+        return self.dequantize().abs() * kind.eps + self.scale.abs() * kind.smallest_normal
+
+    def at_the_end(self) -> Tensor:
+        """Boolean, of the weight's shape: True where a code is the smallest or largest of all."""
+        if self.code_range is None:
+            return torch.zeros_like(self.data, dtype=torch.bool)
+        low, high = self.code_range
+        data = self.data.float() if self.data.is_floating_point() else self.data
+        return (data <= low) | (data >= high)
+
     def zeros(self) -> Tensor:
         """Boolean, of the weight's shape: True where the stored value *is* zero.
 

@@ -78,8 +78,9 @@ def sparsify_and_quantize(
             it is at hand; made otherwise. After `"qat"` there is nothing alike to compare with.
 
     Returns:
-        The quantized model, and the verification of every masked weight. It does not raise by
-        itself: `verification.raise_if_lost()`.
+        The quantized model, and the verification of every masked weight, which holds the `record`
+        of the masks, by names in `model`. It does not raise by itself:
+        `verification.raise_if_lost()`.
 
     Raises:
         InputError, CaptureError, MappingError, MaskError: as `prepare`.

@@ -1,7 +1,7 @@
 """The gate: what is true now, weight by weight, of a model that was sparsified and quantized."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, overload
 
 from torch import Tensor, nn
@@ -110,9 +110,15 @@ class VerifiedWeight:
 
 @dataclass(frozen=True)
 class Verification(Report, Sequence[VerifiedWeight]):
-    """What `verify` found: a row for every stored copy of every masked weight."""
+    """What `verify` found: a row for every stored copy of every masked weight.
+
+    Attributes:
+        rows: in the order of the record.
+        record: of the masks, by names in the float model; None where there was none.
+    """
 
     rows: tuple[VerifiedWeight, ...]
+    record: Mapping[str, MaskRecord] | None = field(default=None, repr=False, compare=False)
 
     @property
     def ok(self) -> bool:
@@ -143,8 +149,8 @@ class Verification(Report, Sequence[VerifiedWeight]):
         return self
 
     def to_dict(self) -> dict[str, Any]:
-        """See `Report`; each row has its `faults`, too."""
-        rows = super().to_dict()["rows"]
+        """See `Report`; each row has its `faults`, too. The masks of the record are left out."""
+        rows = Report.to_dict(replace(self, record=None))["rows"]
         found = zip(rows, self.rows, strict=True)
         return {"rows": [{**plain, "faults": list(row.faults)} for plain, row in found]}
 
@@ -250,7 +256,7 @@ def verify(
             rows.append(row)
         if not copies:
             rows.append(_missing(fqn, mask, intended))
-    return Verification(tuple(rows))
+    return Verification(tuple(rows), record)
 
 
 def _fitting(weight: StoredWeight, mask: MaskRecord) -> StoredWeight:

@@ -18,7 +18,9 @@ from fx_sparsity.quantization import (
     pt2e,
     sparsify_and_quantize,
 )
+from fx_sparsity.quantization.observers import EMBEDDING_SPEC
 from fx_sparsity.quantization.torch_ao.eager import default_qconfigs
+from fx_sparsity.quantization.torch_ao.embeddings import EmbeddingObserver, embedding_qconfig
 from fx_sparsity.verification import read_weights
 from tests.sparsifier.test_base import assert_unchanged, snapshot
 
@@ -145,25 +147,78 @@ def test_a_linear_that_is_the_model_itself(order):
     assert isinstance(quantized, torch.ao.nn.quantized.dynamic.Linear)
 
 
-@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.LSTMCell, nn.GRUCell, nn.RNNCell])
-def test_recurrent_weights_are_read_as_an_obstacle(kind):
-    model = nn.Sequential(kind(8, 4))
-    expected = {
-        f"0.{name}": tuple(p.shape) for name, p in model[0].named_parameters() if p.ndim == 2
+class Recurrent(nn.Module):
+    """Reads a sequence."""
+
+    def __init__(self, kind, **settings):
+        super().__init__()
+        self.inner = kind(8, 12, **settings)
+
+    def forward(self, x):
+        found = self.inner(x)
+        return found if isinstance(found, torch.Tensor) else found[0]
+
+
+@pytest.mark.parametrize("order", ["sparsify_first", "quantize_first"])
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        (nn.LSTM, {"num_layers": 2}),
+        (nn.LSTM, {"bidirectional": True, "bias": True}),
+        (nn.GRU, {}),
+        (nn.LSTMCell, {}),
+        (nn.GRUCell, {}),
+        (nn.RNNCell, {}),
+    ],
+)
+def test_recurrent_weights_are_masked_in_both_orders(kind, settings, order):
+    torch.manual_seed(0)
+    cell = issubclass(kind, nn.RNNCellBase)
+    model, inputs = (
+        Recurrent(kind, **settings).eval(),
+        (torch.randn(*([5] if cell else [3, 5]), 8),),
+    )
+    config = {kind: tq.default_dynamic_qconfig}
+    quantized, verification = flow(model, inputs, order, "eager", config=config)
+    assert {row.fqn for row in verification} == {
+        name for name, parameter in model.named_parameters() if parameter.ndim > 1
     }
-    stored = read_weights(tq.quantize_dynamic(model, {kind}, dtype=torch.qint8))
-    assert {weight.fqn: tuple(weight.data.shape) for weight in stored} == expected
-    assert all(weight.obstacle and weight.quantized for weight in stored)
-    (row, *_) = fxs.verify(tq.quantize_dynamic(model, {kind}, dtype=torch.qint8))
-    assert "cannot be read" in row.faults[0]
+    assert {row.dtype for row in verification.raise_if_lost()} == {"qint8"}
+    # Independent of the reader: torch's own way to unpack.
+    for attribute, weight in quantized.inner.get_weight().items():
+        assert int((weight.dequantize() == 0).sum()) >= weight.numel() // 2, attribute
+    sparse = copy.deepcopy(model)
+    for attribute, weight in quantized.inner.get_weight().items():
+        getattr(sparse.inner, attribute).data = weight.dequantize()
+    assert (quantized(*inputs) - sparse(*inputs)).abs().max() < 0.05
+    fqn = "inner.weight_hh" if cell else "inner.weight_hh_l0"
+    stored = next(weight for weight in read_weights(quantized) if weight.fqn == fqn)
+    codes = stored.data.clone()
+    codes[tuple((~verification.record[fqn].keep).nonzero()[0])] = 1
+    stored.write(codes)
+    assert [row.fqn for row in fxs.verify(quantized, verification.record) if row.faults] == [fqn]
 
 
-def test_recurrent_weights_cannot_be_masked_when_quantized():
-    config = {nn.LSTM: tq.default_dynamic_qconfig}
-
-    model, inputs = nn.Sequential(nn.LSTM(8, 4)), (torch.randn(2, 3, 8),)
-    with pytest.raises(ValueError, match=r"0.weight_ih_l0 cannot be masked"):
-        flow(model.eval(), inputs, "quantize_first", "eager", config=config)
+@pytest.mark.parametrize("backend", ["eager", "fx"])
+@pytest.mark.parametrize("dim", [6, 7])
+def test_4_bit_tables_of_odd_width_are_refused(dim, backend):
+    """Torch packs their rows across bytes, and looks up others' codes."""
+    torch.manual_seed(0)
+    observer = EmbeddingObserver.with_args(dtype=torch.quint4x2, **EMBEDDING_SPEC)
+    qconfig = embedding_qconfig._replace(weight=observer)
+    config = {nn.Embedding: qconfig}
+    if backend == "fx":
+        config = tq.QConfigMapping().set_object_type(nn.Embedding, qconfig)
+    model, inputs = nn.Sequential(nn.Embedding(40, dim)), (torch.arange(40),)
+    if dim % 2:
+        with pytest.raises(BackendError, match="0: torch packs rows of 7 4-bit codes wrongly"):
+            flow(model, inputs, "sparsify_first", backend, config=config)
+        return
+    quantized, verification = flow(model, inputs, "sparsify_first", backend, config=config)
+    (row,) = verification.raise_if_lost()
+    assert (row.dtype, row.elements, row.wanted) == ("quint4x2", 40 * dim, 20 * dim)
+    near = quantized(*inputs).abs() < 5e-3  # scales are in half precision there
+    assert int(near.sum()) == row.zeros
 
 
 @pytest.mark.parametrize("dim", [16, 6])

@@ -221,7 +221,7 @@ def _plan(chosen: Sequence[_Chosen]) -> _Plan:
         if len(names) > 1:
             plan.shared.append(names)
         if is_float_embedding(module):
-            check_quantizable(names[0], module)
+            check_quantizable(names[0], module, qconfig)
             plan.tables[names[0]] = qconfig
         elif is_dynamic(qconfig):
             _check_swappable(names[0], module, dynamic)

@@ -51,12 +51,19 @@ def is_float_embedding(module: nn.Module) -> TypeGuard[Embedding]:
     )
 
 
-def check_quantizable(name: str, module: Embedding) -> None:
-    """Raise if the weight is not the module's own to replace.
+def check_quantizable(name: str, module: Embedding, qconfig: QConfig | None = None) -> None:
+    """Raise if the weight is not the module's own to replace, or torch packs it wrongly.
 
     Raises:
-        BackendError: it is masked, a hook computes it, or it is on the meta device.
+        BackendError: it is masked, a hook computes it, it is on the meta device, or its rows are
+            to be of an odd number of 4-bit codes.
     """
+    four_bits = qconfig is not None and qconfig.weight().dtype == torch.quint4x2
+    if four_bits and module.embedding_dim % 2:
+        raise BackendError(
+            f"{name}: torch packs rows of {module.embedding_dim} 4-bit codes wrongly, across bytes; "
+            "quantize it to 8 bits"
+        )
     if parametrize.is_parametrized(module, "weight"):
         entry: Any = module.parametrizations
         if any(isinstance(step, Mask) for step in entry["weight"]):

@@ -107,7 +107,7 @@ class FXBackend(Backend):
             if is_float_embedding(module):
                 qconfig = _qconfig_of(name, module, mapping)
                 if qconfig is not None:
-                    check_quantizable(name, module)
+                    check_quantizable(name, module, qconfig)
                     tables[name] = qconfig
                 mapping.set_module_name(name, None)
         prepare = quantize_fx.prepare_qat_fx if qat else quantize_fx.prepare_fx

@@ -1,5 +1,6 @@
 """torch.ao's quantized modules, which eager mode and FX graph mode have in common."""
 
+import functools
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -44,7 +45,7 @@ _FUSED = (
 )
 """Those of them that were a sequence in float, and held the weight in its first member."""
 _RECURRENT = (nnqd.LSTM, nnqd.GRU, nnqd.LSTMCell, nnqd.GRUCell, nnqd.RNNCell)
-"""Modules with several packed weights, that no operator of torch unpacks."""
+"""Modules with several packed weights."""
 _WITH_NORM = (
     nni.ConvBn1d,
     nni.ConvBn2d,
@@ -127,11 +128,19 @@ def read_modules(model: nn.Module) -> Iterator[StoredWeight]:
         if isinstance(module, _RECURRENT):
             for attribute, weight in module.get_weight().items():
                 fqn = f"{path}.{attribute}".removeprefix(".")
-                yield unreadable(fqn, fqn, type(module).__name__, weight.shape)
+                rebuild = functools.partial(_put_recurrent, module, attribute)
+                yield read_affine(fqn, fqn, weight, rebuild, ("out", "in"))
             continue
         roles = next((axes for kind, axes in _KINDS.items() if isinstance(module, kind)), None)
         if roles is not None:
             yield _read_module(fqn, f"{name}.weight".removeprefix("."), module, roles)
+
+
+def _put_recurrent(module: Any, attribute: str, new: Tensor) -> None:
+    """Pack one of a recurrent module's weights anew, and the others with it."""
+    weights, biases = {**module.get_weight(), attribute: new}, module.get_bias()
+    # Layers want them together, cells apart.
+    module.set_weight_bias({**weights, **biases, "weight": weights, "bias": biases})
 
 
 def read_quantized(fqn: str, module: nn.Module) -> StoredWeight:

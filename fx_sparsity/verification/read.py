@@ -34,10 +34,16 @@ def read_weights(model: nn.Module | ExportedProgram) -> list[StoredWeight]:
     if isinstance(model, ExportedProgram):
         model = model.module()
     model = _unwrapped(model)
-    stored = [weight for read in READERS for weight in read(model)]
+    stored = [_computed_with(model, weight) for read in READERS for weight in read(model)]
     stored += read_nodes(model) if isinstance(model, fx.GraphModule) else []
     known = {name for weight in stored for name in (weight.where, *weight.made_of)}
     rest = [weight for weight in _read_float(model) if weight.where not in known]
+    if isinstance(model, fx.GraphModule):
+        reached = _reached(model)
+        stored, rest = (
+            [weight for weight in part if any(map(reached, (weight.where, *weight.made_of)))]
+            for part in (stored, rest)
+        )
     plain = plain_paths(model)
     stored, rest = (
         [_also_plainly(weight, plain) for weight in _of_the_place(model, part)]
@@ -67,6 +73,38 @@ def _unwrapped(model: nn.Module) -> nn.Module:
         if not isinstance(inner, nn.Module):
             return model
         model = inner
+
+
+def _computed_with(model: nn.Module, weight: StoredWeight) -> StoredWeight:
+    """A quantized weight; with an obstacle where a module has been given another forward.
+
+    The hooks of accelerate, which move tensors, are none.
+    """
+    owner = model
+    for name in weight.where.split(".")[:-1]:
+        inner = owner._modules.get(name)
+        owner = owner if inner is None else inner
+    if weight.obstacle or "forward" not in vars(owner) or hasattr(owner, "_hf_hook"):
+        return weight
+    return replace(weight, obstacle=own_forward(owner))
+
+
+def own_forward(module: nn.Module) -> str:
+    """What to say of a module that does something else than its class does."""
+    return f"its {type(module).__name__} has a forward of its own, which may read something else"
+
+
+def _reached(model: fx.GraphModule) -> Callable[[str], bool]:
+    """Whether a graph reads what goes by a name: itself, or in a module that it calls."""
+    named = {
+        str(node.target) for node in model.graph.nodes if node.op in ("call_module", "get_attr")
+    }
+
+    def reached(name: str) -> bool:
+        parts = name.split(".")
+        return any(".".join(parts[:end]) in named for end in range(1, len(parts) + 1))
+
+    return reached
 
 
 def _also_plainly(weight: StoredWeight, plain: Mapping[str, str]) -> StoredWeight:

@@ -61,8 +61,8 @@ def check_quantizable(name: str, module: Embedding, qconfig: QConfig | None = No
     four_bits = qconfig is not None and qconfig.weight().dtype == torch.quint4x2
     if four_bits and module.embedding_dim % 2:
         raise BackendError(
-            f"{name}: torch packs rows of {module.embedding_dim} 4-bit codes wrongly, across bytes; "
-            "quantize it to 8 bits"
+            f"{name}: torch packs rows of {module.embedding_dim} 4-bit codes wrongly, across "
+            "bytes; quantize it to 8 bits"
         )
     if parametrize.is_parametrized(module, "weight"):
         entry: Any = module.parametrizations

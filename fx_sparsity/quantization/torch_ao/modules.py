@@ -20,7 +20,7 @@ from torch.ao.quantization import QConfig, QuantWrapper
 from fx_sparsity.patterns import Role
 from fx_sparsity.quantization.backend import BackendError
 from fx_sparsity.quantization.codes import CodedWeight
-from fx_sparsity.verification.read import WRAPPERS
+from fx_sparsity.verification.read import WRAPPERS, own_forward
 from fx_sparsity.verification.stored import StoredWeight, float_weight
 
 _CONV: tuple[Role, ...] = ("out", "in", "kernel", "kernel", "kernel")
@@ -160,7 +160,10 @@ def _read_module(fqn: str, where: str, module: nn.Module, roles: tuple[Role, ...
 
     weight: Tensor = packed.weight()
     aliases = (f"{fqn.removesuffix('weight')}0.weight",) if isinstance(module, _FUSED) else ()
-    return read_affine(fqn, where, weight, rebuild, roles[: weight.ndim], aliases)
+    stored = read_affine(fqn, where, weight, rebuild, roles[: weight.ndim], aliases)
+    if not type(module).forward.__module__.startswith("torch.ao."):
+        return replace(stored, obstacle=own_forward(module))
+    return stored
 
 
 def unreadable(fqn: str, where: str, kind: str, shape: tuple[int, ...]) -> StoredWeight:

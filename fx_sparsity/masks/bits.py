@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from fx_sparsity.masks import native
+
 _GATHER = sum(1 << shift for shift in range(7, 57, 7))
 """Times eight bytes of 0 or 1, read as one little-endian integer: byte i at bit 56 + i, and nothing
 else there, for 8i - 7j lies in 0..7 only where i = j."""
@@ -21,6 +23,17 @@ def pack_bits(mask: Tensor) -> Tensor:
         return ((eights * _GATHER) >> 56).to(torch.uint8)
     shifts = torch.arange(8, dtype=torch.uint8, device=mask.device)
     return (flat.view(-1, 8) << shifts).sum(1, dtype=torch.uint8)
+
+
+def pack_mask(mask: Tensor) -> Tensor | None:
+    """Pack a mask of any dtype in which zero is dropped and one is kept; None for other values."""
+    bits = torch.empty(-(-mask.numel() // 8), dtype=torch.uint8)
+    plain = native.pack_mask(mask, bits)
+    if plain is not None:
+        return bits if plain else None
+    keep = mask if mask.dtype == torch.bool else mask != 0
+    same = keep is mask or torch.equal(keep.to(mask.dtype), mask)
+    return pack_bits(keep) if same else None
 
 
 def unpack_bits(packed: Tensor, shape: Sequence[int]) -> Tensor:

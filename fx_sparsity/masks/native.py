@@ -55,6 +55,22 @@ def has_nan(x: Tensor) -> bool:
     return torch.ops.fx_sparsity_masks.has_nan(x.detach().contiguous())
 
 
+def pack_mask(mask: Tensor, bits: Tensor) -> bool | None:
+    """Pack a mask as `masks.bits.pack_mask` does.
+
+    Args:
+        mask: any.
+        bits: uint8, one bit for each of its elements.
+
+    Returns:
+        Whether all elements are zeros and ones; None where the operators do not cover the mask.
+    """
+    plain = type(mask) is Tensor and mask.layout == torch.strided and mask.is_contiguous()
+    if not plain or mask.device.type != "cpu" or mask.dtype not in (*_WEIGHTS, torch.bool):
+        return None
+    return torch.ops.fx_sparsity_masks.pack_mask(mask, bits) if MASKS.ready() else None
+
+
 def write_mask(x: Tensor, tiling: Tiling, level: float, rank: Rank, out: Tensor) -> bool:
     """Write the mask of `x`, which `covers` accepts and which holds no NaN, into `out`.
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fx_sparsity.masks.bits import pack_bits, unpack_bits
+from fx_sparsity.masks.bits import pack_mask, unpack_bits
 from fx_sparsity.sparsifier.lost_writes import LostWrites
 
 GRAPH_MASKS = "sparsity_masks"
@@ -130,9 +130,8 @@ class Mask(nn.Module):
         A mask of other values than zeros and ones is kept as it is.
         """
         self._tell_lost_writes()  # a new mask is on its way
-        keep = self.keep
-        if self.mask.dtype == torch.bool or torch.equal(keep.to(self.mask.dtype), self.mask):
-            packed, shape = pack_bits(keep), self.mask.shape
+        packed, shape = pack_mask(self.mask), self.mask.shape
+        if packed is not None:
             return lambda: self.update(unpack_bits(packed, shape))
         held = self.mask.clone()
         return lambda: self.update(held)

@@ -2,6 +2,8 @@
 //
 // `signed` ranks elements by value, else by magnitude. In a mask of a floating dtype 1 is kept.
 // Sizes and counts are the caller's to check.
+#include <algorithm>
+#include <cstring>
 #include <numeric>
 
 #include <torch/csrc/stable/library.h>
@@ -167,6 +169,43 @@ void drop_within(
   });
 }
 
+// Sets the bit of every element that is kept, the lowest first; returns whether all elements are
+// zero or one.
+bool pack_mask(Tensor mask, Tensor bits) {
+  constexpr int64_t kWord = 64;
+  constexpr uint64_t kGather = 0x0102040810204080;  // eight bytes of 0 or 1 to the bits of the top
+  const int64_t n = mask.numel(), bytes = (n + 7) / 8;
+  STD_TORCH_CHECK(bits.numel() == bytes && bits.is_contiguous(), "expected a bit for each element");
+  uint8_t* to = static_cast<uint8_t*>(bits.mutable_data_ptr());
+  std::atomic<bool> plain{true};
+  with_mask(mask, [&]<class Out>(const Out* data, Out one) {
+    torch::stable::parallel_for(0, bytes, kGrain / 8, [&](int64_t begin, int64_t end) {
+      Out strange = 0;
+      for (int64_t byte = begin; byte < end; byte += 8) {
+        const int64_t first = 8 * byte, count = std::min(kWord, std::min(n, 8 * end) - first);
+        Out rest[kWord] = {};
+        const Out* x = data + first;
+        if (count < kWord) {
+          std::copy_n(x, count, rest);
+          x = rest;
+        }
+        uint8_t kept[kWord];
+        for (int64_t i = 0; i < kWord; i++) {
+          kept[i] = x[i] != 0;
+          strange |= Out((x[i] != 0) & (x[i] != one));
+        }
+        for (int64_t i = 0; 8 * i < count; i++) {
+          uint64_t eight;
+          std::memcpy(&eight, kept + 8 * i, 8);
+          to[byte + i] = uint8_t((eight * kGather) >> 56);
+        }
+      }
+      if (strange) plain.store(false, std::memory_order_relaxed);
+    });
+  });
+  return plain;
+}
+
 }  // namespace
 }  // namespace fx::ops
 
@@ -183,6 +222,7 @@ STABLE_TORCH_LIBRARY(fx_sparsity_masks, m) {
   m.def(
       "drop_within(Tensor x, bool signed, int zeros, bool count_missing, Tensor keys, int k, "
       FX_GEOMETRY ", Tensor(a!) mask) -> ()");
+  m.def("pack_mask(Tensor mask, Tensor(a!) bits) -> bool");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fx_sparsity_masks, CPU, m) {
@@ -193,4 +233,5 @@ STABLE_TORCH_LIBRARY_IMPL(fx_sparsity_masks, CPU, m) {
   m.impl("block_keys", TORCH_BOX(&fx::ops::block_keys));
   m.impl("drop_blocks", TORCH_BOX(&fx::ops::drop_blocks));
   m.impl("drop_within", TORCH_BOX(&fx::ops::drop_within));
+  m.impl("pack_mask", TORCH_BOX(&fx::ops::pack_mask));
 }

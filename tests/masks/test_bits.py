@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fx_sparsity.masks.bits import pack_mask, unpack_bits
@@ -12,6 +12,7 @@ from fx_sparsity.masks.bits import pack_mask, unpack_bits
 DTYPES = [torch.bool, torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64]
 
 
+@settings(deadline=None)  # the first call may compile
 @given(st.integers(0, 700), st.sampled_from(DTYPES), st.integers(0, 2**32 - 1), st.booleans())
 def test_a_mask_comes_back(elements, dtype, seed, strided):
     generator = torch.Generator().manual_seed(seed)

@@ -76,10 +76,8 @@ class Routing(NamedTuple):
 
     def without_marked(
         self, found: Sequence[WeightInputs], value: Value, marked: dict[fx.Node, Tensor]
-    ) -> Sequence[WeightInputs]:
-        """Inputs without the rows that are marked.
-
-        As they are, where other rows than those of padding became NaN on the way.
+    ) -> Sequence[WeightInputs] | None:
+        """Inputs without the rows that are marked; None where others than those became NaN.
 
         Args:
             found: of all experts.
@@ -87,7 +85,7 @@ class Routing(NamedTuple):
             marked: sources that are.
         """
         rest, gone = [], 0
-        for inputs in found if marked else ():
+        for inputs in found:
             assert inputs.x is not None
             rows = inputs.x.isnan().any(-1)
             gone += int(rows.sum())
@@ -97,8 +95,8 @@ class Routing(NamedTuple):
             else:  # each row has an expert of its own
                 keep = ~rows.any(-1)
                 rest.append(inputs._replace(x=inputs.x[keep], columns=inputs.columns[keep]))
-        tokens = max((int(source.isnan().any(-1).sum()) for source in marked.values()), default=0)
-        return rest if marked and gone == tokens * value(self.choice).shape[-1] else found
+        tokens = max(int(source.isnan().any(-1).sum()) for source in marked.values())
+        return rest if gone == tokens * value(self.choice).shape[-1] else None
 
     def _again(self, value: Value, given: dict[fx.Node, Any]) -> Value:
         """Run the region on what is given, and else on what `value` says."""

@@ -202,12 +202,29 @@ class Walk:
                 self._take_all(use, self._inputs(use, value, batch.padding, decoder))
                 return
             marked = routing.marked(value, batch.padding, decoder)
-            padding = Padding({}) if marked else batch.padding
-            for turn in routing.turns(value, self._all_experts, marked):
-                found = self._inputs(use, turn, padding, decoder)
-                self._take_all(use, routing.without_marked(list(found), value, marked))
+            self._collect_routed(use, value, routing, marked, batch.padding)
         except UnsupportedUse as reason:
             self._refuse(use.fqn, str(reason))
+
+    def _collect_routed(
+        self,
+        use: GraphUse,
+        value: Value,
+        routing: Routing,
+        marked: dict[fx.Node, Tensor],
+        padding: Padding,
+    ) -> None:
+        """Take the inputs of experts, without what is marked."""
+        decoder = use.node in self._of_decoder
+        for turn in routing.turns(value, self._all_experts, marked):
+            found = self._inputs(use, turn, Padding({}) if marked else padding, decoder)
+            if marked:
+                rest = routing.without_marked(list(found), value, marked)
+                if rest is None:  # of the first turn, since all sort tokens alike
+                    self._collect_routed(use, value, routing, {}, padding)
+                    return
+                found = iter(rest)
+            self._take_all(use, found)
 
     def _take_all(self, use: GraphUse, found: Iterable[WeightInputs]) -> None:
         for inputs in found:

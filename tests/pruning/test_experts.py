@@ -224,3 +224,26 @@ def test_experts_that_met_few_tokens_are_told_once_in_numbers(caplog):
         mixtral(), fxs.WandaSparsifier(), [{"input_ids": ids}], "2:4", all_experts=True
     )
     assert {row.fewest for row in whole.rows if row.groups > 1} == {14}
+
+
+class Poisoning(torch.nn.Module):
+    """Experts whose inputs mix tokens, so that nobody can tell which of them were padding."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.router = torch.nn.Embedding(64, 8), torch.nn.Linear(8, 4, bias=False)
+        self.experts = torch.nn.Parameter(torch.randn(4, 8, 8))
+
+    def forward(self, input_ids, attention_mask):
+        x = self.table(input_ids).flatten(0, 1)
+        chosen = self.router(x).topk(1).indices[:, 0]
+        mixed = x - x.mean(0)
+        return torch.bmm(mixed.unsqueeze(1), self.experts[chosen])
+
+
+def test_where_tokens_mix_before_the_experts_padding_counts_and_that_is_said():
+    torch.manual_seed(0)
+    ids, mask, _ = pad(sequences(), left=False)
+    found, report = statistics(Poisoning(), [{"input_ids": ids, "attention_mask": mask}])
+    assert int(found["experts"][1].tokens.sum()) == ids.numel()
+    assert any(note.startswith("padding counts: ") for note in report["experts"].notes)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from fx_sparsity.sparsifier.mask import Mask, masked_weights
+from fx_sparsity.sparsifier.mask import masked_weights
 from fx_sparsity.sparsifier.target import MaskError
 
 _BASE = "base_layer"
@@ -30,14 +30,12 @@ def unguard_merges(model: nn.Module) -> None:
 
 def guard_merge(module: nn.Module, name: str, submodule: nn.Module) -> None:
     """Have an adapter that gets a masked module refuse to merge."""
-    if name == _BASE and masked_weights(submodule):
+    if name == _BASE:
         _guard(module, submodule)
 
 
 def _guard(module: nn.Module, base: nn.Module) -> None:
-    if callable(getattr(type(module), "merge", None)) and any(
-        isinstance(part, Mask) for part in base.modules()
-    ):
+    if callable(getattr(type(module), "merge", None)) and masked_weights(base):
         vars(module)["merge"] = _Merge(module)
 
 

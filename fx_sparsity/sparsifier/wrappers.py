@@ -8,18 +8,19 @@ _HELD_BY_PEFT = ("base_model", "model", "base_layer")
 """Children that are what one of peft's classes was put around."""
 
 
-def held_by(module: nn.Module) -> nn.Module | None:
-    """What a wrapper was put around: by torch.compile, for several devices, or by peft.
-
-    None where the module is none.
-    """
+def run_by(module: nn.Module) -> nn.Module | None:
+    """What torch.compile, or a wrapper for several devices, was given; None of all others."""
     if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
         return module.module
-    names: tuple[str, ...] = ("_orig_mod",)
+    return module._modules.get("_orig_mod")
+
+
+def held_by(module: nn.Module) -> nn.Module | None:
+    """What a wrapper was put around, one that runs it or one of peft's; None of all others."""
     if any(base.__module__.partition(".")[0] == "peft" for base in type(module).__mro__):
-        names = _HELD_BY_PEFT
-    found = (module._modules.get(name) for name in names)
-    return next((child for child in found if child is not None), None)
+        found = (module._modules.get(name) for name in _HELD_BY_PEFT)
+        return next((child for child in found if child is not None), None)
+    return run_by(module)
 
 
 def unwrapped(module: nn.Module) -> nn.Module:

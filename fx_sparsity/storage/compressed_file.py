@@ -54,6 +54,10 @@ class CompressedFile:
     """
 
     def __init__(self, path: str | Path) -> None:
+        with without_collections():
+            self._open(path)
+
+    def _open(self, path: str | Path) -> None:
         self.file = SafetensorsFile(path)
         self.forms: dict[str, str] = {}
         self.same_as: dict[str, str] = {}
@@ -67,11 +71,10 @@ class CompressedFile:
         text = self.file.metadata.get(KEY)
         self.ours = text is not None
         self._parts: dict[str, dict[str, str]] = {}
-        with without_collections():
-            if text is None:
-                self._read_foreign()
-            else:
-                self._read(text)
+        if text is None:
+            self._read_foreign()
+        else:
+            self._read(text)
         for name, form in self.forms.items():
             if self.ours or form != "dense":
                 dtype, shape = self._shapes[name]

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 from fx_sparsity.graph.calls import operator_name
 from fx_sparsity.graph.uses import WEIGHT_META
 from fx_sparsity.sparsifier import Mask
-from fx_sparsity.sparsifier.wrappers import plain_paths
+from fx_sparsity.sparsifier.wrappers import plain_paths, run_by
 from fx_sparsity.verification.graph_reader import read_nodes
 from fx_sparsity.verification.stored import Forms, OwnFormat, StoredWeight, float_weight, is_float
 
@@ -33,7 +33,8 @@ def read_weights(model: nn.Module | ExportedProgram) -> list[StoredWeight]:
     """
     if isinstance(model, ExportedProgram):
         model = model.module()
-    model = _unwrapped(model)
+    while (inner := run_by(model)) is not None:
+        model = inner
     stored = [_computed_with(model, weight) for read in READERS for weight in read(model)]
     stored += read_nodes(model) if isinstance(model, fx.GraphModule) else []
     known = {name for weight in stored for name in (weight.where, *weight.made_of)}
@@ -62,17 +63,6 @@ def read_weights(model: nn.Module | ExportedProgram) -> list[StoredWeight]:
     calls = tuple(f"{node.target}." for node in model.graph.find_nodes(op="call_module"))
     stored += [replace(weight, incidental=True) for weight in rest if weight.where in reads]
     return stored + [weight for weight in rest if weight.where.startswith(calls)]
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """What torch.compile, or a wrapper for several devices, was given."""
-    while True:
-        inner = getattr(model, "_orig_mod", None)
-        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            inner = model.module
-        if not isinstance(inner, nn.Module):
-            return model
-        model = inner
 
 
 def _computed_with(model: nn.Module, weight: StoredWeight) -> StoredWeight:

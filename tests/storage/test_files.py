@@ -1,5 +1,7 @@
 """Saving and loading whole states: models, ties, quantized ones; failures that change nothing."""
 
+import cProfile
+import gc
 import json
 import os
 import signal
@@ -418,18 +420,23 @@ def test_a_file_that_is_replaced_keeps_its_permissions(mode, tmp_path):
 
 
 @pytest.mark.parametrize("write", [fxs.save, fxs.export])
-def test_opening_takes_four_times_as_long_for_four_times_as_many_tensors(write, tmp_path):
-    def seconds(count):
+def test_opening_takes_four_times_the_calls_for_four_times_as_many_tensors(write, tmp_path):
+    """And one garbage collection, which is due at the end: each goes through torch's objects."""
+    collections = []
+
+    def calls(count):
         path = tmp_path / str(count)
         write({f"layers.{i}.weight": torch.eye(4) for i in range(count)}, path)
-        times = []
-        for _ in range(3):
-            started = time.process_time()
-            CompressedFile(path)
-            times.append(time.process_time() - started)
-        return min(times)
+        profile = cProfile.Profile()
+        gc.callbacks.append(lambda phase, info: collections.append(phase))
+        try:
+            profile.runcall(CompressedFile, path)
+        finally:
+            gc.callbacks.pop()
+        return sum(entry.callcount for entry in profile.getstats())
 
-    assert seconds(10_000) < 6 * seconds(2_500)
+    assert calls(10_000) < 4.2 * calls(2_500)
+    assert collections.count("start") <= 2  # for two files
 
 
 def test_names_that_are_listed_twice_are_counted_once(tmp_path):
@@ -437,10 +444,8 @@ def test_names_that_are_listed_twice_are_counted_once(tmp_path):
     entries = ",".join(f'"{i % 50_000}":{{}}' for i in range(100_000))
     text = ("{" + entries + "}").encode()
     (tmp_path / "f").write_bytes(len(text).to_bytes(8, "little") + text)
-    started = time.process_time()
     with pytest.raises(FileFormatError, match="0: listed twice"):
         fxs.load(tmp_path / "f")
-    assert time.process_time() - started < 10
 
 
 def test_no_header_is_written_that_is_too_long_to_be_read(tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fx_sparsity.masks import native
 from fx_sparsity.masks.plain import plain_mask
-from fx_sparsity.masks.rank import Rank, ScoreError, any_nan, check_floating
+from fx_sparsity.masks.rank import NAN, Rank, ScoreError, any_nan, check_floating
 from fx_sparsity.patterns import Tiling
 
 
@@ -50,9 +50,6 @@ def compute_mask(
     tiling.check(x.shape, tiling)
     if out is not None and out.shape != x.shape:
         raise ValueError(f"expected a mask of shape {tuple(x.shape)}, found {tuple(out.shape)}")
-    if not checked and contains_nan(x):
-        raise ScoreError("scores contain NaN")
-
     if tiling.zeros == tiling.block_size:
         tiling = replace(tiling, zeros="all")
     if x.numel() and native.covers(x):
@@ -61,6 +58,8 @@ def compute_mask(
             mask = torch.empty(x.shape, dtype=torch.bool)
         if native.write_mask(x, tiling, level, rank, mask):
             return mask
+    if not checked and contains_nan(x):
+        raise ScoreError(NAN)
     keep = plain_mask(x, tiling, level, rank)
     return keep if out is None else out.copy_(keep)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fx_sparsity.masks import native
 from fx_sparsity.masks.engine import contains_nan
-from fx_sparsity.masks.rank import Rank, ScoreError, check_floating
+from fx_sparsity.masks.rank import NAN, Rank, ScoreError, check_floating
 
 _DIGIT = 16  # bits
 _CHUNK = 1 << 20  # elements that have keys at a time
@@ -129,7 +129,7 @@ class _Search:
         found = torch.tensor([elements, wide, nan], device=self.device)
         elements, wide, nan = self._sum(found).tolist()
         if nan:
-            raise ScoreError("scores contain NaN")
+            raise ScoreError(NAN)
         self.elements: int = elements
         self.bits = 64 if wide else 32
 

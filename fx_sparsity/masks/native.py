@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fx_sparsity._native import MASKS
 from fx_sparsity.masks.blocks import zeros_of_whole
-from fx_sparsity.masks.rank import Rank, ScoreError
+from fx_sparsity.masks.rank import INFINITIES, NAN, Rank, ScoreError
 from fx_sparsity.patterns import Tiling
 
 _WEIGHTS = (torch.float32, torch.float16, torch.bfloat16)
@@ -72,7 +72,7 @@ def pack_mask(mask: Tensor, bits: Tensor) -> bool | None:
 
 
 def write_mask(x: Tensor, tiling: Tiling, level: float, rank: Rank, out: Tensor) -> bool:
-    """Write the mask of `x`, which `covers` accepts and which holds no NaN, into `out`.
+    """Write the mask of `x`, which `covers` accepts, into `out`.
 
     Args:
         x: weights or scores, not empty.
@@ -85,7 +85,7 @@ def write_mask(x: Tensor, tiling: Tiling, level: float, rank: Rank, out: Tensor)
         False where the operators do not cover the tiling; then nothing was written.
 
     Raises:
-        ScoreError: a block's mean is NaN; nothing was written.
+        ScoreError: `x` holds a NaN, or a block both inf and -inf; `out` is as it was.
     """
     shape = geometry(x.shape, tiling)
     if shape is None:
@@ -108,18 +108,24 @@ def _write(
     ops = torch.ops.fx_sparsity_masks
     signed = rank is Rank.VALUE
     if tiling.block_size == 1 and tiling.zeros == "all":
-        ops.drop_elements(x, signed, round(level * x.numel()), mask)
+        if not ops.drop_elements(x, signed, round(level * x.numel()), mask):
+            raise ScoreError(NAN)
         return
     grid = tiling.grid(x.shape)
     blocks = torch.Size(grid).numel()
     chosen = tiling.chosen(level, blocks)
     keys = torch.empty(0, dtype=torch.int32)
-    if tiling.zeros == "all" or chosen < blocks:
+    ranks_blocks = tiling.zeros == "all" or chosen < blocks
+    sizes = zip(grid, tiling.extents, x.shape, strict=True)
+    has_edges = any(n * extent < size for n, extent, size in sizes)  # they belong to no block
+    if (has_edges or not ranks_blocks) and ops.has_nan(x):
+        raise ScoreError(NAN)
+    if ranks_blocks:
         keys = torch.empty(blocks, dtype=torch.int32)
         if ops.block_keys(x, rank, *shape, keys):
-            raise ScoreError("a block's mean score is NaN: it holds both inf and -inf")
-    if any(n * e < size for n, e, size in zip(grid, tiling.extents, x.shape, strict=True)):
-        mask.fill_(1)  # edges that belong to no block
+            raise ScoreError(NAN if ops.has_nan(x) else INFINITIES)
+    if has_edges:
+        mask.fill_(1)
     if tiling.zeros == "all":
         ops.drop_blocks(keys, chosen, *shape, mask)
     else:

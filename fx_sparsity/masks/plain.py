@@ -13,7 +13,7 @@ from fx_sparsity.masks.blocks import (
     to_blocks,
     zeros_of_whole,
 )
-from fx_sparsity.masks.rank import Rank, ScoreError
+from fx_sparsity.masks.rank import INFINITIES, Rank, ScoreError
 from fx_sparsity.masks.select import k_smallest, k_smallest_per_row
 from fx_sparsity.patterns import Tiling
 
@@ -46,7 +46,7 @@ def _drop(x: Tensor, tiling: Tiling, level: float, rank: Rank) -> Tensor:
     if tiling.zeros == "all" or count < blocks:
         means = block_means(x, extents, rank.terms)
         if rank is Rank.VALUE and bool(torch.isnan(means).any()):
-            raise ScoreError("a block's mean score is NaN: it holds both inf and -inf")
+            raise ScoreError(INFINITIES)
         chosen = k_smallest(means, count)
     if tiling.zeros == "all" and chosen is not None:
         return from_blocks(chosen.unsqueeze(1).expand(-1, tiling.block_size), shape, extents)

@@ -8,6 +8,10 @@ from torch import Tensor
 from fx_sparsity.errors import FxSparsityError
 
 
+NAN = "contains NaN, which has no rank"
+INFINITIES = "a block's mean score is NaN: it holds both inf and -inf"
+
+
 class ScoreError(FxSparsityError, ValueError):
     """Scores that cannot be ranked: NaN, or not a floating dtype."""
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fx_sparsity.masks import Rank, ScoreError, compute_mask, contains_nan
+from fx_sparsity.masks import Rank, ScoreError, compute_mask, contains_nan, native
+from fx_sparsity.masks.rank import NAN
 from fx_sparsity.patterns import Pattern, PatternError, StorageBlock
 from fx_sparsity.sparsifier.base import BaseSparsifier
 from fx_sparsity.sparsifier.core import SparsifierCore, roles_of
@@ -86,13 +87,14 @@ class _NormMixin(SparsifierCore):
             raise PatternError(f"{name}: {error}") from error
 
     def check_updates(self, names: Sequence[str]) -> None:
-        """Refuse NaN, which has no rank."""
+        """Refuse NaN, which has no rank. The C++ operators notice it when they rank."""
         weights = {name: self._target(name).original for name in names}
         if callable(self.norm):
             weights = {name: self.norm(weight) for name, weight in weights.items()}
-        if contains_nan(*weights.values()):
-            bad = next(name for name, weight in weights.items() if contains_nan(weight))
-            raise ScoreError(f"{bad} contains NaN; its mask cannot be computed")
+        left = {name: weight for name, weight in weights.items() if not native.covers(weight)}
+        if contains_nan(*left.values()):
+            bad = next(name for name, weight in left.items() if contains_nan(weight))
+            raise ScoreError(f"{bad}: {NAN}")
 
     def _arguments(self, name: str) -> dict[str, Any]:
         """With a number of zeros, as subclasses that were written for `torch.ao.pruning` expect."""
@@ -107,7 +109,7 @@ class _NormMixin(SparsifierCore):
         tiling = pattern.tiling(weight.shape, roles_of(config, weight.ndim))
         try:
             scores, rank = self.ranked(weight)
-            checked = scores is target.original
+            checked = scores is target.original and not native.covers(scores)
             compute_mask(scores, tiling, level, rank, out=target.mask.mask, checked=checked)
         except ScoreError as error:
             raise ScoreError(f"{name}: {error}") from error

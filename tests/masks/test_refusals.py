@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from fx_sparsity import WeightNormSparsifier
@@ -63,3 +65,44 @@ def test_step_names_the_weight_and_changes_no_mask():
     with pytest.raises(ScoreError, match=r"1\.weight"):
         sparsifier.step()
     assert bool(sparsifier.get_mask("0.weight").all())
+
+
+RANKED_IN_PASSING = {
+    "elements": (Tiling((1, 1)), 0.5),
+    "no element": (Tiling((1, 1)), 0.0),
+    "all elements": (Tiling((1, 1)), 1.0),
+    "blocks": (Tiling((1, 4)), 0.5),
+    "blocks that leave an edge": (Tiling((5, 7), remainder="dense"), 0.5),
+    "every block": (Tiling((1, 4), 2), 1.0),
+    "some blocks": (Tiling((4, 4), 8), 0.5),
+}
+
+
+@pytest.mark.parametrize("tiling, level", RANKED_IN_PASSING.values(), ids=RANKED_IN_PASSING)
+@pytest.mark.parametrize("values", ["spread", "crowded"])
+@given(data=st.data())
+@settings(max_examples=15)
+def test_nan_anywhere_in_many_elements(tiling, level, values, data):
+    """More elements than are ranked in one go: there, NaN is noticed while they are ranked."""
+    x = torch.randn(512, 512) if values == "spread" else torch.ones(512, 512)
+    rank = data.draw(st.sampled_from(list(Rank)))
+    dtype = data.draw(st.sampled_from([torch.float16, torch.bfloat16, torch.float32]))
+    nan = data.draw(st.sampled_from([float("nan"), -float("nan")]))
+    x = x.to(dtype)
+    compute_mask(x, tiling, level, rank)
+    place = data.draw(st.integers(0, x.numel() - 1) | st.sampled_from([0, 32767, 32768, 262143]))
+    x.view(-1)[place] = nan
+    out = torch.full(x.shape, 7.0)
+    with pytest.raises(ScoreError, match="contains NaN"):
+        compute_mask(x, tiling, level, rank, out=out)
+    assert bool((out == 7).all())
+
+
+def test_infinities_are_no_nan_in_passing():
+    x = torch.randn(512, 512)
+    x[0, 0], x[511, 511] = float("inf"), -float("inf")
+    for rank in Rank:
+        kept = compute_mask(x, Tiling((1, 1)), 0.5, rank)
+        assert int(kept.sum()) == x.numel() // 2
+        assert bool(kept[0, 0])
+        assert bool(kept[511, 511]) == (rank is not Rank.VALUE)

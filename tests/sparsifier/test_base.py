@@ -199,7 +199,7 @@ def test_nan_is_named_before_any_mask_changes():
     with torch.no_grad():
         model[2].parametrizations.weight.original[0, 0] = torch.nan
     before = snapshot(model)
-    with pytest.raises(ScoreError, match=r"2.weight contains NaN"):
+    with pytest.raises(ScoreError, match=r"2.weight: contains NaN"):
         sparsifier.step()
     after = model.state_dict()
     assert all(torch.equal(after[n], before[n]) for n in before if n.endswith("mask"))

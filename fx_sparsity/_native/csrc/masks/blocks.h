@@ -93,7 +93,7 @@ void expand_row(
 // Drop the `k` blocks of the smallest keys.
 template <class Out>
 void drop_blocks(const uint32_t* keys, const Geometry& g, int64_t k, Out one, Out* mask) {
-  const Cut cut = cut_smallest(Keys{keys}, g.blocks(), k);
+  const Cut cut = *cut_smallest(Keys{keys}, g.blocks(), k);
   const auto expand = g.block_width == 1 ? expand_row<1, Out>
       : g.block_width == 2               ? expand_row<2, Out>
       : g.block_width == 4               ? expand_row<4, Out>

@@ -42,7 +42,7 @@ inline uint32_t float_bits(Half x) {
 }
 
 template <bool Signed>
-inline uint32_t ordered(uint32_t bits) {
+constexpr uint32_t ordered(uint32_t bits) {
   if constexpr (!Signed) return bits & 0x7fffffffu;
   const uint32_t canonical = bits == 0x80000000u ? 0u : bits;
   return canonical ^ (uint32_t(int32_t(canonical) >> 31) | 0x80000000u);
@@ -73,9 +73,11 @@ inline __m512i ordered16(__m512i bits) {
 }
 #endif
 
-// The keys of a dense array of elements.
+// The keys of a dense array of elements. Numbers have those from `kLeast` to `kMost`; NaN others.
 template <class T, bool Signed>
 struct Elements {
+  static constexpr uint32_t kLeast = Signed ? ordered<true>(0xff800000u) : 0u;
+  static constexpr uint32_t kMost = ordered<Signed>(0x7f800000u);
   const T* data;
 
   uint32_t operator[](int64_t i) const { return ordered<Signed>(float_bits(data[i])); }
@@ -84,8 +86,9 @@ struct Elements {
 #endif
 };
 
-// Keys that are computed already: those of block means.
+// Keys that are computed already: those of block means, of which none is NaN.
 struct Keys {
+  static constexpr uint32_t kLeast = 0, kMost = UINT32_MAX;
   const uint32_t* data;
 
   uint32_t operator[](int64_t i) const { return data[i]; }

@@ -9,6 +9,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include "bits.h"
 #include "blocks.h"
 #include "select.h"
 #include "within.h"
@@ -101,12 +102,16 @@ bool has_nan(Tensor x) {
   return found;
 }
 
-// Drops exactly the `k` smallest elements.
-void drop_elements(Tensor x, bool is_signed, int64_t k, Tensor mask) {
+// Drops exactly the `k` smallest elements; false, and nothing is written, where one is NaN.
+bool drop_elements(Tensor x, bool is_signed, int64_t k, Tensor mask) {
   const int64_t n = x.numel();
+  bool ranked = false;
   with_keys_and_mask(x, is_signed, mask, [&](auto source, auto* out, auto one) {
-    write_masks(source, n, cut_smallest(source, n, k), one, out);
+    const std::optional<Cut> cut = cut_smallest(source, n, k);
+    ranked = cut.has_value();
+    if (ranked) write_masks(source, n, *cut, one, out);
   });
+  return ranked;
 }
 
 // Drops every element below `key` and the first `ties` of those at it; returns how many of the
@@ -163,7 +168,7 @@ void drop_within(
     bool dense, Tensor mask) {
   const Geometry g = Geometry{batch, height, width, block_height, block_width, dense}.flattened();
   Chosen chosen{nullptr, {0, 0}};
-  if (keys.numel()) chosen = {keys_of(keys), cut_smallest(Keys{keys_of(keys)}, g.blocks(), k)};
+  if (keys.numel()) chosen = {keys_of(keys), *cut_smallest(Keys{keys_of(keys)}, g.blocks(), k)};
   with_keys_and_mask(x, is_signed, mask, [&](auto source, auto* out, auto one) {
     fx::drop_within(source, g, zeros, count_missing, chosen, one, out);
   });
@@ -172,35 +177,16 @@ void drop_within(
 // Sets the bit of every element that is kept, the lowest first; returns whether all elements are
 // zero or one.
 bool pack_mask(Tensor mask, Tensor bits) {
-  constexpr int64_t kWord = 64;
-  constexpr uint64_t kGather = 0x0102040810204080;  // eight bytes of 0 or 1 to the bits of the top
   const int64_t n = mask.numel(), bytes = (n + 7) / 8;
   STD_TORCH_CHECK(bits.numel() == bytes && bits.is_contiguous(), "expected a bit for each element");
   uint8_t* to = static_cast<uint8_t*>(bits.mutable_data_ptr());
   std::atomic<bool> plain{true};
   with_mask(mask, [&]<class Out>(const Out* data, Out one) {
-    torch::stable::parallel_for(0, bytes, kGrain / 8, [&](int64_t begin, int64_t end) {
-      Out strange = 0;
-      for (int64_t byte = begin; byte < end; byte += 8) {
-        const int64_t first = 8 * byte, count = std::min(kWord, std::min(n, 8 * end) - first);
-        Out rest[kWord] = {};
-        const Out* x = data + first;
-        if (count < kWord) {
-          std::copy_n(x, count, rest);
-          x = rest;
-        }
-        uint8_t kept[kWord];
-        for (int64_t i = 0; i < kWord; i++) {
-          kept[i] = x[i] != 0;
-          strange |= Out((x[i] != 0) & (x[i] != one));
-        }
-        for (int64_t i = 0; 8 * i < count; i++) {
-          uint64_t eight;
-          std::memcpy(&eight, kept + 8 * i, 8);
-          to[byte + i] = uint8_t((eight * kGather) >> 56);
-        }
+    torch::stable::parallel_for(0, chunks_of(n), 1, [&](int64_t begin, int64_t end) {
+      const int64_t first = begin * kChunk, last = std::min(n, end * kChunk);
+      if (!pack(data + first, last - first, one, to + first / 8)) {
+        plain.store(false, std::memory_order_relaxed);
       }
-      if (strange) plain.store(false, std::memory_order_relaxed);
     });
   });
   return plain;
@@ -214,7 +200,7 @@ bool pack_mask(Tensor mask, Tensor bits) {
 
 STABLE_TORCH_LIBRARY(fx_sparsity_masks, m) {
   m.def("has_nan(Tensor x) -> bool");
-  m.def("drop_elements(Tensor x, bool signed, int k, Tensor(a!) mask) -> ()");
+  m.def("drop_elements(Tensor x, bool signed, int k, Tensor(a!) mask) -> bool");
   m.def("drop_below(Tensor x, bool signed, int key, int ties, Tensor(a!) mask) -> int");
   m.def("count_keys(Tensor x, bool signed, int prefix, Tensor(a!) counts) -> ()");
   m.def("block_keys(Tensor x, int norm, " FX_GEOMETRY ", Tensor(a!) keys) -> bool");

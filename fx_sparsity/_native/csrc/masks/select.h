@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstring>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include <torch/csrc/stable/ops.h>
@@ -104,18 +105,38 @@ Threshold threshold_by_counting(Source source, int64_t n, int64_t k) {
   return {uint32_t(upper << 16 | lower), k, counts[lower]};
 }
 
+// Whether a key is that of a NaN.
+template <class Source>
+bool any_nan(Source source, int64_t n) {
+  constexpr uint32_t least = Source::kLeast, span = Source::kMost - least;
+  if (span == UINT32_MAX) return false;
+  std::atomic<bool> found{false};
+  torch::stable::parallel_for(0, chunks_of(n), 1, [&](int64_t begin, int64_t end) {
+    const int64_t last = std::min(n, end * kChunk);
+    uint32_t nan = 0;
+    for (int64_t i = begin * kChunk; i < last; i++) nan |= source[i] - least > span;
+    if (nan) found.store(true, std::memory_order_relaxed);
+  });
+  return found;
+}
+
 // Keys of [begin, end) that lie in low..high, appended to `out`; returns how many. `below` counts
-// the smaller ones. `out` has room for all of them and 16 more.
+// the smaller ones; `nan` tells of a NaN. `out` has room for all of them and 16 more.
 template <class Source>
 int64_t gather_between(
     Source source, int64_t begin, int64_t end, uint32_t low, uint32_t high, uint32_t* out,
-    int64_t& below) {
+    int64_t& below, bool& nan) {
+  constexpr uint32_t least = Source::kLeast, span = Source::kMost - least;
   int64_t found = 0, less = 0, i = begin;
+  uint32_t strange = 0;
 #if FX_AVX512
   const __m512i lows = _mm512_set1_epi32(int32_t(low));
   const __m512i widths = _mm512_set1_epi32(int32_t(high - low));
+  const __m512i leasts = _mm512_set1_epi32(int32_t(least));
+  const __m512i spans = _mm512_set1_epi32(int32_t(span));
   for (; i + 16 <= end; i += 16) {
     const __m512i keys = source.sixteen(i);
+    strange |= _mm512_cmpgt_epu32_mask(_mm512_sub_epi32(keys, leasts), spans);
     less += __builtin_popcount(_mm512_cmplt_epu32_mask(keys, lows));
     const __mmask16 in = _mm512_cmple_epu32_mask(_mm512_sub_epi32(keys, lows), widths);
     if (in) {
@@ -126,11 +147,13 @@ int64_t gather_between(
 #endif
   for (; i < end; i++) {
     const uint32_t key = source[i];
+    strange |= key - least > span;
     less += key < low;
     out[found] = key;
     found += key - low <= high - low;
   }
   below += less;
+  nan |= strange != 0;
   return found;
 }
 
@@ -162,26 +185,29 @@ struct Candidates {
   std::vector<uint32_t> keys;
   int64_t below = 0;
   bool complete = true;
+  bool nan = false;
 };
 
 template <class Source>
 Candidates candidates_of(Source source, int64_t n, Bracket bracket) {
   std::vector<std::vector<uint32_t>> found(chunks_of(n));
   std::atomic<int64_t> below{0};
-  std::atomic<bool> crowded{false};
+  std::atomic<bool> crowded{false}, nan{false};
   torch::stable::parallel_for(0, chunks_of(n), 1, [&](int64_t begin, int64_t end) {
     std::vector<uint32_t> buffer(kChunk + 16);
     int64_t less = 0;
+    bool strange = false;
     for (int64_t c = begin; c < end && !crowded.load(std::memory_order_relaxed); c++) {
       const int64_t stop = std::min(n, (c + 1) * kChunk);
       const int64_t count = gather_between(
-          source, c * kChunk, stop, bracket.low, bracket.high, buffer.data(), less);
+          source, c * kChunk, stop, bracket.low, bracket.high, buffer.data(), less, strange);
       if (count > kChunk / 8) crowded.store(true, std::memory_order_relaxed);
       found[c].assign(buffer.data(), buffer.data() + count);
     }
     below += less;
+    if (strange) nan.store(true, std::memory_order_relaxed);
   });
-  Candidates candidates{{}, below, !crowded};
+  Candidates candidates{{}, below, !crowded, nan};
   for (const auto& part : found) {
     candidates.keys.insert(candidates.keys.end(), part.begin(), part.end());
   }
@@ -190,14 +216,17 @@ Candidates candidates_of(Source source, int64_t n, Bracket bracket) {
 
 // The threshold that drops the `k` smallest of `n` keys, 0 < k <= n. A sample brackets it, and one
 // pass gathers what the bracket holds. Where it misses, or holds too much (ties), keys are counted.
+// Nothing where a key is that of a NaN.
 template <class Source>
-Threshold threshold_of(Source source, int64_t n, int64_t k) {
+std::optional<Threshold> threshold_of(Source source, int64_t n, int64_t k) {
   if (n <= 4 * kSample) {
+    if (any_nan(source, n)) return std::nullopt;
     std::vector<uint32_t> all(n);
     for (int64_t i = 0; i < n; i++) all[i] = source[i];
     return threshold_of_buffer(all.data(), n, k);
   }
   Candidates candidates = candidates_of(source, n, bracket_of(source, n, k));
+  if (candidates.nan || (!candidates.complete && any_nan(source, n))) return std::nullopt;
   const int64_t rank = k - candidates.below, count = int64_t(candidates.keys.size());
   if (candidates.complete && rank >= 1 && rank <= count) {
     return threshold_of_buffer(candidates.keys.data(), count, rank);
@@ -230,13 +259,17 @@ Cut cut_at(Source source, const std::vector<int64_t>& equal, uint32_t key, int64
   return {key, i};
 }
 
-// The cut that drops exactly `k` of `n` keys.
+// The cut that drops exactly `k` of `n` keys; nothing where one of them is that of a NaN.
 template <class Source>
-Cut cut_smallest(Source source, int64_t n, int64_t k) {
-  if (k <= 0) return {0, 0};
-  if (k >= n) return {UINT32_MAX, n};
-  const auto [key, ties, equal] = threshold_of(source, n, k);
-  if (ties == equal) return {key, n};
+std::optional<Cut> cut_smallest(Source source, int64_t n, int64_t k) {
+  if (k <= 0 || k >= n) {
+    if (any_nan(source, n)) return std::nullopt;
+    return k <= 0 ? Cut{0, 0} : Cut{UINT32_MAX, n};
+  }
+  const auto threshold = threshold_of(source, n, k);
+  if (!threshold) return std::nullopt;
+  const auto [key, ties, equal] = *threshold;
+  if (ties == equal) return Cut{key, n};
   return cut_at(source, equal_per_chunk(source, n, key), key, ties);
 }
 

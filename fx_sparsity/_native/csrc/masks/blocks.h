@@ -8,7 +8,7 @@ namespace fx {
 
 enum class Norm : int64_t { value = 0, magnitude = 1, square = 2 };
 
-constexpr int64_t kStripWidth = 4096;  // columns whose fp64 sums stay in the nearest caches
+constexpr int64_t kStripWidth = 2048;  // columns whose fp64 sums stay in the nearest caches
 
 inline int64_t blocks_per_strip(const Geometry& g) {
   return std::max<int64_t>(1, kStripWidth / g.block_width);

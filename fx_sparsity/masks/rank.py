@@ -7,7 +7,6 @@ from torch import Tensor
 
 from fx_sparsity.errors import FxSparsityError
 
-
 NAN = "contains NaN, which has no rank"
 INFINITIES = "a block's mean score is NaN: it holds both inf and -inf"
 

@@ -12,6 +12,7 @@ from fx_sparsity.pruning.bias import fits
 from fx_sparsity.pruning.observe import observe
 from fx_sparsity.pruning.plan import shared_inputs
 from fx_sparsity.pruning.pruner import CalibrationError, Pruner, Store
+from fx_sparsity.pruning.reconstruction import Rebuilder
 from fx_sparsity.pruning.stages import Stages, describe, find_blocks
 from fx_sparsity.pruning.walk import Walk
 
@@ -25,6 +26,8 @@ class Calibration:
         store: how the batches see weights that are done already.
         batches: all of them.
         sequential: whether the batches go on with what the pruned weights before give out.
+        all_experts: see `prune`.
+        rebuilder: rebuilds the blocks; None where they are not to be.
 
     Raises:
         CalibrationError: graphs that use the weights in different orders.
@@ -38,11 +41,16 @@ class Calibration:
         batches: Sequence[Batch],
         sequential: bool = True,
         all_experts: bool = False,
+        rebuilder: Rebuilder | None = None,
     ) -> None:
         self._frame, self._pruner, self._batches = frame, pruner, batches
         self._walks: list[Walk] = []
         self._blocks: list[nn.Module] = []
         self._asked, self._all_experts = sequential, all_experts
+        self._rebuilder = rebuilder
+        if rebuilder is not None and not (sequential and frame.captured):
+            why = frame.reason if sequential else "sequential=False"
+            raise CalibrationError(f"reconstruction: blocks are rebuilt along a graph ({why})")
         if pruner.plans and frame.captured:
             self._walks = self._through_graphs(store)
         if sequential and not frame.captured:
@@ -75,8 +83,18 @@ class Calibration:
     def __iter__(self) -> Iterator[str]:
         if not self._frame.captured:
             return self._in_turn() if self._blocks else self._observed()
-        steps = (fqns[0] for fqns in zip(*self._walks, strict=True))
+        steps = self._steps()
         return steps if self.sequential else iter(list(steps))
+
+    def _steps(self) -> Iterator[str]:
+        """The weights of the graphs, block by block where blocks are rebuilt."""
+        if self._rebuilder is not None:
+            yield from self._rebuilder.steps(self._walks)
+        elif self._walks:
+            for fqn in self._walks[0].order:
+                for walk in self._walks:
+                    walk.advance(fqn)
+                yield fqn
 
     def _through_graphs(self, store: Store) -> list[Walk]:
         pruner, plans = self._pruner, self._pruner.plans
@@ -86,7 +104,10 @@ class Calibration:
         for captured, uses in zip(self._frame.captured, self._frame.uses, strict=True):
             counted = [u for u in uses if u.fqn in plans and plans[u.fqn].counts(u.use)]
             arguments = (named, pruner.columns, store.read, pruner.take, pruner.refuse, pruner.note)
-            walk = Walk(captured.graph, captured.batches, counted, *arguments, self._all_experts)
+            in_blocks = self._rebuilder is not None
+            walk = Walk(
+                captured.graph, captured.batches, counted, *arguments, self._all_experts, in_blocks
+            )
             walks.append(walk)
             shared.append(shared_inputs(walks[-1].order, counted, plans))
         _check_orders(walks, self._frame.captured)

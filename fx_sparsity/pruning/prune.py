@@ -23,7 +23,8 @@ from fx_sparsity.pruning.calibration import Calibration
 from fx_sparsity.pruning.gradients import Loss, collect_gradients
 from fx_sparsity.pruning.methods import CalibratedSparsifier, Statistic
 from fx_sparsity.pruning.plan import decide
-from fx_sparsity.pruning.pruner import MaskStore, Pruner, Store
+from fx_sparsity.pruning.pruner import HeldStore, MaskStore, Pruner, Store
+from fx_sparsity.pruning.reconstruction import Rebuilder, Reconstruction
 from fx_sparsity.pruning.report import PruningReport
 from fx_sparsity.sparsifier import Mask
 
@@ -45,6 +46,7 @@ def prune(
     correct_bias: bool = False,
     token_weights: Iterable[Tensor] | None = None,
     all_experts: bool = False,
+    reconstruction: Reconstruction | None = None,
     progress: bool = True,
 ) -> tuple[_Model, PruningReport]:
     """Prune a model in one shot, each weight by its real inputs.
@@ -95,6 +97,9 @@ def prune(
         all_experts: statistics of experts are of all tokens, as if the router sent each of them to
             every expert; what they give out is still of those that the router chooses. Where k of
             n experts are chosen and k does not divide n, a token counts several times.
+        reconstruction: rebuilds each block, such as a layer of a language model, once its weights
+            are pruned: what they keep, and norms and biases, are optimized together until the block
+            gives out what the dense one did. The block is the unit of change then.
         progress: True shows a bar on a terminal and log lines elsewhere, False nothing.
 
     Returns:
@@ -107,7 +112,8 @@ def prune(
         PatternError: a pattern without a matrix form for a weight.
         MaskError: a weight that cannot be masked, or that holds NaN or no data.
         CalibrationError: NaN or infinite inputs of a weight, shapes whose graphs use the weights
-            in different orders, or `all_experts` of a model without a graph that shows a router.
+            in different orders, or `all_experts` of a model without a graph that shows a router,
+            or `reconstruction` of a model without a graph.
         ValueError: the method or the allocation needs gradients and there is no loss, or a pattern
             such as 2:4 fixes the level that an allocation would choose, or there are
             `dynamic_shapes` of a graph.
@@ -128,6 +134,7 @@ def prune(
         token_weights,
         all_experts,
         progress,
+        reconstruction,
     )
     module = programs.begin(model, sparsifier) if isinstance(model, ExportedProgram) else model
     store = MaskStore(module, sparsifier)
@@ -148,6 +155,7 @@ class PruneOptions(NamedTuple):
     token_weights: Iterable[Tensor] | None
     all_experts: bool
     progress: bool
+    reconstruction: Reconstruction | None = None
 
 
 def calibrate(
@@ -182,9 +190,16 @@ def calibrate(
             decision = decide(frame, sparsifier, mapping, store.is_done)
             plans, weights = decision.plans, decision.weights
             biases = find_biases(frame, plans) if options.correct_bias else None
-            pruner = Pruner(sparsifier, plans, weights, biases, store)
+            rebuilder = None
+            if options.reconstruction is None:
+                pruner = Pruner(sparsifier, plans, weights, biases, store)
+            else:
+                assert isinstance(store, MaskStore)  # others write weight by weight
+                store = held = HeldStore(store)
+                pruner = Pruner(sparsifier, plans, weights, biases, held)
+                rebuilder = Rebuilder(options.reconstruction, pruner, held)
             calibration = Calibration(
-                frame, pruner, store, read, options.sequential, options.all_experts
+                frame, pruner, store, read, options.sequential, options.all_experts, rebuilder
             )
             if frame.error is not None:
                 _log.warning(
@@ -200,7 +215,9 @@ def calibrate(
                 plans.update(
                     allocate(options.allocation, measuring, pruner, frame, decision, store, read)
                 )
-            decision.dense.update(_prune_all(calibration, pruner, store, options.progress))
+            decision.dense.update(
+                _prune_all(calibration, pruner, store, options.progress, rebuilder)
+            )
         if options.correct_bias:
             estimate_batch_norms(model, read)
     report = PruningReport(
@@ -212,6 +229,7 @@ def calibrate(
         statistics_bytes=pruner.peak,
         activation_bytes=calibration.activation_bytes,
         seconds=time.perf_counter() - start,
+        blocks=() if rebuilder is None else tuple(rebuilder.blocks),
     )
     if report.few_tokens:
         _log.warning("%s", report.few_tokens)
@@ -250,7 +268,11 @@ def _gradients(
 
 
 def _prune_all(
-    calibration: Iterable[str], pruner: Pruner, store: Store, progress: bool
+    calibration: Iterable[str],
+    pruner: Pruner,
+    store: Store,
+    progress: bool,
+    rebuilder: Rebuilder | None,
 ) -> dict[str, str]:
     """Prune weight after weight; returns FQN -> the reason why one stays dense after all."""
     dense = {}
@@ -263,6 +285,8 @@ def _prune_all(
                     _log.warning("%s stays dense: %s", fqn, reason)
                 advance(fqn, 1)
     except BaseException as error:
+        if rebuilder is not None:
+            rebuilder.abandon()
         _note(error, pruner, store)
         raise
     return dense

@@ -2,8 +2,8 @@
 
 import re
 import time
-from collections.abc import Callable, Mapping
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, fx, nn
@@ -379,22 +379,120 @@ class MaskStore:
         self, row: PrunedWeight, keep: Tensor, value: Tensor, bias: tuple[Tensor, Tensor] | None
     ) -> None:
         """See `Store.write`."""
-        fqn = row.fqn
+        self.write_all([Solved(row.fqn, keep, value)], [] if bias is None else [bias])
+
+    def write_all(
+        self, solved: Sequence["Solved"], others: Sequence[tuple[Tensor, Tensor]]
+    ) -> None:
+        """Write several weights at once; after an interruption, none of them.
+
+        Args:
+            solved: the weights.
+            others: tensors of the model, and what they have to become.
+        """
         if self._put_mask is None:
             configs = {name: plan.config for name, plan in self._plans.items()}
             self._put_mask = mask_one_by_one(self._model, self._sparsifier, self._weights, configs)
-        self._put_mask(fqn)
-        weight, mask = self._tensors[fqn], self._sparsifier.get_mask(fqn)
-        beneath = select(keep, value, weight)
-        written = [(weight, beneath), (mask, keep.to(mask.dtype))] + ([bias] if bias else [])
+        written = list(others)
+        for fqn, keep, value in solved:
+            self._put_mask(fqn)
+            weight, mask = self._tensors[fqn], self._sparsifier.get_mask(fqn)
+            written += [(weight, select(keep, value, weight)), (mask, keep.to(mask.dtype))]
         before = [tensor.clone() for tensor, _ in written]
+        states = [self._sparsifier.state[fqn] for fqn, _, _ in solved]
         try:
             for tensor, new in written:
                 tensor.copy_(new)
-            self._sparsifier.state[fqn][DONE] = True
+            for state in states:
+                state[DONE] = True
         except BaseException:
             for (tensor, _), old in zip(written, before, strict=True):
                 tensor.copy_(old)
+            for state in states:
+                state.pop(DONE, None)
             raise
-        if value.stride() == weight.stride():
-            self._written = {fqn: value}
+        self._written = {
+            fqn: value for fqn, _, value in solved if value.stride() == self._tensors[fqn].stride()
+        }
+
+
+class Solved(NamedTuple):
+    """What a weight is to become.
+
+    Attributes:
+        fqn: of the weight.
+        keep: its mask: boolean, of its shape.
+        value: its kept values and zeros, of its shape and dtype.
+    """
+
+    fqn: str
+    keep: Tensor
+    value: Tensor
+
+
+class HeldStore:
+    """A store that can hold back what it is to write, for all of it to be written at once.
+
+    Args:
+        store: to write to, and to read from.
+
+    Attributes:
+        held: FQN -> what the weight is to become, and is read as.
+    """
+
+    def __init__(self, store: MaskStore) -> None:
+        self._store, self._holds = store, False
+        self.how_to_resume = store.how_to_resume
+        self.held: dict[str, Solved] = {}
+        self._biases: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def is_done(self, plan: Plan) -> bool:
+        """See `Store.is_done`."""
+        return self._store.is_done(plan)
+
+    def begin(
+        self, weights: WeightMap, plans: Mapping[str, Plan], tensors: Mapping[str, Tensor]
+    ) -> None:
+        """See `Store.begin`."""
+        self._store.begin(weights, plans, tensors)
+
+    def hold(self) -> None:
+        """From now on write nothing, until `write_held`."""
+        self._holds = True
+
+    def read(self, fqn: str, tensor: Tensor) -> Tensor:
+        """See `Store.read`: as what it is to become."""
+        if fqn in self.held:
+            return self.held[fqn].value
+        if id(tensor) in self._biases:
+            return self._biases[id(tensor)][1]
+        return self._store.read(fqn, tensor)
+
+    def write(
+        self, row: PrunedWeight, keep: Tensor, value: Tensor, bias: tuple[Tensor, Tensor] | None
+    ) -> None:
+        """See `Store.write`."""
+        if not self._holds:
+            self._store.write(row, keep, value, bias)
+            return
+        self.held[row.fqn] = Solved(row.fqn, keep, value)
+        if bias is not None:
+            self._biases[id(bias[0])] = bias
+
+    def write_held(self, values: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> None:
+        """Write what was held back, with other values.
+
+        Args:
+            values: name -> what the tensor is to become, of weights that are held and of others.
+            others: name -> the model's tensor, of the others.
+        """
+        solved = [one._replace(value=values.get(fqn, one.value)) for fqn, one in self.held.items()]
+        named = {id(others[n]): (others[n], v) for n, v in values.items() if n not in self.held}
+        self._store.write_all(solved, list((self._biases | named).values()))
+        self.drop()
+
+    def drop(self) -> None:
+        """Forget what was held back, and hold back no more."""
+        self.held.clear()
+        self._biases.clear()
+        self._holds = False

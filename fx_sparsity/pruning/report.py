@@ -38,6 +38,27 @@ class PrunedWeight:
 
 
 @dataclass(frozen=True)
+class RebuiltBlock:
+    """One block that was rebuilt.
+
+    Attributes:
+        path: of its module; empty for the whole model.
+        before: mean over tokens of ||found - wanted||^2 / ||wanted||^2 of what the block gives out,
+            after its weights were pruned.
+        after: that, once it was rebuilt.
+        held_out: batches that both were measured on and that were not optimized on; 0 where there
+            were too few, and both are those of the optimized ones.
+        note: why it was not rebuilt.
+    """
+
+    path: str
+    before: float
+    after: float
+    held_out: int
+    note: str = ""
+
+
+@dataclass(frozen=True)
 class PruningReport(WeightReport[PrunedWeight]):
     """FQN -> `PrunedWeight`, in the order of pruning.
 
@@ -52,6 +73,7 @@ class PruningReport(WeightReport[PrunedWeight]):
         activation_bytes: the most that activations of all batches took between two weights; 0 where
             the running model was observed.
         seconds: of the whole call.
+        blocks: what became of the blocks, where they were to be rebuilt.
     """
 
     rows: tuple[PrunedWeight, ...]
@@ -62,6 +84,7 @@ class PruningReport(WeightReport[PrunedWeight]):
     statistics_bytes: int
     activation_bytes: int
     seconds: float
+    blocks: tuple[RebuiltBlock, ...] = ()
 
     @property
     def few_tokens(self) -> str:
@@ -86,6 +109,12 @@ class PruningReport(WeightReport[PrunedWeight]):
         parts = [format_table(header, rows)]
         if self.dense:
             parts.append(format_table(("stays dense", "reason"), list(self.dense.items())))
+        if self.blocks:
+            found = [
+                (b.path or "the model", b.before, b.after, b.held_out, b.note) for b in self.blocks
+            ]
+            titles = ("block", "pruned", "rebuilt", "held out", "notes")
+            parts.append(format_table(titles, found))
         if self.few_tokens:
             parts.append(self.few_tokens)
         parts.append(

@@ -1,11 +1,12 @@
 """Walks batches through a graph, and stops wherever all inputs of a weight are known."""
 
+import copy
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fx_sparsity.graph.calls import (
@@ -30,6 +31,7 @@ from fx_sparsity.graph.sources import module_source
 from fx_sparsity.graph.uses import canonical_fqn, live_nodes
 from fx_sparsity.graph.weight_inputs import UnsupportedUse, WeightInputs
 from fx_sparsity.pruning.batches import Batch, GraphUse
+from fx_sparsity.pruning.blocks import Block, graph_blocks
 from fx_sparsity.pruning.padding import Padding, without_padding
 from fx_sparsity.pruning.routing import Routing, Value, find_routing
 
@@ -61,9 +63,11 @@ class Walk:
         refuse: called for a weight whose inputs cannot be known.
         note: called with what the report is to say of a weight, if anything.
         all_experts: whether experts take the inputs that all tokens would be to them.
+        in_blocks: whether it also goes from block to block, see `enter`.
 
     Attributes:
         order: FQNs of the weights in the order in which they are complete.
+        blocks: of the graph, in its order; none where it does not go from one to the next.
         is_routed: whether a router decides on the inputs of some of them.
         peak: the most bytes that activations of all batches took at a stop.
     """
@@ -80,8 +84,9 @@ class Walk:
         refuse: Refuse,
         note: Note,
         all_experts: bool = False,
+        in_blocks: bool = False,
     ) -> None:
-        self._graph, self._batches, self._named = graph, batches, named
+        self._graph, self.batches, self._named = graph, batches, named
         self._columns, self._read, self._take, self._refuse = columns, read, take, refuse
         self._note, self._all_experts = note, all_experts
         self._source = module_source(graph)
@@ -92,14 +97,19 @@ class Walk:
         for fqn, node in last.items():
             self._stops.setdefault(node, []).append(fqn)
         places = [i for i, node in enumerate(nodes) if node in self._stops]
-        self._nodes = nodes[: places[-1] + 1] if places else []  # what follows uses no weight
         self.order = [fqn for i in places for fqn in self._stops[nodes[i]]]
+        self._places = {fqn: i for i in places for fqn in self._stops[nodes[i]]}
+        body = [node for node in nodes if node.op != "output"]
+        self.blocks = graph_blocks(body, self._stops) if in_blocks and places else []
+        ends = [place + 1 for place in places[-1:]] + [block.end for block in self.blocks[-1:]]
+        self._nodes = nodes[: max(ends, default=0)]  # what follows uses no weight
         self._uses: dict[fx.Node, list[GraphUse]] = {}
         for use in uses:
             self._uses.setdefault(use.node, []).append(use)
         self._fixed = _of_state_alone(self._nodes)
         self._of_decoder = _dependents(self._nodes, graph.graph, _DECODER_INPUTS)
         self._state: dict[fx.Node, Any] = {}
+        self._at, self._taken = 0, True
         self._followed: dict[GraphUse, Tensor] = {}
         self.peak = 0
         self._routings = self._find_routings()
@@ -110,18 +120,92 @@ class Walk:
             dict(zip(inputs, batch.leaves, strict=True)) for batch in batches
         ]
 
-    def __iter__(self) -> Iterator[str]:
-        """FQN after FQN, each when all inputs of the weight are taken, and before its last use."""
-        start = 0
-        for stop, node in enumerate(self._nodes):
-            if node not in self._stops:
+    def advance(self, fqn: str) -> None:
+        """Go on until all inputs of a weight are taken, to right before its last use."""
+        self._go_to(self._places[fqn], take=True)
+
+    def block_of(self, fqn: str) -> Block | None:
+        """The block in which a weight has its last use."""
+        place = self._places[fqn]
+        return next((block for block in self.blocks if block.start <= place < block.end), None)
+
+    def enter(self, block: Block) -> list[dict[fx.Node, Any]]:
+        """Go on to the beginning of a block; what lives there, of each batch."""
+        self._go_to(block.start, take=False)
+        return [_copied(values) if block.in_place else dict(values) for values in self._values]
+
+    def leave(self, block: Block, entered: Sequence[Mapping[fx.Node, Any]]) -> None:
+        """Go on to the end of a block, from its beginning, with its weights as they are now.
+
+        Args:
+            block: which.
+            entered: what `enter` returned.
+        """
+        self._values = [dict(values) for values in entered]
+        self._state.clear()
+        for values in self._values:
+            self._pass(block.start, block.end, values, self._state, self._read)
+        self._at, self._taken = block.end, False
+
+    def outputs(
+        self, block: Block, entered: Mapping[fx.Node, Any], read: Read | None = None
+    ) -> list[Tensor]:
+        """What a block gives out of one batch.
+
+        Args:
+            block: which.
+            entered: what lives at its beginning; not changed.
+            read: gives tensors of the model; as the walk reads them by default.
+        """
+        values = _copied(entered) if block.in_place else dict(entered)
+        kept = self._pass(block.start, block.end, values, {}, read or self._read, block.outputs)
+        return [kept[node] for node in block.outputs]
+
+    def begin(self) -> list[dict[fx.Node, Any]]:
+        """What lives at the very beginning, of each batch, for `run_on`."""
+        in_place = any(block.in_place for block in self.blocks)
+        return [_copied(values) if in_place else dict(values) for values in self._values]
+
+    def run_on(self, start: int, block: Block, values: dict[fx.Node, Any]) -> list[Tensor]:
+        """Take values of one's own from a place to the end of a block; what the block gives out."""
+        kept = self._pass(start, block.end, values, {}, self._read, block.outputs)
+        return [kept[node] for node in block.outputs]
+
+    def parameters(self, block: Block) -> dict[str, Tensor]:
+        """Name -> parameter of what a block alone computes with."""
+        inside = set(self._nodes[block.start : block.end])
+        found: dict[str, Tensor] = {}
+        elsewhere: set[str] = set()
+        for node in self._graph.graph.nodes:
+            held = self._source(node)
+            if held is None or not isinstance(held[1], nn.Parameter):
                 continue
-            for batch, values in zip(self._batches, self._values, strict=True):
-                self._run(start, stop, batch, values)
-            start = stop
-            self._state.clear()
-            self.peak = max(self.peak, self._held())
-            yield from self._stops[node]
+            name = canonical_fqn(held[0])
+            name = self._named.get(name, name)
+            readers = list(self._readers(node))
+            if not inside.issuperset(readers):
+                elsewhere.add(name)
+            elif readers:
+                found[name] = held[1]
+        return {name: tensor for name, tensor in found.items() if name not in elsewhere}
+
+    def _readers(self, node: fx.Node) -> Iterator[fx.Node]:
+        """Nodes that read what follows from a tensor of the model, and from others of it."""
+        for user in node.users:
+            if user in self._fixed:
+                yield from self._readers(user)
+            else:
+                yield user
+
+    def _go_to(self, stop: int, take: bool) -> None:
+        """Run every batch to a place; `take` the inputs of what stands there, too."""
+        if (stop, take) <= (self._at, self._taken):
+            return
+        for batch, values in zip(self.batches, self._values, strict=True):
+            self._run(self._at, stop, batch, values, take)
+        self._at, self._taken = stop, take
+        self._state.clear()
+        self.peak = max(self.peak, self._held())
 
     def _find_routings(self) -> dict[fx.Node, Routing]:
         """Consumer -> how its experts get their tokens."""
@@ -157,8 +241,10 @@ class Walk:
         storages = (leaf.untyped_storage() for leaf in held if isinstance(leaf, Tensor))
         return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
-    def _run(self, start: int, stop: int, batch: Batch, values: dict[fx.Node, Any]) -> None:
-        """Take one batch from a stop, whose node has taken its inputs already, to the next."""
+    def _run(
+        self, start: int, stop: int, batch: Batch, values: dict[fx.Node, Any], take: bool
+    ) -> None:
+        """Take one batch from a place, whose node may have taken its inputs, to a later one."""
 
         def value(node: fx.Node) -> Any:
             return values[node] if node in values else self._of_state(node)
@@ -166,32 +252,59 @@ class Walk:
         for position in range(start, stop + 1):
             node = self._nodes[position]
             try:
-                if position > start:
+                if (position > start or not self._taken) and (position < stop or take):
                     for use in self._uses.get(node, ()):
                         self._collect(use, value, batch)
-                if position < stop and node.op == "call_function" and node not in self._fixed:
-                    args, kwargs = fx.map_arg((node.args, node.kwargs), value)
-                    values[node] = run_node(node, args, kwargs)
+                if position < stop:
+                    self._pass(position, position + 1, values, self._state, self._read)
             except Exception as error:
                 error.add_note(f"at {node.name}, in batch {batch.number} of the calibration data")
                 raise
-            if position < stop:
-                for dead in self._dying.get(node, ()):
-                    values.pop(dead, None)
 
-    def _of_state(self, node: fx.Node) -> Any:
+    def _pass(
+        self,
+        start: int,
+        end: int,
+        values: dict[fx.Node, Any],
+        state: dict[fx.Node, Any],
+        read: Read,
+        wanted: Collection[fx.Node] = (),
+    ) -> dict[fx.Node, Any]:
+        """Compute nodes, and drop the values that no later one needs; returns those wanted."""
+
+        def value(node: fx.Node) -> Any:
+            return values[node] if node in values else self._of_state(node, state, read)
+
+        kept: dict[fx.Node, Any] = {}
+        for node in self._nodes[start:end]:
+            if node.op == "call_function" and node not in self._fixed:
+                args, kwargs = fx.map_arg((node.args, node.kwargs), value)
+                values[node] = run_node(node, args, kwargs)
+            if node in wanted:
+                kept[node] = value(node)
+            for dead in self._dying.get(node, ()):
+                values.pop(dead, None)
+        return kept
+
+    def _of_state(
+        self, node: fx.Node, state: dict[fx.Node, Any] | None = None, read: Read | None = None
+    ) -> Any:
         """A value that follows from the model's tensors alone, as they are now."""
-        if node not in self._state:
+        state = self._state if state is None else state
+        read = self._read if read is None else read
+        if node not in state:
             found = self._source(node)
             if found is not None:
                 name = canonical_fqn(found[0])
-                self._state[node] = self._read(self._named.get(name, name), found[1])
+                state[node] = read(self._named.get(name, name), found[1])
             elif node.op == "get_attr":
-                self._state[node] = operator.attrgetter(str(node.target))(self._graph)
+                state[node] = operator.attrgetter(str(node.target))(self._graph)
             else:
-                args, kwargs = fx.map_arg((node.args, node.kwargs), self._of_state)
-                self._state[node] = run_node(node, args, kwargs)
-        return self._state[node]
+                args, kwargs = fx.map_arg(
+                    (node.args, node.kwargs), lambda inner: self._of_state(inner, state, read)
+                )
+                state[node] = run_node(node, args, kwargs)
+        return state[node]
 
     def _collect(self, use: GraphUse, value: Value, batch: Batch) -> None:
         """Take the inputs that a weight has in one use."""
@@ -338,6 +451,11 @@ class Walk:
             if passed is not None and tuple(passed.shape) == shape_of(node):
                 return passed
         return None
+
+
+def _copied(values: Mapping[fx.Node, Any]) -> dict[fx.Node, Any]:
+    """Values that are written into without a trace in the originals; aliases stay aliases."""
+    return copy.deepcopy(dict(values), {id(node): node for node in values})
 
 
 def _argument(bound: Mapping[str, Any], arg: str) -> Any:

@@ -78,7 +78,7 @@ RANKED_IN_PASSING = {
 }
 
 
-@pytest.mark.parametrize("tiling, level", RANKED_IN_PASSING.values(), ids=RANKED_IN_PASSING)
+@pytest.mark.parametrize(("tiling", "level"), RANKED_IN_PASSING.values(), ids=RANKED_IN_PASSING)
 @pytest.mark.parametrize("values", ["spread", "crowded"])
 @given(data=st.data())
 @settings(max_examples=15)

@@ -286,14 +286,13 @@ def test_what_lives_is_what_is_needed_later(monkeypatch):
 
     model, batches = Deep().eval(), [(torch.randn(5, 12),) for _ in range(3)]
     lives = []
-    plain = walk.Walk.__iter__
+    plain = walk.Walk.advance
 
-    def watched(self):
-        for fqn in plain(self):
-            lives.append([len(values) for values in self._values])
-            yield fqn
+    def watched(self, fqn):
+        plain(self, fqn)
+        lives.append([len(values) for values in self._values])
 
-    monkeypatch.setattr(walk.Walk, "__iter__", watched)
+    monkeypatch.setattr(walk.Walk, "advance", watched)
     prune(model, TinyWanda(), batches)
     assert lives == [[1, 1, 1]] * 4
 

@@ -13,9 +13,9 @@ _CONTAINERS = ("Sequential", "ModuleList", "ModuleDict")
 def block_of(model: nn.Module, weights: Iterable[str]) -> dict[str, str]:
     """FQN of each weight -> path of the block that it lies in; its own FQN where it lies in none.
 
-    A block is an item of a `ModuleList` or `Sequential` that lies beside another of its class, where
-    both hold some of the weights. The outermost counts: what a block holds makes no blocks. Of the
-    graph of an exported program, the modules are those that it notes on its nodes.
+    A block is an item of a `ModuleList` or `Sequential` that lies beside another of its class,
+    where both hold some of the weights. The outermost counts: what a block holds makes no blocks.
+    Of the graph of an exported program, the modules are those that it notes on its nodes.
 
     Args:
         model: that has the weights, masked or not, or the module of an exported program.

@@ -23,9 +23,7 @@ STACK = {
     "before.weight": "before.weight",
     "between.weight": "between.weight",
     "after.weight": "after.weight",
-    **{
-        f"layers.{n}.{name}.weight": f"layers.{n}" for n in range(4) for name in ("up", "down")
-    },
+    **{f"layers.{n}.{name}.weight": f"layers.{n}" for n in range(4) for name in ("up", "down")},
 }
 
 

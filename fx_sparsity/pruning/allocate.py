@@ -18,10 +18,10 @@ from fx_sparsity.pruning.allocation import (
     Seen,
     squared_change,
 )
-from fx_sparsity.pruning.allocation.blocks import block_of
 from fx_sparsity.pruning.allocation.levels import Prunable
 from fx_sparsity.pruning.batches import Batch, Frame
-from fx_sparsity.pruning.calibration import Calibration
+from fx_sparsity.pruning.blocks import block_of
+from fx_sparsity.pruning.calibration import Calibration, Sequential
 from fx_sparsity.pruning.effect import Effect, restored
 from fx_sparsity.pruning.methods import CalibratedSparsifier, Solution, Statistic, Statistics
 from fx_sparsity.pruning.plan import Decision, Plan
@@ -76,7 +76,7 @@ def allocate(
     decision: Decision,
     store: Store,
     batches: Sequence[Batch],
-    sequential: bool,
+    sequential: Sequential,
     all_experts: bool,
 ) -> dict[str, Plan]:
     """Plans with the levels of a rule, that prune in all what the plans ask for.

@@ -19,7 +19,7 @@ from fx_sparsity.pruning.allocate import allocate, needs_of
 from fx_sparsity.pruning.allocation import Allocation
 from fx_sparsity.pruning.batches import capture, check_forms, is_exported, read_batches
 from fx_sparsity.pruning.bias import estimate_batch_norms, find_biases
-from fx_sparsity.pruning.calibration import Calibration
+from fx_sparsity.pruning.calibration import Calibration, Sequential
 from fx_sparsity.pruning.gradients import Loss, collect_gradients
 from fx_sparsity.pruning.methods import CalibratedSparsifier, Statistic
 from fx_sparsity.pruning.plan import decide
@@ -39,7 +39,7 @@ def prune(
     batches: Iterable[ExampleInputs],
     mapping: MappingLike | None = None,
     *,
-    sequential: bool = True,
+    sequential: Sequential = True,
     dynamic_shapes: Any = None,
     loss: Loss | None = None,
     allocation: Allocation | None = None,
@@ -80,8 +80,12 @@ def prune(
             a graph each. A graph that was exported with both kinds of arguments takes a dict.
         mapping: which weight gets which pattern and level. None gives every weight the
             sparsifier's defaults.
-        sequential: False takes all statistics from the dense model, in one pass, and holds them
-            at once.
+        sequential: True has each weight see what the pruned ones before it give out. "blocks" has
+            all weights of a block, such as a layer of a language model, see what the pruned blocks
+            before it give out, and the block as it was, as the code of Wanda and SparseGPT does;
+            in memory are the statistics of one block and, once more, the activations at its
+            beginning. A call that goes on in the middle of a block sees what is pruned of it. False
+            takes all statistics from the dense model, in one pass, and holds them at once.
         dynamic_shapes: as `torch.export.export` takes it, in place of sizes that differ; not for
             a graph, which has its own.
         loss: (what the model returns, the batch) -> scalar; for methods that need gradients, which
@@ -148,7 +152,7 @@ def prune(
 class PruneOptions(NamedTuple):
     """What `prune` takes beside model, method and data; see there."""
 
-    sequential: bool
+    sequential: Sequential
     dynamic_shapes: Any
     loss: Loss | None
     allocation: Allocation | None

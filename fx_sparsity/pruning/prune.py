@@ -121,7 +121,7 @@ def prune(
             or `reconstruction` of a model without a graph.
         ValueError: the method or the allocation needs gradients and there is no loss, or a pattern
             such as 2:4 fixes the level that an allocation would choose, or there are
-            `dynamic_shapes` of a graph.
+            `dynamic_shapes` of a graph, or an unknown way to be `sequential`.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -247,8 +247,13 @@ def _check_method(sparsifier: CalibratedSparsifier, options: PruneOptions) -> fr
 
     Raises:
         TypeError: the sparsifier needs no data.
-        ValueError: it or the allocation needs gradients, and there is no loss.
+        ValueError: it or the allocation needs gradients, and there is no loss; or `sequential` is
+            neither of its values.
     """
+    if options.sequential not in (True, False, "blocks"):
+        raise ValueError(
+            f'sequential: expected True, False or "blocks", found {options.sequential!r}'
+        )
     if not isinstance(sparsifier, CalibratedSparsifier):
         raise TypeError(
             f"sparsifier: expected a CalibratedSparsifier, found {type(sparsifier).__name__}, "

@@ -129,6 +129,12 @@ def test_what_has_no_blocks_is_pruned_weight_by_weight():
         assert torch.equal(found, wanted)
 
 
+def test_other_words_are_refused():
+    model, batches = stack()
+    with pytest.raises(ValueError, match="expected True, False or .blocks., found 'block'"):
+        fxs.prune(model, TinyWanda(), batches, sequential="block")
+
+
 def test_a_weight_that_several_blocks_share_waits_for_the_last():
     model, batches = stack()
     model.layers[2].up.weight = model.layers[0].up.weight

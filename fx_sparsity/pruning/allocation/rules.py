@@ -213,7 +213,8 @@ class LeastError(OutputAllocation):
     Each weight is solved at some levels on the inputs of the dense model, and the batches run
     through the model with that weight alone pruned; see `allocation.by_sensitivity`. What weights
     do together is not that sum. So the model is pruned by these levels, by one level everywhere,
-    and by the means of both in turn, and the levels are kept that change its output least.
+    and by the means of both in turn, without corrections of biases or blocks, and the levels are
+    kept that change its output least.
 
     The cost: `len(tried) + 2` runs of the model over all batches for each weight, and then three
     times what pruning takes and six runs more; in memory, two copies of the weights that are

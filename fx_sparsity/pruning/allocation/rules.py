@@ -41,7 +41,8 @@ Change = Callable[[Tensor, Tensor], Tensor]
 
 def squared_change(dense: Tensor, found: Tensor) -> Tensor:
     """Squared difference of two outputs of one shape, summed: float32, a scalar."""
-    return (found.float() - dense.float()).nan_to_num(0.0).square().sum()  # -inf stays as it is
+    moved = found.float() - dense.float()
+    return torch.where(dense == found, 0.0, moved).square().sum()  # also where both are -inf
 
 
 def divergence(dense: Tensor, found: Tensor) -> Tensor:
@@ -50,9 +51,17 @@ def divergence(dense: Tensor, found: Tensor) -> Tensor:
     Args:
         dense: logits, [..., classes].
         found: those of another model, in that shape.
+
+    Raises:
+        ValueError: a single class, which always has all of the probability.
     """
+    if dense.shape[-1] < 2:
+        raise ValueError(
+            f"divergence: expected logits of several classes, found shape {tuple(dense.shape)}; "
+            "use squared_change for models that return other values"
+        )
     p, q = dense.float().log_softmax(-1), found.float().log_softmax(-1)
-    return (p.exp() * (p - q)).nan_to_num(0.0).sum()  # 0 log 0 is 0
+    return torch.where(p == -torch.inf, 0.0, p.exp() * (p - q)).sum()  # 0 log 0 is 0
 
 
 class Allocation(ABC):
@@ -222,8 +231,8 @@ class LeastError(OutputAllocation):
 
     Args:
         tried: levels to solve at, each in (0, 1).
-        change: see `OutputAllocation`; `divergence` is better for models that return logits, such
-            as language models.
+        change: see `OutputAllocation`. The default is for models that return logits; others take
+            `squared_change`, which is a bad guide for logits.
 
     Raises:
         ValueError: a level of `tried` is not between 0 and 1.
@@ -232,7 +241,7 @@ class LeastError(OutputAllocation):
     solves = True
 
     def __init__(
-        self, tried: Iterable[float] = (0.4, 0.6, 0.75, 0.9), change: Change = squared_change
+        self, tried: Iterable[float] = (0.4, 0.6, 0.75, 0.9), change: Change = divergence
     ) -> None:
         self.tried, self.change = tuple(tried), change
         if not all(0 < level < 1 for level in self.tried):

@@ -19,6 +19,7 @@ from fx_sparsity.checkpoints.run import Run
 from fx_sparsity.graph.example_inputs import ExampleInputs, call_arguments
 from fx_sparsity.graph.mapping import MappingLike
 from fx_sparsity.pruning.batches import listed
+from fx_sparsity.pruning.calibration import Sequential
 from fx_sparsity.pruning.methods import CalibratedSparsifier
 from fx_sparsity.pruning.prune import GRADIENTS, PruneOptions, calibrate
 from fx_sparsity.pruning.report import PruningReport
@@ -35,7 +36,7 @@ def prune_checkpoint(
     source: str | Path,
     target: str | Path,
     names: Mapping[str, str] | None = None,
-    sequential: bool = True,
+    sequential: Sequential = True,
     dynamic_shapes: Any = None,
     correct_bias: bool = False,
     token_weights: Iterable[Tensor] | None = None,

@@ -14,6 +14,7 @@ from fx_sparsity.checkpoints.report import CheckpointReport, CheckpointWeight
 from fx_sparsity.checkpoints.run import Run
 from fx_sparsity.graph.weight_map import WeightMap
 from fx_sparsity.patterns import SparsityConfig
+from fx_sparsity.pruning.calibration import Sequential
 from fx_sparsity.pruning.plan import Plan
 from fx_sparsity.pruning.report import PrunedWeight
 
@@ -40,7 +41,7 @@ class PrunedFiles:
         source: Checkpoint,
         held: MappedCheckpoint,
         loaded: LoadedModel,
-        sequential: bool,
+        sequential: Sequential,
     ) -> None:
         self._run, self._source, self._held = run, source, held
         self._loaded, self._sequential = loaded, sequential

@@ -1,13 +1,15 @@
-"""The blocks of a graph: what a repeated module, such as a layer of a language model, computes."""
+"""Blocks: repeated modules, such as the layers of a language model, in graphs and by name."""
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
 from fx_sparsity.graph.calls import writes
+from fx_sparsity.pruning.batches import is_exported
 
 
 class Block(NamedTuple):
@@ -40,17 +42,7 @@ def graph_blocks(nodes: Sequence[fx.Node], consumers: Collection[fx.Node]) -> li
         consumers: nodes that use weights; a block holds some of them.
     """
     stacks = {node: list(_stack(node)) for node in nodes}
-    kinds: dict[tuple[str, str], set[str]] = {}
-    for node in consumers:
-        for path, kind in stacks.get(node, ()):
-            kinds.setdefault((path.rpartition(".")[0], kind), set()).add(path)
-    repeated = {
-        path
-        for (_, kind), paths in kinds.items()
-        if len(paths) > 1 and not kind.endswith(("Sequential", "ModuleList", "ModuleDict"))
-        for path in paths
-        if path.rpartition(".")[2].isdecimal()
-    }
+    repeated = _repeated(stacks.get(node, []) for node in consumers)
     places: dict[str, list[int]] = {}
     for place, node in enumerate(nodes):
         around = [path for path, _ in stacks[node] if path in repeated]
@@ -61,6 +53,63 @@ def graph_blocks(nodes: Sequence[fx.Node], consumers: Collection[fx.Node]) -> li
     if not spans or not apart:
         spans = [(0, len(nodes), "")]
     return [_block(nodes, *span) for span in spans]
+
+
+def block_of(model: nn.Module, weights: Iterable[str]) -> dict[str, str]:
+    """FQN of each weight -> path of the block that it lies in; its own FQN where it lies in none.
+
+    A block is what it is for `graph_blocks`, here by the names of the weights that it holds.
+
+    Args:
+        model: that has the weights, masked or not, or the module of an exported program.
+        weights: FQNs.
+    """
+    kinds = dict(_graph_kinds(model) if is_exported(model) else _module_kinds(model))
+    around = {
+        fqn: [(path, kinds[path]) for path in _prefixes(fqn) if path in kinds] for fqn in weights
+    }
+    repeated = _repeated(around.values())
+    return {
+        fqn: next((path for path, _ in modules if path in repeated), fqn)
+        for fqn, modules in around.items()
+    }
+
+
+def _repeated(modules: Iterable[Iterable[tuple[str, str]]]) -> set[str]:
+    """Paths of items of containers beside others of their class.
+
+    Args:
+        modules: (path, class) of those around each weight, or around what uses it.
+    """
+    kinds: dict[tuple[str, str], set[str]] = {}
+    for around in modules:
+        for path, kind in around:
+            kinds.setdefault((path.rpartition(".")[0], kind), set()).add(path)
+    return {
+        path
+        for (_, kind), paths in kinds.items()
+        if len(paths) > 1 and not kind.endswith(("Sequential", "ModuleList", "ModuleDict"))
+        for path in paths
+        if path.rpartition(".")[2].isdecimal()
+    }
+
+
+def _prefixes(fqn: str) -> Iterator[str]:
+    """Paths of the modules around a weight, the outermost first."""
+    parts = fqn.split(".")
+    return (".".join(parts[:end]) for end in range(1, len(parts)))
+
+
+def _module_kinds(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """(path, class) of all modules."""
+    for path, module in model.named_modules(remove_duplicate=False):
+        yield path, parametrize.type_before_parametrizations(module).__qualname__
+
+
+def _graph_kinds(graph: fx.GraphModule) -> Iterator[tuple[str, str]]:
+    """(path, class) of all modules that a graph was made of."""
+    for node in graph.graph.nodes:
+        yield from _stack(node)
 
 
 def _block(nodes: Sequence[fx.Node], start: int, end: int, path: str) -> Block:

@@ -4,6 +4,8 @@ What is observed is the whole model at once, or its repeated blocks in turn.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
+from typing import Literal
 
 from torch import nn
 
@@ -14,7 +16,10 @@ from fx_sparsity.pruning.plan import shared_inputs
 from fx_sparsity.pruning.pruner import CalibrationError, Pruner, Store
 from fx_sparsity.pruning.reconstruction import Rebuilder
 from fx_sparsity.pruning.stages import Stages, describe, find_blocks
-from fx_sparsity.pruning.walk import Walk
+from fx_sparsity.pruning.walk import Walk, advance
+
+Sequential = bool | Literal["blocks"]
+"""Whether batches go on with what pruned weights give out, or pruned blocks; see `prune`."""
 
 
 class Calibration:
@@ -25,12 +30,13 @@ class Calibration:
         pruner: takes the inputs.
         store: how the batches see weights that are done already.
         batches: all of them.
-        sequential: whether the batches go on with what the pruned weights before give out.
+        sequential: whether the batches go on with what the pruned weights before give out, or the
+            pruned blocks.
         all_experts: see `prune`.
         rebuilder: rebuilds the blocks; None where they are not to be.
 
     Raises:
-        CalibrationError: graphs that use the weights in different orders.
+        CalibrationError: graphs that use the weights in different orders, or whose blocks differ.
     """
 
     def __init__(
@@ -39,7 +45,7 @@ class Calibration:
         pruner: Pruner,
         store: Store,
         batches: Sequence[Batch],
-        sequential: bool = True,
+        sequential: Sequential = True,
         all_experts: bool = False,
         rebuilder: Rebuilder | None = None,
     ) -> None:
@@ -64,16 +70,22 @@ class Calibration:
     @property
     def sequential(self) -> bool:
         """Whether the batches go on with what pruned weights give out."""
-        return self._asked and bool(self._frame.captured or self._blocks)
+        return bool(self._asked and (self._frame.captured or self._blocks))
 
     @property
     def reason(self) -> str:
         """How the inputs come about."""
         if self._frame.captured:
-            return self._frame.reason if self._asked else "asked for"
+            in_blocks = ", block by block" if self._by_block else ""
+            return f"{self._frame.reason}{in_blocks}" if self._asked else "asked for"
         in_turn = f"{describe(self._blocks)} in turn"
         how = in_turn if self._blocks else "the running model was observed"
         return f"{self._frame.reason}, {how}"
+
+    @property
+    def _by_block(self) -> bool:
+        """Whether weights of a graph wait for all weights of their block."""
+        return self._asked == "blocks" and any(b.path for walk in self._walks for b in walk.blocks)
 
     @property
     def activation_bytes(self) -> int:
@@ -87,14 +99,26 @@ class Calibration:
         return steps if self.sequential else iter(list(steps))
 
     def _steps(self) -> Iterator[str]:
-        """The weights of the graphs, block by block where blocks are rebuilt."""
+        """The weights of the graphs, block by block where that is asked for."""
         if self._rebuilder is not None:
-            yield from self._rebuilder.steps(self._walks)
+            yield from self._rebuilder.steps(self._walks, self._by_block)
+        elif self._by_block:
+            yield from self._in_blocks()
         elif self._walks:
-            for fqn in self._walks[0].order:
-                for walk in self._walks:
-                    walk.advance(fqn)
-                yield fqn
+            yield from advance(self._walks, self._walks[0].order, together=False)
+
+    def _in_blocks(self) -> Iterator[str]:
+        """All weights of a block when it has run dense; then it runs pruned."""
+        walks = self._walks
+        for block, fqns in groupby(walks[0].order, walks[0].block_of):
+            if block is None:
+                yield from advance(walks, fqns, together=False)
+                continue
+            own = [walk.blocks[walks[0].blocks.index(block)] for walk in walks]
+            entered = [walk.enter(found) for walk, found in zip(walks, own, strict=True)]
+            yield from advance(walks, fqns, together=True)
+            for walk, found, values in zip(walks, own, entered, strict=True):
+                walk.leave(found, values)
 
     def _through_graphs(self, store: Store) -> list[Walk]:
         pruner, plans = self._pruner, self._pruner.plans
@@ -104,13 +128,18 @@ class Calibration:
         for captured, uses in zip(self._frame.captured, self._frame.uses, strict=True):
             counted = [u for u in uses if u.fqn in plans and plans[u.fqn].counts(u.use)]
             arguments = (named, pruner.columns, store.read, pruner.take, pruner.refuse, pruner.note)
-            in_blocks = self._rebuilder is not None
+            in_blocks = self._rebuilder is not None or self._asked == "blocks"
             walk = Walk(
                 captured.graph, captured.batches, counted, *arguments, self._all_experts, in_blocks
             )
             walks.append(walk)
             shared.append(shared_inputs(walks[-1].order, counted, plans))
         _check_orders(walks, self._frame.captured)
+        if any([b.path for b in w.blocks] != [b.path for b in walks[0].blocks] for w in walks):
+            raise CalibrationError(
+                "batches take graphs of different blocks, which cannot be pruned together; "
+                "calibrate with batches of one shape"
+            )
         if self.sequential:
             pruner.shares = dict(set.intersection(*(set(found.items()) for found in shared)))
         return walks

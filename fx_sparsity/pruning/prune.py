@@ -15,11 +15,11 @@ from fx_sparsity.graph.mapping import MappingLike, SparsityMapping
 from fx_sparsity.graph.passes import is_mask_name
 from fx_sparsity.progress import progress as show_progress
 from fx_sparsity.pruning import programs
-from fx_sparsity.pruning.allocate import Measuring, allocate
-from fx_sparsity.pruning.allocation import Allocation, MeasuredAllocation
+from fx_sparsity.pruning.allocate import allocate, needs_of
+from fx_sparsity.pruning.allocation import Allocation
 from fx_sparsity.pruning.batches import capture, check_forms, is_exported, read_batches
 from fx_sparsity.pruning.bias import estimate_batch_norms, find_biases
-from fx_sparsity.pruning.calibration import Calibration
+from fx_sparsity.pruning.calibration import Calibration, Sequential
 from fx_sparsity.pruning.gradients import Loss, collect_gradients
 from fx_sparsity.pruning.methods import CalibratedSparsifier, Statistic
 from fx_sparsity.pruning.plan import decide
@@ -39,7 +39,7 @@ def prune(
     batches: Iterable[ExampleInputs],
     mapping: MappingLike | None = None,
     *,
-    sequential: bool = True,
+    sequential: Sequential = True,
     dynamic_shapes: Any = None,
     loss: Loss | None = None,
     allocation: Allocation | None = None,
@@ -80,15 +80,20 @@ def prune(
             a graph each. A graph that was exported with both kinds of arguments takes a dict.
         mapping: which weight gets which pattern and level. None gives every weight the
             sparsifier's defaults.
-        sequential: False takes all statistics from the dense model, in one pass, and holds them
-            at once.
+        sequential: True has each weight see what the pruned ones before it give out. "blocks" has
+            all weights of a block, such as a layer of a language model, see what the pruned blocks
+            before it give out, and the block as it was, as the code of Wanda and SparseGPT does;
+            in memory are the statistics of one block and, once more, the activations at its
+            beginning. A call that goes on in the middle of a block sees what is pruned of it. False
+            takes all statistics from the dense model, in one pass, and holds them at once.
         dynamic_shapes: as `torch.export.export` takes it, in place of sizes that differ; not for
             a graph, which has its own.
         loss: (what the model returns, the batch) -> scalar; for methods that need gradients, which
             are those of the dense model.
         allocation: spreads what the mapping's levels come to in all over the weights, and meets it
             to the element; None prunes each weight to its own level. Rules that measure take one
-            more pass over the dense model before anything is changed.
+            more pass over the dense model before anything is changed; `LeastError` runs it more
+            often, and writes into its weights meanwhile, which it puts back.
         correct_bias: add to the bias of each layer the mean of what pruning took from its
             outputs, and measure batch norms anew at the end.
         token_weights: which tokens count, for each batch zeros and ones of shape [batch, tokens].
@@ -116,7 +121,7 @@ def prune(
             or `reconstruction` of a model without a graph.
         ValueError: the method or the allocation needs gradients and there is no loss, or a pattern
             such as 2:4 fixes the level that an allocation would choose, or there are
-            `dynamic_shapes` of a graph.
+            `dynamic_shapes` of a graph, or an unknown way to be `sequential`.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -147,7 +152,7 @@ def prune(
 class PruneOptions(NamedTuple):
     """What `prune` takes beside model, method and data; see there."""
 
-    sequential: bool
+    sequential: Sequential
     dynamic_shapes: Any
     loss: Loss | None
     allocation: Allocation | None
@@ -181,7 +186,7 @@ def calibrate(
     """
     start = time.perf_counter()
     mapping = None if mapping is None else SparsityMapping.of(mapping)
-    measuring = _check_method(sparsifier, options)
+    gradients = _check_method(sparsifier, options)
     read = read_batches(model, batches, options.token_weights)
     with _evaluating(model):
         with _buffers_kept(model):
@@ -209,11 +214,12 @@ def calibrate(
                     frame.error,
                 )
             store.begin(frame.weights, plans, weights)
-            if options.loss is not None and _gradients(sparsifier, measuring):
+            if options.loss is not None and gradients:
                 pruner.hold(collect_gradients(model, read, options.loss, weights))
             if options.allocation is not None:
+                how = (options.sequential, options.all_experts)
                 plans.update(
-                    allocate(options.allocation, measuring, pruner, frame, decision, store, read)
+                    allocate(options.allocation, pruner, frame, decision, store, read, *how)
                 )
             decision.dense.update(
                 _prune_all(calibration, pruner, store, options.progress, rebuilder)
@@ -236,35 +242,31 @@ def calibrate(
     return report
 
 
-def _check_method(sparsifier: CalibratedSparsifier, options: PruneOptions) -> Measuring | None:
-    """The allocation and the method together, where the one measures.
+def _check_method(sparsifier: CalibratedSparsifier, options: PruneOptions) -> frozenset[Statistic]:
+    """Which statistics of gradients are needed.
 
     Raises:
         TypeError: the sparsifier needs no data.
-        ValueError: one of them needs gradients, and there is no loss.
+        ValueError: it or the allocation needs gradients, and there is no loss; or `sequential` is
+            neither of its values.
     """
+    if options.sequential not in (True, False, "blocks"):
+        raise ValueError(
+            f'sequential: expected True, False or "blocks", found {options.sequential!r}'
+        )
     if not isinstance(sparsifier, CalibratedSparsifier):
         raise TypeError(
             f"sparsifier: expected a CalibratedSparsifier, found {type(sparsifier).__name__}, "
             "which needs no data; call prepare and step"
         )
-    measuring = None
-    if isinstance(options.allocation, MeasuredAllocation):
-        measuring = Measuring(options.allocation, sparsifier)
-    if _gradients(sparsifier, measuring) and options.loss is None:
+    gradients = GRADIENTS & (sparsifier.needs | needs_of(options.allocation, sparsifier))
+    if gradients and options.loss is None:
         needy = sparsifier if sparsifier.needs & GRADIENTS else options.allocation
         raise ValueError(
             f"{type(needy).__name__} needs gradients: "
             "pass loss=, a function of what the model returns and the batch"
         )
-    return measuring
-
-
-def _gradients(
-    sparsifier: CalibratedSparsifier, measuring: Measuring | None
-) -> frozenset[Statistic]:
-    """Which statistics of gradients are needed."""
-    return GRADIENTS & (sparsifier.needs | (measuring.needs if measuring else frozenset()))
+    return gradients
 
 
 def _prune_all(

@@ -118,9 +118,12 @@ class Pruner:
         self._held = sum(g.total.nbytes + g.squares.nbytes for g in gradients.values())
         self.peak = max(self.peak, self._held)
 
-    def looking(self, sparsifier: CalibratedSparsifier) -> "Pruner":
-        """One that shows the same weights to another method, and writes nothing."""
-        other = Pruner(sparsifier, self.plans, self.weights, None, Untouched(self._store))
+    def looking(
+        self, sparsifier: CalibratedSparsifier, plans: Mapping[str, Plan], store: Store
+    ) -> "Pruner":
+        """One that has the same gradients, and writes elsewhere."""
+        weights = {fqn: self.weights[fqn] for fqn in plans}
+        other = Pruner(sparsifier, plans, weights, None, store)
         other.hold(self._gradients)
         return other
 

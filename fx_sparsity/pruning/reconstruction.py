@@ -19,9 +19,9 @@ from torch import Tensor, fx
 from fx_sparsity.pruning.batches import Batch
 from fx_sparsity.pruning.blocks import Block
 from fx_sparsity.pruning.padding import Padding
-from fx_sparsity.pruning.pruner import CalibrationError, HeldStore, Pruner
+from fx_sparsity.pruning.pruner import HeldStore, Pruner
 from fx_sparsity.pruning.report import RebuiltBlock
-from fx_sparsity.pruning.walk import Walk
+from fx_sparsity.pruning.walk import Walk, advance
 
 _WARM_UP = 4  # steps in which the learning rate rises
 _LEAST = 0.05  # of the learning rate, at the end
@@ -96,28 +96,23 @@ class Rebuilder:
         self.options, self.blocks = options, list[RebuiltBlock]()
         self._pruner, self._store = pruner, store
 
-    def steps(self, walks: Sequence[Walk]) -> Iterator[str]:
+    def steps(self, walks: Sequence[Walk], by_block: bool) -> Iterator[str]:
         """FQN after FQN, each to be pruned at once.
 
-        Raises:
-            CalibrationError: graphs of different blocks.
+        Args:
+            walks: through the graphs.
+            by_block: whether the weights of a block are pruned when all of them have their inputs.
         """
         if not walks:
             return
-        paths = [[block.path for block in walk.blocks] for walk in walks]
-        if any(found != paths[0] for found in paths):
-            raise CalibrationError(
-                "batches take graphs of different blocks, which cannot be rebuilt together; "
-                "calibrate with batches of one shape"
-            )
         ahead = [_Ahead(walk) for walk in walks] if self.options.targets == "dense" else None
         for block, fqns in groupby(walks[0].order, walks[0].block_of):
             if block is None:
-                yield from _advance(walks, fqns)
+                yield from advance(walks, fqns, together=False)
                 continue
             found = [walk.blocks[walks[0].blocks.index(block)] for walk in walks]
             samples = self._enter(walks, found, ahead)
-            yield from _advance(walks, fqns)
+            yield from advance(walks, fqns, by_block)
             self._rebuild(samples)
             for walk, own in zip(walks, found, strict=True):
                 walk.leave(own, [sample.entered for sample in samples if sample.walk is walk])
@@ -290,13 +285,6 @@ class _Kept:
             name: value.detach().to(self.parameters[name].dtype)
             for name, value in self.tensors.items()
         }
-
-
-def _advance(walks: Sequence[Walk], fqns: Iterator[str]) -> Iterator[str]:
-    for fqn in fqns:
-        for walk in walks:
-            walk.advance(fqn)
-        yield fqn
 
 
 def _schedule(steps: int) -> Callable[[int], float]:

@@ -66,7 +66,7 @@ class PruningReport(WeightReport[PrunedWeight]):
         rows: every weight that this call pruned.
         dense: FQN -> the reason why it was not, for the other weights and parameters.
         sequential: whether each weight saw what the pruned ones before it give out; where the
-            reason speaks of blocks in turn, those of the blocks before it.
+            reason speaks of blocks, those of the blocks before it.
         reason: how the statistics came about.
         batches: number of calibration batches.
         statistics_bytes: the most that statistics took at any one time.

@@ -458,6 +458,24 @@ def _copied(values: Mapping[fx.Node, Any]) -> dict[fx.Node, Any]:
     return copy.deepcopy(dict(values), {id(node): node for node in values})
 
 
+def advance(walks: Sequence[Walk], fqns: Iterable[str], together: bool) -> Iterator[str]:
+    """FQN after FQN, each when all walks have taken the inputs of the weight.
+
+    Args:
+        walks: in step with one another.
+        fqns: in their order.
+        together: whether all walks take the inputs of all of them before the first comes.
+    """
+
+    def taken() -> Iterator[str]:
+        for fqn in fqns:
+            for walk in walks:
+                walk.advance(fqn)
+            yield fqn
+
+    return iter(list(taken())) if together else taken()
+
+
 def _argument(bound: Mapping[str, Any], arg: str) -> Any:
     """An argument by its name, as a `Use` has it: `weight`, or `params[3]`."""
     name, _, place = arg.partition("[")

@@ -111,7 +111,8 @@ METHODS = {
 
 
 @pytest.mark.parametrize(
-    ("method", "sequential"), [("wanda", False), ("sparsegpt", True), ("pipeline", True)]
+    ("method", "sequential"),
+    [("wanda", False), ("wanda", "blocks"), ("sparsegpt", True), ("pipeline", True)],
 )
 @pytest.mark.parametrize("make_model", [llama, bare])
 def test_bit_for_bit_as_in_memory(tmp_path, make_model, method, sequential):

@@ -1,14 +1,26 @@
 """One level for a whole model: spread by a rule, and met to the element."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 import fx_sparsity as fxs
 from fx_sparsity import SparsityMapping, prune
-from fx_sparsity.pruning.allocation import OWL, ErdosRenyi, GlobalRanking, LeastError, Uniform
+from fx_sparsity.pruning.allocation import (
+    OWL,
+    ErdosRenyi,
+    GlobalRanking,
+    LeastError,
+    Uniform,
+    divergence,
+    squared_change,
+)
 from fx_sparsity.pruning.allocation import levels as allocation
 from fx_sparsity.pruning.methods import CriterionSparsifier
+from tests.pruning.test_observe import no_graph  # noqa: F401
+from tests.pruning.test_stages import stack
 from tests.pruning.tiny_methods import TinyWanda
 from tests.sparsifier.test_base import assert_unchanged, snapshot
 
@@ -108,7 +120,7 @@ def test_rules_see_the_dense_model():
             "down.weight": model.down.weight.abs() * hidden.flatten(0, 1).norm(dim=0),
         }
     weights = {n: allocation.Prunable(s.shape, "unstructured") for n, s in scores.items()}
-    ratios = {n: allocation.outlier_ratio(s, 2) for n, s in scores.items()}
+    ratios = {n: allocation.outlier_ratio([s], 2) for n, s in scores.items()}
     expected = allocation.owl(weights, 0.6, ratios, 0.2)
     mapping = SparsityMapping().set_object_type("linear", "unstructured 60%")
     _, report = prune(model, fxs.SparseGPTSparsifier(), batches, mapping, allocation=OWL(0.2, 2))
@@ -117,15 +129,207 @@ def test_rules_see_the_dense_model():
     }
 
 
-def test_least_error_lowers_the_sum_of_errors():
-    mapping = SparsityMapping().set_global("unstructured 70%").set_module_name("table", None)
-    sums = []
-    for rule in (Uniform(), LeastError((0.3, 0.5, 0.6, 0.7, 0.8, 0.9))):
-        model, batches = mixed()
-        sparsifier = fxs.SparseGPTSparsifier()
-        _, report = prune(model, sparsifier, batches, mapping, allocation=rule, sequential=False)
-        sums.append(sum(row.error**2 for row in report.rows))
-    assert sums[1] < sums[0]
+def owl_by_hand(model, batches, level, spread, multiple):
+    """FQN -> level, as section 3.2 of arXiv 2310.05175 has it, for blocks of any sizes."""
+    inputs = {}
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    handles = [
+        layer.register_forward_pre_hook(
+            lambda _, args, name=name: inputs.setdefault(name, []).append(args[0].flatten(0, -2))
+        )
+        for name, layer in linears.items()
+    ]
+    for batch in batches:
+        model(**batch)
+    for handle in handles:
+        handle.remove()
+    blocks = {}
+    for name, layer in linears.items():
+        scores = layer.weight.abs() * torch.cat(inputs[name]).square().mean(0).sqrt()
+        block = name.rpartition(".")[0] or name
+        blocks.setdefault(block, {})[f"{name}.weight"] = scores.flatten()
+    pools = {block: torch.cat([*scores.values()]) for block, scores in blocks.items()}
+    ratios = {
+        b: float((pool > multiple * pool.mean()).double().mean()) for b, pool in pools.items()
+    }
+    low, high = min(ratios.values()), max(ratios.values())
+    density = {b: (r - low) / (high - low) * 2 * spread for b, r in ratios.items()}
+    sizes = {block: pool.numel() for block, pool in pools.items()}
+    mean = sum(density[b] * sizes[b] for b in sizes) / sum(sizes.values())
+    levels = {block: level - density[block] + mean for block in blocks}
+    return {fqn: levels[block] for block, scores in blocks.items() for fqn in scores}
+
+
+def check_owl(report, expected):
+    for row in report.rows:
+        assert row.level == pytest.approx(expected[row.fqn], abs=0.01), row.fqn
+    assert len({round(row.level, 3) for row in report.rows}) > 3
+
+
+def test_all_weights_of_a_block_get_one_level():
+    model, batches = stack()
+    for n, layer in enumerate(model.layers):
+        layer.up.weight.data[: n + 1] *= 9
+    expected = owl_by_hand(model, batches, 0.6, 0.1, 3)
+    assert expected["layers.0.up.weight"] == expected["layers.0.down.weight"]
+    mapping = SparsityMapping().set_global("unstructured 60%")
+    pruned = copy.deepcopy(model)
+    _, report = prune(pruned, fxs.SparseGPTSparsifier(), batches, mapping, allocation=OWL(0.1, 3))
+    check_owl(report, expected)
+    assert sum((p == 0).sum() for p in pruned.parameters() if p.ndim > 1) == 0  # beneath masks
+    program = torch.export.export(model.eval(), (), batches[0], dynamic_shapes=rows_of(batches[0]))
+    method = fxs.WandaSparsifier()
+    _, report = prune(program, method, batches, mapping, allocation=OWL(0.1, 3))
+    check_owl(report, expected)
+    assert sum(zeros_of(method).values()) == round(0.6 * sum(elements_of(model).values()))
+
+
+def rows_of(batch):
+    return {name: {0: torch.export.Dim.AUTO} if name == "x" else None for name in batch}
+
+
+@pytest.mark.usefixtures("no_graph")
+def test_blocks_of_a_running_model():
+    model, batches = stack()
+    expected = owl_by_hand(model, batches, 0.5, 0.1, 3)
+    _, report = prune(model, TinyWanda(), batches, allocation=OWL(0.1, 3))
+    assert "4 blocks of Layer in turn" in report.reason
+    check_owl(report, expected)
+
+
+def outputs(model, batches):
+    model.eval()
+    with torch.no_grad():
+        return [model(**b) if isinstance(b, dict) else model(*b) for b in batches]
+
+
+def distance(model, batches, dense, change=squared_change):
+    return sum(float(change(a, b)) for a, b in zip(dense, outputs(model, batches), strict=True))
+
+
+def test_changes_of_outputs():
+    torch.manual_seed(0)
+    a, b = torch.randn(3, 4, 7), torch.randn(3, 4, 7)
+    assert squared_change(a, b) == pytest.approx(float((a - b).norm() ** 2), rel=1e-5)
+    p, q = (torch.distributions.Categorical(logits=x) for x in (a, b))
+    expected = torch.distributions.kl_divergence(p, q).sum()
+    assert divergence(a, b) == pytest.approx(float(expected), rel=1e-5)
+    a[..., 0] = b[..., 0] = -torch.inf  # classes that a model rules out
+    rest = (torch.distributions.Categorical(logits=x[..., 1:]) for x in (a, b))
+    expected = torch.distributions.kl_divergence(*rest).sum()
+    assert divergence(a, b) == pytest.approx(float(expected), rel=1e-5)
+    assert squared_change(a, b) == pytest.approx(float((a - b)[..., 1:].norm() ** 2), rel=1e-5)
+
+
+@pytest.mark.parametrize("change", [squared_change, divergence])
+@pytest.mark.parametrize("make", [mixed, stack])
+def test_least_error_is_never_behind_uniform(make, change):
+    """Nor behind what its own sensitivities come to, whatever weights do to one another."""
+    for level in (0.5, 0.8):
+        mapping = SparsityMapping().set_global(f"unstructured {level:.0%}")
+        found = []
+        for rule in (Uniform(), LeastError(change=change)):
+            model, batches = make()
+            dense = outputs(model, batches)
+            prune(model, fxs.WandaSparsifier(), batches, mapping, allocation=rule)
+            found.append(distance(model, batches, dense, change))
+        assert found[1] <= found[0] * (1 + 1e-4)
+
+
+def test_least_error_finds_the_weight_that_matters():
+    """Half of a layer is never read: all of it can go, though its own error is that of any other."""
+
+    class Unread(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.read, self.unread = (nn.Linear(32, 32, bias=False) for _ in range(2))
+
+        def forward(self, x):
+            return self.read(x) + 1e-3 * self.unread(x)
+
+    torch.manual_seed(0)
+    model, batches = Unread(), [(torch.randn(64, 32),)]
+    _, report = prune(
+        model, fxs.WandaSparsifier(), batches, "unstructured 50%", allocation=LeastError()
+    )
+    assert report["unread.weight"].level > 0.85
+    assert report["read.weight"].level < 0.15
+
+
+@pytest.mark.usefixtures("no_graph")
+def test_a_running_model_is_tried_and_put_back():
+    model, batches = stack()
+    dense, rest = outputs(model, batches), copy.deepcopy(model)
+    method, uniform = fxs.WandaSparsifier(), fxs.WandaSparsifier()
+    _, report = prune(model, method, batches, "unstructured 50%", allocation=LeastError())
+    assert report.sequential
+    for fqn in report:
+        name, _, _ = fqn.rpartition(".")
+        raw = model.get_submodule(name).parametrizations.weight.original
+        assert torch.equal(raw, rest.get_parameter(fqn))  # Wanda changes no value
+    prune(rest, uniform, batches, "unstructured 50%", allocation=Uniform())
+    assert distance(model, batches, dense) <= distance(rest, batches, dense) * (1 + 1e-4)
+
+
+@pytest.mark.parametrize("calls", [0, 1, 7, 60, 68])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_a_model_that_is_tried_is_put_back_when_that_fails(calls, error):
+    """While single weights are measured, and while whole allocations are."""
+    model, batches = mixed()
+    before, left = snapshot(model), [calls]
+
+    def change(dense, found):
+        if not left[0]:
+            raise error
+        left[0] -= 1
+        return squared_change(dense, found)
+
+    sparsifier = TinyWanda()
+    with pytest.raises(error):
+        prune(model, sparsifier, batches, allocation=LeastError(change=change))
+    assert_unchanged(model, before)
+    assert sparsifier.names == []
+
+
+@pytest.mark.parametrize("solved", [0, 15, 18, 27])
+def test_weights_are_put_back_when_a_trial_is_interrupted(solved):
+    """After 16 solutions the model is pruned three times over."""
+    model, batches = mixed()
+    before, sparsifier = snapshot(model), Interrupted()
+    sparsifier.left = solved
+    with pytest.raises(KeyboardInterrupt):
+        prune(model, sparsifier, batches, allocation=LeastError())
+    assert_unchanged(model, before)
+    assert sparsifier.names == []
+    sparsifier.left = 28
+    with pytest.raises(KeyboardInterrupt):
+        prune(model, sparsifier, batches, allocation=LeastError())
+    assert sparsifier.names == []
+    sparsifier.left = 29
+    with pytest.raises(KeyboardInterrupt):
+        prune(model, sparsifier, batches, allocation=LeastError())
+    assert len(sparsifier.names) == 1
+
+
+def test_models_whose_output_tells_nothing():
+    class Says(nn.Module):
+        def __init__(self, result):
+            super().__init__()
+            self.layer, self.result = nn.Linear(4, 4), result
+
+        def forward(self, x):
+            return self.result(self.layer(x))
+
+    for result, words in (
+        (lambda x: x.argmax(-1), "no floating"),
+        (lambda x: x / 0, "not finite"),
+        (lambda x: x[:, :1], "several classes"),
+    ):
+        model, sparsifier = Says(result), TinyWanda()
+        before = snapshot(model)
+        with pytest.raises(ValueError, match=words):
+            prune(model, sparsifier, [(torch.randn(9, 4),)], allocation=LeastError())
+        assert_unchanged(model, before)
 
 
 class Decides(nn.Module):

@@ -8,8 +8,11 @@ from fx_sparsity.pruning.allocation.rules import (
     GlobalRanking,
     LeastError,
     MeasuredAllocation,
+    OutputAllocation,
     Seen,
     Uniform,
+    divergence,
+    squared_change,
 )
 
 __all__ = [
@@ -20,7 +23,10 @@ __all__ = [
     "LeastError",
     "Levels",
     "MeasuredAllocation",
+    "OutputAllocation",
     "Prunable",
     "Seen",
     "Uniform",
+    "divergence",
+    "squared_change",
 ]

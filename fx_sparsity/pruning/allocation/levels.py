@@ -99,12 +99,13 @@ def owl(
     outlier_ratios: Mapping[str, float],
     spread: float = 0.08,
 ) -> Levels:
-    """Less from weights with many outliers (OWL, arXiv 2310.05175, section 3.2).
+    """Less from blocks with many outliers (OWL, arXiv 2310.05175, section 3.2).
 
     Args:
         weights: by FQN.
         level: share of all their elements that goes, in [0, 1].
-        outlier_ratios: FQN -> `outlier_ratio` of its Wanda scores.
+        outlier_ratios: FQN -> `outlier_ratio` of the block that it lies in. Weights of one block
+            get one level, since they have one ratio.
         spread: lambda: the levels' range is twice that, before they are clamped to [0, 1].
 
     Raises:
@@ -122,9 +123,19 @@ def owl(
     )
 
 
-def outlier_ratio(scores: Tensor, multiple: float = 5.0) -> float:
-    """Share of scores above `multiple` times their mean (arXiv 2310.05175, eq. 2)."""
-    return float((scores > multiple * scores.mean()).double().mean())
+def outlier_ratio(scores: Sequence[Tensor], multiple: float = 5.0) -> float:
+    """Share of the scores of a block above `multiple` times their mean.
+
+    Layerwise outlier distribution, arXiv 2310.05175, section 3.2: all weights of a block are one
+    pool, with one mean.
+
+    Args:
+        scores: of each of its weights, of any shapes and one floating dtype.
+        multiple: M.
+    """
+    count = max(1, sum(part.numel() for part in scores))
+    mean = sum(float(part.sum(dtype=torch.float64)) for part in scores) / count
+    return sum(int((part > multiple * mean).sum()) for part in scores) / count
 
 
 def by_sensitivity(
@@ -166,6 +177,22 @@ def by_sensitivity(
             "what was measured"
         )
     return _rounded(weights, level, ideal)
+
+
+def halfway(weights: Mapping[str, Prunable], level: float, one: Levels, other: Levels) -> Levels:
+    """The mean of two levels of every weight.
+
+    Args:
+        weights: by FQN.
+        level: share of all their elements that goes, in [0, 1]; that of both.
+        one: levels by FQN.
+        other: levels by FQN.
+
+    Raises:
+        ValueError: as for `uniform`.
+    """
+    pairs = {name: (one[name].level or 0.0, other[name].level or 0.0) for name in weights}
+    return _rounded(weights, level, {name: sum(pair) / 2 for name, pair in pairs.items()})
 
 
 def global_ranking(

@@ -117,7 +117,27 @@ def test_owl_levels():
     assert levels == pytest.approx(list(0.7 + d.mean() - d), abs=2e-4)
     same = allocation.owl(weights, 0.7, dict.fromkeys("abc", 0.3))
     assert [config.level for config in same.values()] == pytest.approx([0.7] * 3)
-    assert allocation.outlier_ratio(torch.tensor([1.0] * 98 + [60.0, 70.0])) == 0.02
+    assert allocation.outlier_ratio([torch.tensor([1.0] * 98 + [60.0, 70.0])]) == 0.02
+
+
+def test_outliers_are_those_of_the_pool():
+    """Alone, a weight whose scores are all alike has none; beside a faint one it is one."""
+    faint, loud = torch.full((90,), 0.1), torch.full((2, 5), 9.0)
+    assert allocation.outlier_ratio([faint]) == allocation.outlier_ratio([loud]) == 0
+    assert allocation.outlier_ratio([faint, loud]) == 0.1
+    assert allocation.outlier_ratio([faint, loud], multiple=10) == 0
+    assert allocation.outlier_ratio([]) == 0
+
+
+def test_halfway_between_two_levels():
+    weights = {n: Prunable((4, 10 * k), "unstructured") for k, n in enumerate("abc", 1)}
+    even = allocation.uniform(weights, 0.6)
+    other = allocation.owl(weights, 0.6, {"a": 0.3, "b": 0.1, "c": 0.2}, 0.3)
+    found = allocation.halfway(weights, 0.6, even, other)
+    means = [(even[n].level + other[n].level) / 2 for n in weights]
+    assert [config.level for config in found.values()] == pytest.approx(means, abs=0.026)
+    zeros = sum(zeros_of(weights[n], config) for n, config in found.items())
+    assert zeros == round(0.6 * 240)
 
 
 @settings(max_examples=30, deadline=None)

@@ -116,7 +116,7 @@ def admm(weight, gram, tiling, level, iterations, rho, relaxation, damping=0.01)
     """Alternating directions, over-relaxed, with a penalty that stays; from the largest weights."""
     w, h, size = scaled(weight, gram, damping)
     keep = reference_mask(w.square().numpy(), tiling, level)
-    d, u = w * keep, w * ~keep
+    d, u = w * keep, 2 * w * ~keep
     for _ in range(iterations):
         v = torch.linalg.solve(h + rho * torch.eye(len(h)), (w @ h + rho * (d - u)).T).T
         v = relaxation * v + (1 - relaxation) * d

@@ -10,6 +10,8 @@ from fx_sparsity.pruning.methods.hessian import Hessian
 from fx_sparsity.pruning.methods.matrix import GramSparsifier, Layer, Pipeline
 from fx_sparsity.pruning.methods.where import select
 
+_ROWS = 512  # in one go: what is made along the way stays small
+
 
 class ADMMSparsifier(GramSparsifier):
     """The mask of ALPS (arXiv 2406.07831, algorithm 1) after few iterations, for any pattern.
@@ -66,16 +68,17 @@ class ADMMSparsifier(GramSparsifier):
         dtype = _quickest(weight.device)
         pull = self._pull(hessian, scale).to(dtype)
         mask = compute_mask(weight, layer.tiling, layer.level, Rank.SQUARE)
-        split = select(mask, weight)
-        free = 2 * weight - split  # V + U
+        free = 2 * weight - select(mask, weight)  # V + U, and where it is kept, D
         for _ in range(self.iterations):
             # V = W + (D - U - W) rho (H + rho I)^-1, where U = free - D.
-            gap = weight - split
-            pulled = torch.sub(split, free).sub_(gap).to(dtype) @ pull
-            free.add_(gap.add_(pulled), alpha=self.relaxation)
+            parts = (weight.split(_ROWS), free.split(_ROWS), mask.split(_ROWS))
+            for dense, moving, keep in zip(*parts, strict=True):
+                split = select(keep, moving)
+                gap = dense - split
+                pulled = torch.sub(split, moving).sub_(gap).to(dtype) @ pull
+                moving.add_(gap.add_(pulled), alpha=self.relaxation)
             mask = compute_mask(free, layer.tiling, layer.level, Rank.SQUARE)
-            split = select(mask, free)
-        return Solution(mask, split.div_(scale), hessian.notes)
+        return Solution(mask, select(mask, free).div_(scale), hessian.notes)
 
     def _pull(self, hessian: Hessian, scale: Tensor) -> Tensor:
         """The rho (H + rho I)^-1 of the scaled H, float32 [in, in]."""

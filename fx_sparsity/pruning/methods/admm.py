@@ -32,8 +32,8 @@ class ADMMSparsifier(GramSparsifier):
       and `ExactUpdate` finds better values for it. `ALPSSparsifier` is both;
     - products are in bfloat16 where that is faster: only what they add to the weight is rounded.
 
-    With these defaults, the error after an exact update is at most a tenth above that of ALPS; more
-    iterations close the gap.
+    On the layers of `tests/benchmarks/bench_oneshot.py` (size 1024) the error after an exact update
+    was at most a tenth above that of ALPS with these defaults; more iterations lower it.
 
     Args:
         damping: added to the Gram matrix's diagonal, as a share of its mean.

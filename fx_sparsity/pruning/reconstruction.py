@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from fx_sparsity.pruning.batches import Batch
-from fx_sparsity.pruning.blocks import Block
+from fx_sparsity.pruning.graph_blocks import Block
 from fx_sparsity.pruning.padding import Padding
 from fx_sparsity.pruning.pruner import HeldStore, Pruner
 from fx_sparsity.pruning.report import RebuiltBlock

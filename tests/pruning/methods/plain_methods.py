@@ -105,29 +105,12 @@ def swaps(weight, values, keep, gram, cell, stretch, sweeps):
     return keep, values
 
 
-def scaled(weight, gram, damping):
-    """The weight and H for inputs of unit size, and what they were divided by; float64."""
+def admm(weight, gram, tiling, level, iterations, damping=0.01):
+    """Alternating directions on inputs of unit size, with the schedule of ALPS."""
     h = damped(gram, damping)
     size = h.diagonal().sqrt()
-    return weight.double() * size, h / size[:, None] / size, size
-
-
-def admm(weight, gram, tiling, level, iterations, rho, relaxation, damping=0.01):
-    """Alternating directions, over-relaxed, with a penalty that stays; from the largest weights."""
-    w, h, size = scaled(weight, gram, damping)
-    keep = reference_mask(w.square().numpy(), tiling, level)
-    d, u = w * keep, 2 * w * ~keep
-    for _ in range(iterations):
-        v = torch.linalg.solve(h + rho * torch.eye(len(h)), (w @ h + rho * (d - u)).T).T
-        v = relaxation * v + (1 - relaxation) * d
-        keep = reference_mask((v + u).square().numpy(), tiling, level)
-        u, d = (v + u) * ~keep, (v + u) * keep
-    return keep, d / size
-
-
-def alps(weight, gram, tiling, level, iterations, damping=0.01):
-    """The mask of ALPS (arXiv 2406.07831, algorithm 1), with its schedule of rho."""
-    w, h, _ = scaled(weight, gram, damping)
+    h = h / size[:, None] / size
+    w = weight.double() * size
     d, y, rho = w.clone(), torch.zeros_like(w), 0.1
     last = torch.ones(w.shape, dtype=torch.bool)
     for t in range(iterations):
@@ -141,4 +124,4 @@ def alps(weight, gram, tiling, level, iterations, damping=0.01):
                 break
             rho *= 1.3 if moved >= 0.1 * zeros else 1.2 if moved >= 0.005 * zeros else 1.1
             last = keep
-    return keep
+    return keep, d / size

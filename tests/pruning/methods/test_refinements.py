@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from fx_sparsity.patterns import Tiling
 from fx_sparsity.pruning.methods import (
     ADMMSparsifier,
-    ALPSSparsifier,
     ExactUpdate,
     MagnitudeSparsifier,
     Pipeline,
@@ -19,7 +18,6 @@ from fx_sparsity.pruning.methods import (
     SparseGPTSparsifier,
     Swaps,
     WandaSparsifier,
-    admm,
 )
 from tests.pruning.methods import plain_methods as reference
 from tests.pruning.methods.layers import layer, loss, tiling_of
@@ -41,7 +39,7 @@ def test_exact_update(pattern, first):
     weight, stats = layer(24, 96, groups=2)
     tiling = tiling_of(pattern, weight)
     found = first.solve(weight, stats, tiling, 0.5)
-    solved = ExactUpdate(tolerance=1e-6).refine(weight, stats, tiling, 0.5, found)
+    solved = ExactUpdate().refine(weight, stats, tiling, 0.5, found)
     assert torch.equal(solved.mask, found.mask)
     assert solved.notes == ()
     for group in range(2):
@@ -54,26 +52,25 @@ def test_exact_update_of_badly_conditioned_inputs():
     scale = torch.logspace(0, 2.5, 96)
     stats.gram = stats.gram * scale * scale[:, None]
     found = WandaSparsifier().solve(weight, stats, tiling_of("2:4", weight), 0.5)
-    step = ExactUpdate(tolerance=1e-6)
-    solved = step.refine(weight, stats, tiling_of("2:4", weight), 0.5, found)
+    solved = ExactUpdate().refine(weight, stats, tiling_of("2:4", weight), 0.5, found)
     best = reference.least_squares(weight[0], stats.gram[0], found.mask[0])
     ours = loss(weight[0], solved.weight[0], reference.damped(stats.gram[0]))
     least = loss(weight[0], best, reference.damped(stats.gram[0]))
     assert ours == pytest.approx(least, rel=1e-5)
 
 
-def test_the_tolerance_is_within_a_hundredth_and_too_few_iterations_are_noted():
+def test_a_loose_tolerance_is_within_a_hundredth_and_too_few_iterations_are_noted():
     weight, stats = layer(96, 256)
     tiling = tiling_of("2:4", weight)
     found = ReorderedSparseGPTSparsifier().solve(weight, stats, tiling, 0.5)
     h = reference.damped(stats.gram[0])
     least, loose = (
         loss(weight[0], step.refine(weight, stats, tiling, 0.5, found).weight[0], h)
-        for step in (ExactUpdate(tolerance=1e-6), ExactUpdate())
+        for step in (ExactUpdate(), ExactUpdate(tolerance=1e-2))
     )
     assert least <= loose < 1.01 * least
     short = ExactUpdate(iterations=2).refine(weight, stats, tiling, 0.5, found)
-    assert short.notes == ("96 rows are not solved to 0.01, see ExactUpdate",)
+    assert short.notes == ("96 rows are not solved to 1e-06, see ExactUpdate",)
     assert loss(weight[0], short.weight[0], h) < loss(weight[0], found.weight[0], h)
 
 
@@ -83,7 +80,7 @@ def test_what_is_not_positive_definite_is_noted_and_does_no_harm():
     tiling = tiling_of("unstructured", weight)
     found = MagnitudeSparsifier().solve(weight, stats, tiling, 0.1)
     (note,) = ExactUpdate().refine(weight, stats, tiling, 0.1, found).notes
-    assert "rows are not solved to 0.01" in note
+    assert "rows are not solved to 1e-06" in note
 
 
 @pytest.mark.usefixtures("path")
@@ -161,61 +158,34 @@ def test_whole_blocks_are_not_exchanged(pattern):
 
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4", "block:2x4", "channels"])
 @pytest.mark.parametrize("seed", range(2))
-def test_alternating_directions(pattern, seed, monkeypatch):
-    monkeypatch.setattr(admm, "_quickest", lambda device: torch.float32)
+def test_alternating_directions(pattern, seed):
     weight, stats = layer(16, 48, groups=2, seed=seed)
     tiling = tiling_of(pattern, weight)
     matrix = Tiling(tiling.extents[1:], tiling.zeros, tiling.remainder)
     solved = ADMMSparsifier().solve(weight, stats, tiling, 0.5)
     for group in range(2):
-        keep, values = reference.admm(weight[group], stats.gram[group], matrix, 0.5, 6, 0.75, 1.5)
+        keep, values = reference.admm(weight[group], stats.gram[group], matrix, 0.5, 300)
         assert torch.equal(solved.mask[group], keep)
         assert relative(solved.weight[group], values) < 1e-4
     assert solved.notes == ()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(
-    ("pattern", "level"), [("unstructured", 0.5), ("unstructured", 0.7), ("2:4", 0.5)]
-)
-def test_alps_is_within_a_tenth_of_what_is_published(pattern, level, dtype, monkeypatch):
-    monkeypatch.setattr(admm, "_quickest", lambda device: dtype)
-    weight, stats = layer(96, 256)
-    tiling = tiling_of(pattern, weight)
-    matrix = Tiling(tiling.extents[1:], tiling.zeros, tiling.remainder)
-    keep = reference.alps(weight[0], stats.gram[0], matrix, level, 300)
-    published = reference.least_squares(weight[0], stats.gram[0], keep)
-    solved = ALPSSparsifier().solve(weight, stats, tiling, level)
-    assert solved.notes == ()
-    ours = loss(weight[0], solved.weight[0], stats.gram[0])
-    assert ours < 1.1 * loss(weight[0], published, stats.gram[0])
-    longer = ALPSSparsifier(iterations=40).solve(weight, stats, tiling, level)
-    assert loss(weight[0], longer.weight[0], stats.gram[0]) < ours
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("iterations", -1), ("rho", 0.0), ("rho", float("nan")), ("relaxation", 2.0)],
-)
-def test_what_alternating_directions_cannot_use_is_refused(name, value):
-    with pytest.raises(ValueError, match=f"{name}: expected"):
-        ADMMSparsifier(**{name: value})
+    (note, _) = ADMMSparsifier(iterations=4).solve(weight, stats, tiling, 0.5).notes
+    assert note == "group 0: the mask still changes after 4 iterations"
 
 
 def test_the_composed_method_beats_sparsegpt_by_a_fifth():
-    """2:4; alternating directions go further yet."""
+    """2:4; alternating directions, which take far longer, are the published mark."""
     ratios = []
     for seed in range(3):
         weight, stats = layer(96, 256, seed=seed)
         tiling = tiling_of("2:4", weight)
         composed = Pipeline(ReorderedSparseGPTSparsifier(), Swaps(sweeps=1))
-        methods = SparseGPTSparsifier(), composed, ALPSSparsifier()
+        methods = SparseGPTSparsifier(), composed, Pipeline(ADMMSparsifier(), ExactUpdate())
         solutions = [method.solve(weight, stats, tiling, 0.5) for method in methods]
         base, *others = (loss(weight[0], s.weight[0], stats.gram[0]) for s in solutions)
         ratios.append([other / base for other in others])
-    ours, alps = torch.tensor(ratios).mean(0).tolist()
+    ours, admm = torch.tensor(ratios).mean(0).tolist()
     assert ours < 0.8
-    assert alps < ours
+    assert admm < ours
 
 
 def test_pipelines_gather_needs_and_notes_and_can_be_copied():

@@ -28,7 +28,7 @@ from torchao.quantization import (
 
 import fx_sparsity as fxs
 from fx_sparsity.pruning import Reconstruction
-from fx_sparsity.pruning.methods import ALPSSparsifier
+from fx_sparsity.pruning.methods import ADMMSparsifier, ExactUpdate
 
 CALIBRATION = Path(__file__).with_name("calibration.txt")
 BATCH = 13
@@ -110,7 +110,8 @@ def main() -> int:
     show(f"{arguments.pattern} by magnitude", model)
 
     # With data: each weight by its real inputs, then each layer rebuilt.
-    method, batches = ALPSSparsifier(), calibration_batches()
+    method = fxs.Pipeline(ADMMSparsifier(), ExactUpdate(tolerance=0.01))
+    batches = calibration_batches()
     rebuilding = Reconstruction(steps=arguments.steps, learning_rate=2e-3)
     model, report = fxs.prune(
         copy.deepcopy(encoder), method, batches, mapping, reconstruction=rebuilding

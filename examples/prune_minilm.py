@@ -113,7 +113,7 @@ def main() -> int:
     # With data: each weight by its real inputs, then each layer rebuilt.
     method = fxs.Pipeline(ADMMSparsifier(), ExactUpdate(tolerance=0.01))
     batches = calibration_batches()
-    rebuilding = Reconstruction(steps=arguments.steps, learning_rate=2e-3)
+    rebuilding = Reconstruction(steps=arguments.steps, learning_rate=5e-4)
     model, report = fxs.prune(
         copy.deepcopy(encoder), method, batches, mapping, reconstruction=rebuilding
     )

@@ -25,8 +25,9 @@ from fx_sparsity.pruning.effect import Effect, restored
 from fx_sparsity.pruning.graph_blocks import block_of
 from fx_sparsity.pruning.methods import CalibratedSparsifier, Solution, Statistic, Statistics
 from fx_sparsity.pruning.plan import Decision, Plan
-from fx_sparsity.pruning.pruner import Pruner, Store, Untouched
+from fx_sparsity.pruning.pruner import Pruner
 from fx_sparsity.pruning.report import PrunedWeight
+from fx_sparsity.pruning.stores import Store, Untouched
 
 _log = logging.getLogger(__name__)
 

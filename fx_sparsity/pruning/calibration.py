@@ -7,15 +7,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Literal
 
+import torch
 from torch import nn
 
 from fx_sparsity.pruning.batches import Batch, Captured, Frame, canonical_names
 from fx_sparsity.pruning.bias import fits
 from fx_sparsity.pruning.observe import observe
 from fx_sparsity.pruning.plan import shared_inputs
-from fx_sparsity.pruning.pruner import CalibrationError, Pruner, Store
+from fx_sparsity.pruning.pruner import CalibrationError, Pruner
 from fx_sparsity.pruning.reconstruction import Rebuilder
 from fx_sparsity.pruning.stages import Stages, describe, find_blocks
+from fx_sparsity.pruning.stores import Store
 from fx_sparsity.pruning.walk import Walk, advance
 
 Sequential = bool | Literal["blocks"]
@@ -54,9 +56,8 @@ class Calibration:
         self._blocks: list[nn.Module] = []
         self._asked, self._all_experts = sequential, all_experts
         self._rebuilder = rebuilder
-        if rebuilder is not None and not (sequential and frame.captured):
-            why = frame.reason if sequential else "sequential=False"
-            raise CalibrationError(f"reconstruction: blocks are rebuilt along a graph ({why})")
+        if rebuilder is not None:
+            self._check_reconstruction()
         if pruner.plans and frame.captured:
             self._walks = self._through_graphs(store)
         if sequential and not frame.captured:
@@ -65,6 +66,21 @@ class Calibration:
             raise CalibrationError(
                 "all_experts: no router of these weights was found, which takes a graph with a "
                 f"topk in it ({frame.reason}); leave it out"
+            )
+
+    def _check_reconstruction(self) -> None:
+        if not self._asked:
+            raise CalibrationError("reconstruction: rebuilds in turn; leave out sequential=False")
+        if not self._frame.captured:
+            raise CalibrationError(
+                "reconstruction: blocks are rebuilt along a graph, and there is none; of a "
+                "wrapper such as DistributedDataParallel, pass what it wraps. "
+                f"{self._frame.error}"
+            )
+        if torch.is_inference_mode_enabled():
+            raise CalibrationError(
+                "reconstruction: gradients are needed, which torch.inference_mode rules out; "
+                "call prune outside of it"
             )
 
     @property

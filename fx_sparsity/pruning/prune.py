@@ -23,9 +23,10 @@ from fx_sparsity.pruning.calibration import Calibration, Sequential
 from fx_sparsity.pruning.gradients import Loss, collect_gradients
 from fx_sparsity.pruning.methods import CalibratedSparsifier, Statistic
 from fx_sparsity.pruning.plan import decide
-from fx_sparsity.pruning.pruner import HeldStore, MaskStore, Pruner, Store
+from fx_sparsity.pruning.pruner import Pruner
 from fx_sparsity.pruning.reconstruction import Rebuilder, Reconstruction
 from fx_sparsity.pruning.report import PruningReport
+from fx_sparsity.pruning.stores import HeldStore, MaskStore, Store
 from fx_sparsity.sparsifier import Mask
 
 _log = logging.getLogger(__name__)

@@ -18,9 +18,9 @@ from torch import Tensor, fx
 
 from fx_sparsity.pruning.batches import Batch
 from fx_sparsity.pruning.graph_blocks import Block
-from fx_sparsity.pruning.padding import Padding
-from fx_sparsity.pruning.pruner import HeldStore, Pruner
+from fx_sparsity.pruning.pruner import Pruner
 from fx_sparsity.pruning.report import RebuiltBlock
+from fx_sparsity.pruning.stores import HeldStore
 from fx_sparsity.pruning.walk import Walk, advance
 
 _WARM_UP = 4  # steps in which the learning rate rises
@@ -78,6 +78,11 @@ class _Sample(NamedTuple):
     batch: Batch
     entered: Mapping[fx.Node, Any]
     targets: list[Tensor]
+
+    def keeps(self) -> Iterator[Tensor | None]:
+        """Which tokens of each target count, see `Padding.find`."""
+        for node, target in zip(self.block.outputs, self.targets, strict=True):
+            yield self.batch.padding.find(target.shape, self.walk.is_of_decoder(node))
 
 
 class Rebuilder:
@@ -141,16 +146,18 @@ class Rebuilder:
         """Optimize what a block keeps, and write the whole block."""
         first = samples[0]
         rebuilt = _Kept(self._store, first.walk.parameters(first.block))
-        count = round(self.options.held_out * len(samples))
-        count = max(1, count) if self.options.held_out and len(samples) >= 4 else 0
-        used, unused = samples[: len(samples) - count], samples[len(samples) - count :]
+        used, unused = _split(samples, self.options.held_out)
         judged = unused or used
         before = self._error(judged, rebuilt)
-        if rebuilt.tensors and before > 0:
+        note = _why_not(rebuilt, before)
+        if not note:
             with torch.enable_grad():
                 self._optimize(used, rebuilt)
         after = self._error(judged, rebuilt)
         better = after < before
+        if not better and not note:
+            where = "batches that were held out" if unused else "the batches"
+            note = f"not rebuilt: that gave an error of {after:.3g} on {where}"
         self._store.write_held(rebuilt.found() if better else {}, rebuilt.parameters)
         self.blocks.append(
             RebuiltBlock(
@@ -158,7 +165,7 @@ class Rebuilder:
                 before=before,
                 after=after if better else before,
                 held_out=len(unused),
-                note="" if better else _why(rebuilt, before, after),
+                note=note,
             )
         )
 
@@ -175,7 +182,7 @@ class Rebuilder:
                 order = torch.randperm(len(samples), generator=generator).tolist()
             loss = self._loss(samples[order[place]], kept)
             if not loss.requires_grad:
-                return  # no output follows from what is kept
+                return  # what is read of the block does not follow from what is kept
             optimizer.zero_grad()
             loss.backward()
             kept.mask_gradients()
@@ -195,13 +202,13 @@ class Rebuilder:
         with casting:
             outputs = sample.walk.outputs(sample.block, sample.entered, kept.read)
         losses = [
-            relative_loss(found, wanted, sample.batch.padding)
-            for found, wanted in zip(outputs, sample.targets, strict=True)
+            relative_loss(found, wanted, keep)
+            for found, wanted, keep in zip(outputs, sample.targets, sample.keeps(), strict=True)
         ]
         return torch.stack(losses).mean() if losses else torch.zeros(())
 
 
-def relative_loss(found: Tensor, wanted: Tensor, padding: Padding) -> Tensor:
+def relative_loss(found: Tensor, wanted: Tensor, keep: Tensor | None) -> Tensor:
     """Mean over tokens of ||found - wanted||^2 / ||wanted||^2, float32, of no dimensions.
 
     The first tokens of a language model have a hundred times the norm of the others: a mean of
@@ -211,13 +218,12 @@ def relative_loss(found: Tensor, wanted: Tensor, padding: Padding) -> Tensor:
         found: [batch, tokens, channels] or [tokens, channels]; of other tensors each element of the
             first axis is one token.
         wanted: of that shape.
-        padding: what is no token.
+        keep: boolean, of its leading axes: which tokens count; None for all.
     """
     found, wanted = found.float(), wanted.float()
     if wanted.ndim not in (2, 3):
         found, wanted = found.reshape(len(found), -1), wanted.reshape(len(wanted), -1)
     missed, sizes = (found - wanted).square().sum(-1), wanted.square().sum(-1)
-    keep = padding.find(wanted.shape, decoder=False) if padding.keep else None
     if keep is not None:
         missed, sizes = missed[keep.to(missed.device)], sizes[keep.to(sizes.device)]
     floor = _FLOOR * sizes.mean()
@@ -287,6 +293,14 @@ class _Kept:
         }
 
 
+def _split(samples: Sequence[_Sample], share: float) -> tuple[list[_Sample], list[_Sample]]:
+    """Those to optimize on, and those held out: spread over all, which may be in some order."""
+    count = max(1, round(share * len(samples))) if share and len(samples) >= 4 else 0
+    places = {(2 * i + 1) * len(samples) // (2 * count) for i in range(count)}
+    held = [sample for place, sample in enumerate(samples) if place in places]
+    return [sample for place, sample in enumerate(samples) if place not in places], held
+
+
 def _schedule(steps: int) -> Callable[[int], float]:
     def factor(step: int) -> float:
         cosine = (1 + math.cos(math.pi * step / steps)) / 2
@@ -295,9 +309,8 @@ def _schedule(steps: int) -> Callable[[int], float]:
     return factor
 
 
-def _why(kept: _Kept, before: float, after: float) -> str:
+def _why_not(kept: _Kept, before: float) -> str:
+    """Why there is nothing to rebuild; empty where there is."""
     if not kept.tensors:
         return "not rebuilt: it computes with nothing of its own that is pruned"
-    if before == 0:
-        return "nothing to rebuild"
-    return f"not rebuilt: that gave an error of {after:.3g} on batches that were held out"
+    return "" if before else "not rebuilt: it gives out what the dense one does"

@@ -5,32 +5,24 @@ import operator
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fx_sparsity.graph.calls import (
     bind,
-    is_elementwise,
     is_lookup,
     is_view,
-    operator_name,
-    shape_of,
     writes,
 )
 from fx_sparsity.graph.context_blocks import run_node
 from fx_sparsity.graph.operators import (
-    COMBINATIONS,
-    LEFT_FACTOR,
     OPERATORS,
-    PRODUCTS,
-    REARRANGEMENTS,
-    SAME_VALUES,
 )
 from fx_sparsity.graph.sources import module_source
 from fx_sparsity.graph.uses import canonical_fqn, live_nodes
 from fx_sparsity.graph.weight_inputs import UnsupportedUse, WeightInputs
 from fx_sparsity.pruning.batches import Batch, GraphUse
+from fx_sparsity.pruning.columns import Columns
 from fx_sparsity.pruning.graph_blocks import Block, graph_blocks
 from fx_sparsity.pruning.padding import Padding, without_padding
 from fx_sparsity.pruning.routing import Routing, Value, find_routing
@@ -87,9 +79,10 @@ class Walk:
         in_blocks: bool = False,
     ) -> None:
         self._graph, self.batches, self._named = graph, batches, named
-        self._columns, self._read, self._take, self._refuse = columns, read, take, refuse
+        self._read, self._take, self._refuse = read, take, refuse
         self._note, self._all_experts = note, all_experts
         self._source = module_source(graph)
+        self._columns = Columns(self._source, named, columns)
         live = live_nodes(graph.graph)
         nodes = [node for node in graph.graph.nodes if node in live]
         last = {use.fqn: use.node for use in uses}
@@ -112,7 +105,7 @@ class Walk:
         self._at, self._taken = 0, True
         self._followed: dict[GraphUse, Tensor] = {}
         self.peak = 0
-        self._routings = self._find_routings()
+        self._routings = self._find_routings(columns)
         self.is_routed = bool(self._routings)
         self._dying = _last_uses(self._nodes, self._fixed, self._read_late())
         inputs = graph.graph.find_nodes(op="placeholder")
@@ -171,6 +164,10 @@ class Walk:
         kept = self._pass(start, block.end, values, {}, self._read, block.outputs)
         return [kept[node] for node in block.outputs]
 
+    def is_of_decoder(self, node: fx.Node) -> bool:
+        """Whether a value depends on what a decoder is given."""
+        return node in self._of_decoder
+
     def parameters(self, block: Block) -> dict[str, Tensor]:
         """Name -> parameter of what a block alone computes with."""
         inside = set(self._nodes[block.start : block.end])
@@ -207,7 +204,7 @@ class Walk:
         self._state.clear()
         self.peak = max(self.peak, self._held())
 
-    def _find_routings(self) -> dict[fx.Node, Routing]:
+    def _find_routings(self, columns: Callable[[str], Tensor]) -> dict[fx.Node, Routing]:
         """Consumer -> how its experts get their tokens."""
         order = {node: place for place, node in enumerate(self._nodes)}
         found = {}
@@ -216,7 +213,7 @@ class Walk:
                 weight = _argument(bind(node), use.use.arg)
                 if "batch" in use.use.roles and isinstance(weight, fx.Node):
                     routing = find_routing(node, weight, order, self._fixed)
-                    if routing is not None and routing.experts in self._columns(use.fqn).shape:
+                    if routing is not None and routing.experts in columns(use.fqn).shape:
                         found[node] = routing
         return found
 
@@ -357,7 +354,7 @@ class Walk:
         weight = _argument(bound, use.use.arg)
         columns = self._followed.get(use)
         if columns is None:
-            columns = self._follow(weight, use.fqn, value)
+            columns = self._columns.follow(weight, use.fqn, value)
             if columns is None:
                 raise UnsupportedUse(f"which of its columns {use.use.op} reads is not known")
             if weight in self._fixed:
@@ -368,89 +365,6 @@ class Walk:
         args, note = without_padding(padding, row, use.use.arg, whole, decoder)
         self._note(use.fqn, note)
         return row.inputs(args, use.use.arg, columns)
-
-    def _follow(self, node: fx.Node, fqn: str, value: Value) -> Any:
-        """Which column of a weight each element of a node belongs to; None where it is not in it.
-
-        What happens to the weight on its way happens to the numbers of its columns; arithmetic with
-        other constants, such as a mask or a scale, changes none of them.
-        """
-        found = self._source(node)
-        if found is not None:
-            name = canonical_fqn(found[0])
-            return self._columns(fqn) if self._named.get(name, name) == fqn else None
-        if node.op != "call_function":
-            return None
-        name = operator_name(node)
-        if name in COMBINATIONS:
-            return self._follow_parts(node, fqn, value)
-        if name in SAME_VALUES or is_view(node) or is_lookup(node):
-            return self._follow_view(node, fqn, value)
-        if name in REARRANGEMENTS:  # counted from one, since zeros may fill what is new
-            moved = self._follow_view(node, fqn, value, first=1)
-            return None if moved is None else moved - 1
-        if is_elementwise(node):
-            return self._follow_operands(node, fqn, value)
-        return self._follow_factor(node, fqn, value) if name in PRODUCTS else None
-
-    def _follow_factor(self, node: fx.Node, fqn: str, value: Value) -> Any:
-        """Through a product of constants, where its inputs are those of this factor, too."""
-        for _, factor, axes in OPERATORS[operator_name(node)].find(bind(node)):
-            columns = self._follow(factor, fqn, value)
-            if columns is None:
-                continue
-            summed, kept = (next(a for a in axes if axes[a] == role) for role in ("in", "out"))
-            assert summed is not None
-            assert kept is not None
-            seen = columns.select(summed, 0)
-            if not torch.equal(columns, seen.unsqueeze(summed).expand_as(columns)):
-                return None  # what is summed over are its columns
-            left = axes == LEFT_FACTOR
-            return seen.unsqueeze(-1 if left else -2).expand(value(node).shape)
-        return None
-
-    def _follow_parts(self, node: fx.Node, fqn: str, value: Value) -> Any:
-        """Through `cat` and its kin: other tensors beside the weight have no column of it, -1."""
-        parts: Any = node.args[0]
-        columns = [self._follow(part, fqn, value) for part in parts]
-        if all(part is None for part in columns):
-            return None
-        filled = [
-            torch.full(value(part).shape, -1, device=value(part).device) if found is None else found
-            for found, part in zip(columns, parts, strict=True)
-        ]
-        rest, kwargs = fx.map_arg((node.args[1:], node.kwargs), value)
-        return node.target(filled, *rest, **kwargs)  # type: ignore[operator]
-
-    def _follow_view(self, node: fx.Node, fqn: str, value: Value, first: int = 0) -> Any:
-        """Through an operator that moves elements of its first argument, or returns them all.
-
-        Args:
-            node: the operator.
-            fqn: of the weight.
-            value: of a node.
-            first: number of the first column.
-        """
-        name, viewed = operator_name(node), node.args[0] if node.args else None
-        passed = self._follow(viewed, fqn, value) if isinstance(viewed, fx.Node) else None
-        if passed is None:
-            return None
-        passed = passed + first if first else passed
-        if name in SAME_VALUES:
-            return (passed, None) if name == "_weight_norm_interface" else passed
-        rest, kwargs = fx.map_arg((node.args[1:], node.kwargs), value)
-        try:
-            return node.target(passed, *rest, **kwargs)  # type: ignore[operator]
-        except RuntimeError:  # the numbers take no memory along `out`, which allows fewer views
-            return node.target(passed.contiguous(), *rest, **kwargs)  # type: ignore[operator]
-
-    def _follow_operands(self, node: fx.Node, fqn: str, value: Value) -> Any:
-        """Through elementwise arithmetic: by the operand that has the result's shape."""
-        for operand in node.all_input_nodes:
-            passed = self._follow(operand, fqn, value)
-            if passed is not None and tuple(passed.shape) == shape_of(node):
-                return passed
-        return None
 
 
 def _copied(values: Mapping[fx.Node, Any]) -> dict[fx.Node, Any]:

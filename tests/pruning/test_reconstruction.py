@@ -9,7 +9,6 @@ from torch import Tensor, nn
 import fx_sparsity as fxs
 from fx_sparsity.pruning import CalibrationError, Reconstruction
 from fx_sparsity.pruning.methods import MagnitudeSparsifier
-from fx_sparsity.pruning.padding import Padding
 from fx_sparsity.pruning.reconstruction import relative_loss
 
 
@@ -90,7 +89,7 @@ def test_blocks_come_closer_to_the_dense_ones(targets):
     for before, after in zip(errors(dense, plain, fresh), errors(dense, model, fresh), strict=True):
         assert after < (0.8 if targets == "dense" else 1) * before
     if targets == "dense":  # what the report says of unused batches is what hooks see
-        seen = errors(dense, model, data[-2:])
+        seen = errors(dense, model, [data[4], data[12]])  # spread over sixteen
         for block, error in zip(report.blocks, seen, strict=True):
             assert block.held_out == 2
             assert block.after == pytest.approx(error, rel=1e-4)
@@ -161,6 +160,15 @@ def test_without_a_graph_it_is_refused():
             batches(2),
             "2:4",
             sequential=False,
+            reconstruction=Reconstruction(),
+            progress=False,
+        )
+    with torch.inference_mode(), pytest.raises(CalibrationError, match="inference_mode"):
+        fxs.prune(
+            Model().eval(),
+            MagnitudeSparsifier(),
+            batches(2),
+            "2:4",
             reconstruction=Reconstruction(),
             progress=False,
         )
@@ -235,9 +243,9 @@ def test_data_that_say_nothing_of_others_are_not_fitted():
 def test_padding_is_nothing_to_come_close_to():
     wanted, found = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
     keep = torch.tensor([[1, 1, 0], [1, 0, 0]], dtype=torch.bool)
-    loss = relative_loss(found, wanted, Padding({"attention_mask": keep}))
+    loss = relative_loss(found, wanted, keep)
     found[~keep] = 1e6
-    assert torch.equal(loss, relative_loss(found, wanted, Padding({"attention_mask": keep})))
+    assert torch.equal(loss, relative_loss(found, wanted, keep))
     by_hand = (found - wanted)[keep].square().sum(1) / wanted[keep].square().sum(1)
     torch.testing.assert_close(loss, by_hand.mean())
 
@@ -254,3 +262,42 @@ def test_padding_is_nothing_to_come_close_to():
 def test_options_that_say_nothing(options, match):
     with pytest.raises(ValueError, match=match):
         Reconstruction(**options)
+
+
+def test_padding_of_a_decoder_is_its_own():
+    """What stands where an encoder's mask leaves tokens out counts, if the decoder's keeps it."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.T5Config(
+        d_model=16, d_kv=4, d_ff=32, num_layers=2, num_heads=4, vocab_size=32
+    )
+    model = transformers.T5Model(config).eval()
+    ones, padded = torch.ones(2, 6, dtype=torch.long), torch.ones(2, 6, dtype=torch.long)
+    padded[:, 2:] = 0
+    data = [
+        {
+            "input_ids": torch.randint(32, (2, 6)),
+            "attention_mask": padded,
+            "decoder_input_ids": torch.randint(32, (2, 6)),
+            "decoder_attention_mask": ones,
+        }
+        for _ in range(4)
+    ]
+    dense = copy.deepcopy(model)
+    mapping = fxs.SparsityMapping().set_object_type("linear", "2:4")
+    options = Reconstruction(steps=8, held_out=0)
+    _, report = fxs.prune(
+        model, MagnitudeSparsifier(), data, mapping, reconstruction=options, progress=False
+    )
+    found: dict[str, list[Tensor]] = {"dense": [], "pruned": []}
+    for name, each in (("dense", dense), ("pruned", model)):
+        hook = each.decoder.block[1].register_forward_hook(
+            lambda _m, _a, out, name=name: found[name].append(out[0].detach())
+        )
+        with torch.no_grad():
+            for batch in data:
+                each(**batch)
+        hook.remove()
+    losses = [relative_loss(b, a, None) for a, b in zip(*found.values(), strict=True)]
+    assert report.blocks[-1].path == "decoder.block.1"
+    assert report.blocks[-1].after == pytest.approx(float(torch.stack(losses).mean()), rel=1e-3)

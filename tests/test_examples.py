@@ -8,9 +8,9 @@ import pytest
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-def run(name, **env):
+def run(name, *arguments, **env):
     return subprocess.run(
-        [sys.executable, str(EXAMPLES / name)],
+        [sys.executable, str(EXAMPLES / name), *arguments],
         capture_output=True,
         text=True,
         env={**os.environ, **env},
@@ -26,6 +26,16 @@ def test_the_real_encoder_keeps_every_zero():
     # 2 backends x 39 weights x 3 patterns x 2 orders, and each flow as a whole.
     assert result.stdout.count("100.0%") == 2 * (39 * 6 + 6)
     assert "lost" not in result.stdout
+
+
+def test_the_encoder_that_is_pruned_with_data_stays_close():
+    result = run("prune_minilm.py", "--steps", "2")
+    assert result.returncode == 0, result.stderr
+    assert "every masked value is zero" in result.stdout
+    rows = [line.split("│")[1:3] for line in result.stdout.splitlines() if line.count("│") == 6]
+    cosines = {name.strip(): float(cosine) for name, cosine in rows}
+    assert cosines["unstructured 50% by magnitude"] < 0.9
+    assert cosines["the same on sparse kernels"] > 0.94
 
 
 @pytest.mark.parametrize(

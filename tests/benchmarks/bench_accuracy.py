@@ -25,9 +25,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, normalize
+from torch.nn.functional import cross_entropy
 
 import fx_sparsity as fxs
+from examples.sparsify_minilm import SentenceEncoder
 from fx_sparsity.pruning import Reconstruction
 from fx_sparsity.pruning.methods import (
     ADMMSparsifier,
@@ -199,20 +200,6 @@ def gap_share(
 # -- the sentence encoder ------------------------------------------------------------------------
 
 
-class SentenceEncoder(nn.Module):
-    """Mean-pooled, normalized token embeddings."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Embeddings [sentences, dim] of tokens [sentences, tokens]."""
-        tokens = self.model(input_ids=input_ids, attention_mask=attention_mask)
-        weight = attention_mask.unsqueeze(-1).to(torch.float32)
-        return normalize((tokens.last_hidden_state * weight).sum(1) / weight.sum(1), dim=-1)
-
-
 def sentences(text: str) -> list[str]:
     """Sentences of 30 to 200 characters."""
     parts = re.split(r"(?<=[.?!]) ", " ".join(text.split()))
@@ -267,7 +254,7 @@ def measure_encoder(options: Options, pattern: str) -> tuple[list[str], list[str
 
 
 SENTENCES = 2000
-ENCODER = Reconstruction(steps=192, learning_rate=2e-3, autocast=torch.bfloat16)
+ENCODER = Reconstruction(steps=192, learning_rate=5e-4, autocast=torch.bfloat16)
 
 
 def _rows() -> dict[str, Row]:

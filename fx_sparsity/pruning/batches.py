@@ -37,6 +37,7 @@ class Batch:
             pytree, its tensors.
         spec: how they are nested.
         padding: which of its tokens count.
+        held_out: whether weights are judged by it, and not solved with it.
     """
 
     number: int
@@ -46,6 +47,7 @@ class Batch:
     leaves: tuple[Any, ...]
     spec: pytree.TreeSpec
     padding: Padding
+    held_out: bool = False
 
     def call(self, model: nn.Module) -> Any:
         """What the model returns.

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fx_sparsity.graph.operators import OPERATORS, SAME_VALUES, Axes, Operator
 from fx_sparsity.graph.weight_inputs import UnsupportedUse
 from fx_sparsity.pruning.batches import Batch
-from fx_sparsity.pruning.padding import Padding, without_padding
+from fx_sparsity.pruning.padding import without_padding
 from fx_sparsity.pruning.pruner import Pruner
 
 
@@ -38,15 +38,15 @@ def observe(model: nn.Module, batches: Sequence[Batch], pruner: Pruner) -> dict[
     biases = Biases(model)
     observer = Observer(pruner.weights, pruner.columns, take_into(pruner), biases)
     for batch in batches:
-        observer.padding = batch.padding
+        observer.batch = batch
         with observer:
             batch.call(model)
     return biases.found
 
 
-OnUse = Callable[[str, Operator, Mapping[str, Any], str, Tensor, Padding], None]
+OnUse = Callable[[str, Operator, Mapping[str, Any], str, Tensor, Batch], None]
 """(FQN of a weight, row of the operator that uses it, its arguments, which of them is the weight,
-columns of that, which tokens count) -> nothing."""
+columns of that, the batch of the call) -> nothing."""
 
 
 def take_into(pruner: Pruner) -> OnUse:
@@ -58,16 +58,16 @@ def take_into(pruner: Pruner) -> OnUse:
         args: Mapping[str, Any],
         arg: str,
         columns: Tensor,
-        padding: Padding,
+        batch: Batch,
     ) -> None:
         assert row.inputs is not None  # others are not observed
-        args, note = without_padding(padding, row, arg, args)
+        args, note = without_padding(batch.padding, row, arg, args)
         pruner.note(fqn, note)
         try:
             for inputs in row.inputs(args, arg, columns):
                 # Lookups in what is no table pick matrices of a stack.
                 if (inputs.x is None) == pruner.plans[fqn].table:
-                    pruner.take(fqn, inputs)
+                    pruner.take(fqn, inputs, batch.held_out)
         except UnsupportedUse as reason:
             pruner.refuse(fqn, str(reason))
 
@@ -137,8 +137,10 @@ class Observer(TorchDispatchMode):
         biases: learns which biases belong to the weights; None where nobody asks.
 
     Attributes:
-        padding: which tokens of the next call count.
+        batch: of the next call.
     """
+
+    batch: Batch
 
     def __init__(
         self,
@@ -149,7 +151,7 @@ class Observer(TorchDispatchMode):
     ) -> None:
         super().__init__()
         self._weights, self._columns, self._on_use = weights, columns, on_use
-        self._biases, self.padding = biases, Padding({})
+        self._biases = biases
         self._fqns: dict[int, str] = {}
         self._known: dict[int, _Known] = {}
 
@@ -178,7 +180,7 @@ class Observer(TorchDispatchMode):
                 if found is not None and _varies(found[1], axes):
                     if self._biases is not None:
                         self._biases.add(found[0], bound.get(row.bias))
-                    self._on_use(found[0], row, bound, arg, found[1], self.padding)
+                    self._on_use(found[0], row, bound, arg, found[1], self.batch)
         result = func(*args, **kwargs)
         if name in _FOLLOWED and isinstance(result, Tensor):
             self._follow(func, name, args, kwargs, result)

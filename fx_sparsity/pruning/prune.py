@@ -21,6 +21,7 @@ from fx_sparsity.pruning.batches import capture, check_forms, is_exported, read_
 from fx_sparsity.pruning.bias import estimate_batch_norms, find_biases
 from fx_sparsity.pruning.calibration import Calibration, Sequential
 from fx_sparsity.pruning.gradients import Loss, collect_gradients
+from fx_sparsity.pruning.held_out import hold_out
 from fx_sparsity.pruning.methods import CalibratedSparsifier, Statistic
 from fx_sparsity.pruning.plan import decide
 from fx_sparsity.pruning.pruner import Pruner
@@ -47,6 +48,7 @@ def prune(
     correct_bias: bool = False,
     token_weights: Iterable[Tensor] | None = None,
     all_experts: bool = False,
+    held_out: float = 0.0,
     reconstruction: Reconstruction | None = None,
     progress: bool = True,
 ) -> tuple[_Model, PruningReport]:
@@ -103,6 +105,10 @@ def prune(
         all_experts: statistics of experts are of all tokens, as if the router sent each of them to
             every expert; what they give out is still of those that the router chooses. Where k of
             n experts are chosen and k does not divide n, a token counts several times.
+        held_out: share of the batches that no weight is solved with, spread over all of them. The
+            report then has each weight's error on these, whatever the method; and where an update
+            of kept values overfits, as with few tokens, as much of it is taken back as makes that
+            error the least, with a note. Takes the room of one more Gram matrix.
         reconstruction: rebuilds each block, such as a layer of a language model, once its weights
             are pruned: what they keep, and norms and biases, are optimized together until the block
             gives out what the dense one did. The block is the unit of change then.
@@ -141,6 +147,7 @@ def prune(
         all_experts,
         progress,
         reconstruction,
+        held_out,
     )
     module = programs.begin(model, sparsifier) if isinstance(model, ExportedProgram) else model
     store = MaskStore(module, sparsifier)
@@ -162,6 +169,7 @@ class PruneOptions(NamedTuple):
     all_experts: bool
     progress: bool
     reconstruction: Reconstruction | None = None
+    held_out: float = 0.0
 
 
 def calibrate(
@@ -188,7 +196,8 @@ def calibrate(
     start = time.perf_counter()
     mapping = None if mapping is None else SparsityMapping.of(mapping)
     gradients = _check_method(sparsifier, options)
-    read = read_batches(model, batches, options.token_weights)
+    read = hold_out(read_batches(model, batches, options.token_weights), options.held_out)
+    used = [batch for batch in read if not batch.held_out]
     with _evaluating(model):
         with _buffers_kept(model):
             check_forms(model, read)
@@ -216,17 +225,17 @@ def calibrate(
                 )
             store.begin(frame.weights, plans, weights)
             if options.loss is not None and gradients:
-                pruner.hold(collect_gradients(model, read, options.loss, weights))
+                pruner.hold(collect_gradients(model, used, options.loss, weights))
             if options.allocation is not None:
                 how = (options.sequential, options.all_experts)
                 plans.update(
-                    allocate(options.allocation, pruner, frame, decision, store, read, *how)
+                    allocate(options.allocation, pruner, frame, decision, store, used, *how)
                 )
             decision.dense.update(
                 _prune_all(calibration, pruner, store, options.progress, rebuilder)
             )
         if options.correct_bias:
-            estimate_batch_norms(model, read)
+            estimate_batch_norms(model, used)
     report = PruningReport(
         rows=tuple(pruner.pruned),
         dense=decision.dense,

@@ -3,6 +3,7 @@
 import re
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from fx_sparsity.errors import FxSparsityError
 from fx_sparsity.graph.weight_inputs import WeightInputs
 from fx_sparsity.pruning.collect import Collector
 from fx_sparsity.pruning.gradients import Gradients
+from fx_sparsity.pruning.held_out import damped
 from fx_sparsity.pruning.methods import CalibratedSparsifier, Solution, Statistic, Statistics
 from fx_sparsity.pruning.methods.statistics import relative_error
 from fx_sparsity.pruning.methods.where import select
@@ -57,8 +59,8 @@ class Pruner:
         self.shares: Mapping[str, str] = {}
         self._refused: dict[str, str] = {}
         self._notes: dict[str, dict[str, None]] = {}
-        self._last: Collector | None = None
-        self._collectors: dict[str, Collector] = {}
+        self._last = _Seen()
+        self._seen: dict[str, _Seen] = {}
         self._needs = frozenset(sparsifier.needs)
         self._held = self.peak = 0
 
@@ -81,10 +83,10 @@ class Pruner:
         """See `MatrixForm.columns`."""
         return self.plans[fqn].form.columns(self.weights[fqn].device)
 
-    def take(self, fqn: str, inputs: WeightInputs) -> None:
+    def take(self, fqn: str, inputs: WeightInputs, held_out: bool) -> None:
         """Take in inputs of a weight, unless it shares the statistics of the one before."""
         if fqn not in self.shares:
-            self._collector(fqn).add(inputs)
+            self._collector(fqn, held_out).add(inputs)
 
     def note(self, fqn: str, text: str) -> None:
         """Have the report say something of a weight, once; nothing for an empty text."""
@@ -106,7 +108,8 @@ class Pruner:
             CalibrationError: the statistics are not finite, or the solution is none.
         """
         start = time.perf_counter()
-        plan, weight, stats = self.plans[fqn], self.weights[fqn], self._statistics(fqn)
+        plan, weight = self.plans[fqn], self.weights[fqn]
+        stats, unused = self._statistics(fqn)
         if fqn in self._refused:
             return self._refused[fqn]
         if self._needs - {"gradient", "gradient_norm"} and not bool(stats.tokens.any()):
@@ -117,6 +120,10 @@ class Pruner:
         dense = plan.form.to_matrix(weight.detach()).float().contiguous()
         mask, kept, solved = self._solve(plan, dense, stats)
         notes = [*plan.notes, *self._notes.get(fqn, ()), *_data_notes(plan, stats), *solved]
+        judged = None
+        if unused is not None:
+            kept, judged, note = _judged(dense, mask, kept, unused)
+            notes += [note] if note else []
         relative = None if stats.gram is None else relative_error(dense, kept, stats)
         bias = self._correction(fqn, dense, kept, stats, notes)
         row = PrunedWeight(
@@ -130,6 +137,7 @@ class Pruner:
             groups=len(stats.tokens),
             fewest=int(stats.tokens.min()),
             few=_few(plan, stats),
+            held_out=judged,
         )
         value = plan.form.from_matrix(kept).to(weight.dtype)
         self._store.write(row, plan.form.from_matrix(mask), value, bias)
@@ -147,28 +155,33 @@ class Pruner:
             raise
         return found.mask, _kept(plan.fqn, dense, found), found.notes
 
-    def _statistics(self, fqn: str) -> Statistics:
-        """What was collected; held on to where the next weight shares it."""
+    def _statistics(self, fqn: str) -> tuple[Statistics, Statistics | None]:
+        """What was collected, and of held-out batches; held on to where the next one shares it."""
         if fqn not in self.shares:
-            self._last = self._collector(fqn)
-            del self._collectors[fqn]
-        assert self._last is not None
-        found = self._last.statistics
+            self._collector(fqn, held_out=False)
+            self._last = self._seen.pop(fqn)
+        used, held_out = self._last.used, self._last.held_out
+        assert used is not None
+        found = used.statistics, None if held_out is None else held_out.statistics
         if fqn not in self.shares.values():
-            self._last = None
+            self._last = _Seen()
         return found
 
-    def _collector(self, fqn: str) -> Collector:
-        if fqn not in self._collectors:
-            needs: set[Statistic] = {*self._needs}
-            if self.biases is not None:
+    def _collector(self, fqn: str, held_out: bool) -> Collector:
+        seen = self._seen.setdefault(fqn, _Seen())
+        found = seen.held_out if held_out else seen.used
+        if found is None:
+            needs: set[Statistic] = {"gram"} if held_out else {*self._needs}
+            if self.biases is not None and not held_out:
                 needs.add("input_mean")
             plan = self.plans[fqn]
-            device = self.weights[fqn].device
-            self._collectors[fqn] = Collector(plan.form, needs, device, plan.table)
-            bytes_now = sum(collector.nbytes for collector in self._collectors.values())
-            self.peak = max(self.peak, self._held + bytes_now)
-        return self._collectors[fqn]
+            found = Collector(plan.form, needs, self.weights[fqn].device, plan.table)
+            if held_out:
+                seen.held_out = found
+            else:
+                seen.used = found
+            self.peak = max(self.peak, self._held + sum(s.nbytes for s in self._seen.values()))
+        return found
 
     def _add_gradients(self, plan: Plan, stats: Statistics) -> None:
         found = self._gradients.get(plan.fqn)
@@ -193,6 +206,41 @@ class Pruner:
         bias = self.biases[fqn]
         missing = ((dense - kept) @ mean.unsqueeze(-1)).reshape(bias.shape)
         return bias, (bias.float() + missing).to(bias.dtype)
+
+
+@dataclass
+class _Seen:
+    """Sums over the inputs of one weight.
+
+    Attributes:
+        used: of those that it is solved with.
+        held_out: of those that it is judged by.
+    """
+
+    used: Collector | None = None
+    held_out: Collector | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the sums take."""
+        return sum(found.nbytes for found in (self.used, self.held_out) if found is not None)
+
+
+def _judged(
+    dense: Tensor, mask: Tensor, kept: Tensor, unused: Statistics
+) -> tuple[Tensor, float | None, str]:
+    """The weight, damped where its update overfits; its error on held-out inputs; and a note."""
+    if not bool(unused.tokens.any()):
+        return kept, None, "no held-out input of it was seen"
+    found, share = damped(dense, mask, kept, unused)
+    error = relative_error(dense, found, unused)
+    if found is kept:
+        return kept, error, ""
+    least, many = float(share.min()), int((share < 1).sum())
+    of = f" in {many} of {len(share)} groups" if len(share) > 1 else ""
+    whole = relative_error(dense, kept, unused)
+    note = f"its update overfits{of}: {whole:.3g} of error held out, damped to {least:.2f} of it"
+    return found, error, note
 
 
 def _all_finite(tensor: Tensor) -> bool:

@@ -18,6 +18,7 @@ from torch import Tensor, fx
 
 from fx_sparsity.pruning.batches import Batch
 from fx_sparsity.pruning.graph_blocks import Block
+from fx_sparsity.pruning.held_out import spread
 from fx_sparsity.pruning.pruner import Pruner
 from fx_sparsity.pruning.report import RebuiltBlock
 from fx_sparsity.pruning.stores import HeldStore
@@ -40,7 +41,8 @@ class Reconstruction:
             those before it, too (as GPTAQ does, arXiv 2504.02692); activations of both models are
             held. `"pruned"`: what the dense block makes of the inputs that it really gets.
         held_out: share of the batches that are not optimized on. A block is rebuilt only where that
-            lowers the error on them. With fewer than four batches there are none.
+            lowers the error on them. With fewer than four batches there are none; where `prune`
+            holds some out, it is those.
         autocast: dtype in which blocks are computed meanwhile, such as `torch.bfloat16`; None for
             the model's own. What is optimized is held in float32.
     """
@@ -294,9 +296,10 @@ class _Kept:
 
 
 def _split(samples: Sequence[_Sample], share: float) -> tuple[list[_Sample], list[_Sample]]:
-    """Those to optimize on, and those held out: spread over all, which may be in some order."""
-    count = max(1, round(share * len(samples))) if share and len(samples) >= 4 else 0
-    places = {(2 * i + 1) * len(samples) // (2 * count) for i in range(count)}
+    """Those to optimize on, and those held out."""
+    places = {place for place, sample in enumerate(samples) if sample.batch.held_out}
+    if not places and share and len(samples) >= 4:
+        places = spread(len(samples), share)
     held = [sample for place, sample in enumerate(samples) if place in places]
     return [sample for place, sample in enumerate(samples) if place not in places], held
 

@@ -17,6 +17,8 @@ class PrunedWeight:
         tokens: of its inputs, of all groups.
         error: `||(W - W') X|| / ||W X||` over the calibration inputs, Frobenius norms; None where
             the method asked for no Gram matrix.
+        held_out: the same over inputs of the batches that were held out; None where none were, or
+            this weight met no input in them.
         seconds: that solving took, without the passes over the data.
         notes: what a user should know.
         groups: matrices that the weight consists of, such as experts.
@@ -35,6 +37,7 @@ class PrunedWeight:
     groups: int = 1
     fewest: int = 0
     few: int = 0
+    held_out: float | None = None
 
 
 @dataclass(frozen=True)
@@ -101,11 +104,17 @@ class PruningReport(WeightReport[PrunedWeight]):
         )
 
     def __str__(self) -> str:
+        judged = any(w.held_out is not None for w in self.rows)
         rows = [
-            (w.fqn, w.pattern, f"{w.level:.1%}", w.tokens, w.error, w.seconds, "; ".join(w.notes))
+            (
+                *(w.fqn, w.pattern, f"{w.level:.1%}", w.tokens, w.error),
+                *((w.held_out,) if judged else ()),
+                *(w.seconds, "; ".join(w.notes)),
+            )
             for w in self.rows
         ]
-        header = ("weight", "pattern", "level", "tokens", "error", "seconds", "notes")
+        titles = ("error", "held out") if judged else ("error",)
+        header = ("weight", "pattern", "level", "tokens", *titles, "seconds", "notes")
         parts = [format_table(header, rows)]
         if self.dense:
             parts.append(format_table(("stays dense", "reason"), list(self.dense.items())))
@@ -113,8 +122,7 @@ class PruningReport(WeightReport[PrunedWeight]):
             found = [
                 (b.path or "the model", b.before, b.after, b.held_out, b.note) for b in self.blocks
             ]
-            titles = ("block", "pruned", "rebuilt", "held out", "notes")
-            parts.append(format_table(titles, found))
+            parts.append(format_table(("block", "pruned", "rebuilt", "held out", "notes"), found))
         if self.few_tokens:
             parts.append(self.few_tokens)
         parts.append(

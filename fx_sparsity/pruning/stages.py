@@ -110,7 +110,7 @@ class Stages:
         with self._position:
             for batch in self._batches:
                 self._position.start(last)
-                observer.padding = batch.padding
+                observer.batch = batch
                 with suppress(GeneratorExit), observer:
                     batch.call(self._model)
 

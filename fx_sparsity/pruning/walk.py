@@ -29,8 +29,8 @@ from fx_sparsity.pruning.routing import Routing, Value, find_routing
 
 Read = Callable[[str, Tensor], Tensor]
 """(FQN, tensor of the graph) -> its value now."""
-Take = Callable[[str, WeightInputs], None]
-"""(FQN, inputs of that weight) -> nothing."""
+Take = Callable[[str, WeightInputs, bool], None]
+"""(FQN, inputs of that weight, whether their batch is held out) -> nothing."""
 Note = Callable[[str, str], None]
 """(FQN, what the report is to say of that weight; empty for nothing) -> nothing."""
 _DECODER_INPUTS = ("decoder_", "labels")
@@ -309,10 +309,10 @@ class Walk:
         routing = self._routings.get(use.node)
         try:
             if routing is None or not (self._all_experts or batch.padding.keep):
-                self._take_all(use, self._inputs(use, value, batch.padding, decoder))
+                self._take_all(use, self._inputs(use, value, batch.padding, decoder), batch)
                 return
             marked = routing.marked(value, batch.padding, decoder)
-            self._collect_routed(use, value, routing, marked, batch.padding)
+            self._collect_routed(use, value, routing, marked, batch)
         except UnsupportedUse as reason:
             self._refuse(use.fqn, str(reason))
 
@@ -322,25 +322,26 @@ class Walk:
         value: Value,
         routing: Routing,
         marked: dict[fx.Node, Tensor],
-        padding: Padding,
+        batch: Batch,
     ) -> None:
         """Take the inputs of experts, without what is marked."""
         decoder = use.node in self._of_decoder
         for turn in routing.turns(value, self._all_experts, marked):
-            found = self._inputs(use, turn, Padding({}) if marked else padding, decoder)
+            padding = Padding({}) if marked else batch.padding
+            found = self._inputs(use, turn, padding, decoder)
             if marked:
                 rest = routing.without_marked(list(found), value, marked)
                 if rest is None:  # of the first turn, since all sort tokens alike
-                    self._collect_routed(use, value, routing, {}, padding)
+                    self._collect_routed(use, value, routing, {}, batch)
                     return
                 found = iter(rest)
-            self._take_all(use, found)
+            self._take_all(use, found, batch)
 
-    def _take_all(self, use: GraphUse, found: Iterable[WeightInputs]) -> None:
+    def _take_all(self, use: GraphUse, found: Iterable[WeightInputs], batch: Batch) -> None:
         for inputs in found:
             if use.use.reordered:
                 _check_distinct(inputs.columns)
-            self._take(use.fqn, inputs)
+            self._take(use.fqn, inputs, batch.held_out)
 
     def _inputs(
         self, use: GraphUse, value: Value, padding: Padding, decoder: bool

@@ -331,7 +331,7 @@ def mlp(depth=4, width=8):
 def test_an_interruption_is_made_up_for(tmp_path, sequential):
     model, batches = mlp()
     places = {"source": save_shards(model, tmp_path / "s"), "target": tmp_path / "t"}
-    options = {**places, "sequential": sequential, "correct_bias": True}
+    options = {**places, "sequential": sequential, "correct_bias": True, "held_out": 0.5}
     stopped = Interrupted()
     with pytest.raises(KeyboardInterrupt) as caught:
         prune_checkpoint(on_meta(model), stopped, batches, **options)
@@ -341,9 +341,10 @@ def test_an_interruption_is_made_up_for(tmp_path, sequential):
     report = prune_checkpoint(on_meta(model), resumed, batches, **options)
     assert resumed.left == 0
     state, record, expected = in_memory(
-        model, TinyWanda(), batches, None, sequential=sequential, correct_bias=True
+        model, TinyWanda(), batches, None, sequential=sequential, correct_bias=True, held_out=0.5
     )
     found = read(tmp_path / "t")
+    assert [w.held_out for w in report.rows] == [w.held_out for w in expected.rows]
     assert all(same_bits(found[name], state[name]) for name in found)
     assert_same_record(fxs.SparsityRecord.load(tmp_path / "t" / "sparsity.record"), record)
     assert [w.fqn for w in report.rows] == [w.fqn for w in expected.rows]
@@ -358,6 +359,7 @@ def test_a_resumption_that_asks_for_something_else_is_refused(tmp_path):
         prune_checkpoint(on_meta(model), Interrupted(), batches, **places)
     for method, data, options, message in (
         (Interrupted(), batches, {"sequential": False}, "sequential True there, now False"),
+        (Interrupted(), batches, {"held_out": 0.5}, "held_out 0.0 there, now 0.5"),
         (TinyWanda(), batches, {}, "method 'Interrupted"),
         (Interrupted(), batches[:1], {}, "batches '"),
         (Interrupted(), [(x + 1,) for (x,) in batches], {}, "batches '"),

@@ -36,6 +36,14 @@ class Statistics:
     gradient_squares: Tensor | None = None
 
 
+def images(weight: Tensor, stats: Statistics) -> Tensor:
+    """W X X^T, float32 [groups, out, in], with what `relative_error` takes."""
+    if stats.gram is not None:
+        return weight @ stats.gram
+    assert stats.squares is not None
+    return weight * stats.squares.unsqueeze(1)
+
+
 def relative_error(dense: Tensor, kept: Tensor, stats: Statistics) -> float:
     """`||(W - V) X|| / ||W X||` over all inputs, Frobenius norms; 0 where W X is zero.
 
@@ -48,12 +56,8 @@ def relative_error(dense: Tensor, kept: Tensor, stats: Statistics) -> float:
     """
 
     def squared(weight: Tensor) -> float:
-        if stats.gram is not None:
-            images = weight @ stats.gram
-        else:
-            assert stats.squares is not None
-            images = weight * stats.squares.unsqueeze(1)
-        return max(0.0, float(torch.linalg.vecdot(images, weight).sum(dtype=torch.float64)))
+        found = torch.linalg.vecdot(images(weight, stats), weight)
+        return max(0.0, float(found.sum(dtype=torch.float64)))
 
     whole = squared(dense)
     return float((squared(dense - kept) / whole) ** 0.5) if whole else 0.0

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import hashlib
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from fx_sparsity.checkpoints.pruned_files import PrunedFiles
 from fx_sparsity.checkpoints.run import Run
 from fx_sparsity.graph.example_inputs import ExampleInputs, call_arguments
 from fx_sparsity.graph.mapping import MappingLike
-from fx_sparsity.pruning.batches import listed
+from fx_sparsity.pruning.batches import check_iterable
 from fx_sparsity.pruning.calibration import Sequential
 from fx_sparsity.pruning.methods import CalibratedSparsifier
 from fx_sparsity.pruning.prune import GRADIENTS, PruneOptions, calibrate
@@ -42,6 +43,7 @@ def prune_checkpoint(
     token_weights: Iterable[Tensor] | None = None,
     all_experts: bool = False,
     held_out: float = 0.0,
+    offload: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> PruningReport:
     """Prune a checkpoint in one shot, as `prune` does a model, without ever loading it.
@@ -74,6 +76,7 @@ def prune_checkpoint(
         token_weights: as `prune` takes them.
         all_experts: as `prune` takes it.
         held_out: as `prune` takes it.
+        offload: as `prune` takes it; but the batches themselves are held.
         progress: as `prune` takes it.
 
     Returns:
@@ -107,7 +110,8 @@ def prune_checkpoint(
             f"{type(sparsifier).__name__} needs gradients of all weights at once; "
             "load the model and call prune"
         )
-    batches, checkpoint = listed(batches), Checkpoint(source)
+    check_iterable(batches)
+    batches, checkpoint = list(batches), Checkpoint(source)
     token_weights = None if token_weights is None else list(token_weights)
     held = MappedCheckpoint(checkpoint)
     loaded = LoadedModel(model, held, dict(names or {}))
@@ -130,6 +134,7 @@ def prune_checkpoint(
         all_experts=all_experts,
         progress=progress,
         held_out=held_out,
+        offload=offload,
     )
     with contextlib.closing(Run(checkpoint, Path(target), asked)) as run:
         store = PrunedFiles(run, checkpoint, held, loaded, sequential)

@@ -19,6 +19,7 @@ from fx_sparsity.graph.opaque import copied, expanded
 from fx_sparsity.graph.sources import module_source, named_tensors
 from fx_sparsity.graph.uses import canonical_fqn, weight_uses
 from fx_sparsity.graph.weight_map import Use, WeightMap
+from fx_sparsity.pruning.offload import Keep, in_memory
 from fx_sparsity.pruning.padding import Padding, read_padding
 
 _log = logging.getLogger(__name__)
@@ -64,8 +65,8 @@ class Batch:
             ) from error
 
 
-def listed(batches: Iterable[ExampleInputs]) -> list[ExampleInputs]:
-    """All batches.
+def check_iterable(batches: Iterable[ExampleInputs]) -> None:
+    """Raise for what is no iterable of batches.
 
     Raises:
         InputError: `batches` is a single one, whose rows or names are no batches.
@@ -75,33 +76,34 @@ def listed(batches: Iterable[ExampleInputs]) -> list[ExampleInputs]:
             f"batches: expected an iterable of batches, found one {type(batches).__name__}; "
             "pass a list of batches, such as [batch]"
         )
-    return list(batches)
 
 
 def read_batches(
     model: nn.Module,
     batches: Iterable[ExampleInputs],
     token_weights: Iterable[Tensor] | None = None,
+    keep: Keep = in_memory,
 ) -> list[Batch]:
-    """Check batches, and flatten them.
+    """Check batches, and flatten them; each is read once.
 
     Args:
         model: that takes them.
         batches: as `prune` takes them.
         token_weights: as `prune` takes them.
+        keep: keeps their tensors.
 
     Raises:
         InputError: there is none, one is no call's arguments, or lies on a device where the model
             has no tensor; or `batches` is a single one, whose rows or names are no batches; or
             there are other numbers of batches and of `token_weights`.
     """
-    batches = listed(batches)
+    check_iterable(batches)
     given = None if token_weights is None else list(token_weights)
     weights = None if given is None else iter(given)
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
     read: list[Batch] = []
     for number, inputs in enumerate(batches):
-        args, kwargs = call_arguments(inputs)
+        args, kwargs = keep(call_arguments(inputs))
         kwargs = dict(sorted(kwargs.items()))
         inputs = kwargs or args
         if is_exported(model):
@@ -204,6 +206,7 @@ class Frame(NamedTuple):
         uses: of the weights, graph by graph.
         reason: which graphs there are, or why none.
         error: why no graph can be captured.
+        keep: keeps activations until they are needed.
     """
 
     model: nn.Module
@@ -212,6 +215,7 @@ class Frame(NamedTuple):
     uses: Sequence[Sequence[GraphUse]]
     reason: str
     error: CaptureError | None = None
+    keep: Keep = in_memory
 
     def uses_of(self, fqn: str) -> list[GraphUse]:
         """Uses of one weight in the first graph; none where there is no graph."""

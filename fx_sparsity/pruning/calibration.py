@@ -143,11 +143,10 @@ class Calibration:
         shared: list[Mapping[str, str]] = []
         for captured, uses in zip(self._frame.captured, self._frame.uses, strict=True):
             counted = [u for u in uses if u.fqn in plans and plans[u.fqn].counts(u.use)]
-            arguments = (named, pruner.columns, store.read, pruner.take, pruner.refuse, pruner.note)
+            arguments = (named, pruner.columns, store.read, pruner.take, pruner.refuse)
             in_blocks = self._rebuilder is not None or self._asked == "blocks"
-            walk = Walk(
-                captured.graph, captured.batches, counted, *arguments, self._all_experts, in_blocks
-            )
+            how = (pruner.note, self._frame.keep, self._all_experts, in_blocks)
+            walk = Walk(captured.graph, captured.batches, counted, *arguments, *how)
             walks.append(walk)
             shared.append(shared_inputs(walks[-1].order, counted, plans))
         _check_orders(walks, self._frame.captured)

@@ -1,6 +1,7 @@
 """The verb `prune`: from calibration batches to masks and updated weights, in one call."""
 
 import logging
+import os
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from fx_sparsity.pruning.calibration import Calibration, Sequential
 from fx_sparsity.pruning.gradients import Loss, collect_gradients
 from fx_sparsity.pruning.held_out import hold_out
 from fx_sparsity.pruning.methods import CalibratedSparsifier, Statistic
+from fx_sparsity.pruning.offload import offload_to
 from fx_sparsity.pruning.plan import decide
 from fx_sparsity.pruning.pruner import Pruner
 from fx_sparsity.pruning.reconstruction import Rebuilder, Reconstruction
@@ -49,6 +51,7 @@ def prune(
     token_weights: Iterable[Tensor] | None = None,
     all_experts: bool = False,
     held_out: float = 0.0,
+    offload: str | os.PathLike[str] | None = None,
     reconstruction: Reconstruction | None = None,
     progress: bool = True,
 ) -> tuple[_Model, PruningReport]:
@@ -79,8 +82,8 @@ def prune(
             model that it came from.
         sparsifier: chooses masks and values; a fresh one, or one that is bound to this model.
         batches: each a tuple of positional, or a dict of keyword arguments, or one tensor, on the
-            model's device. All are held at once. Sizes may differ: they become dynamic, or take
-            a graph each. A graph that was exported with both kinds of arguments takes a dict.
+            model's device. Each is read once, and held. Sizes may differ: they become dynamic, or
+            take a graph each. A graph that was exported with both kinds of arguments takes a dict.
         mapping: which weight gets which pattern and level. None gives every weight the
             sparsifier's defaults.
         sequential: True has each weight see what the pruned ones before it give out. "blocks" has
@@ -109,6 +112,9 @@ def prune(
             report then has each weight's error on these, whatever the method; and where an update
             of kept values overfits, as with few tokens, as much of it is taken back as makes that
             error the least, with a note. Takes the room of one more Gram matrix.
+        offload: a folder, on a disk with room for `report.activation_bytes`: batches and
+            activations on the CPU are kept in files there, which leave nothing behind, and memory
+            does not grow with the data.
         reconstruction: rebuilds each block, such as a layer of a language model, once its weights
             are pruned: what they keep, and norms and biases, are optimized together until the block
             gives out what the dense one did. The block is the unit of change then.
@@ -148,6 +154,7 @@ def prune(
         progress,
         reconstruction,
         held_out,
+        offload,
     )
     module = programs.begin(model, sparsifier) if isinstance(model, ExportedProgram) else model
     store = MaskStore(module, sparsifier)
@@ -170,6 +177,7 @@ class PruneOptions(NamedTuple):
     progress: bool
     reconstruction: Reconstruction | None = None
     held_out: float = 0.0
+    offload: str | os.PathLike[str] | None = None
 
 
 def calibrate(
@@ -196,12 +204,13 @@ def calibrate(
     start = time.perf_counter()
     mapping = None if mapping is None else SparsityMapping.of(mapping)
     gradients = _check_method(sparsifier, options)
-    read = hold_out(read_batches(model, batches, options.token_weights), options.held_out)
+    keep = offload_to(options.offload)
+    read = hold_out(read_batches(model, batches, options.token_weights, keep), options.held_out)
     used = [batch for batch in read if not batch.held_out]
     with _evaluating(model):
         with _buffers_kept(model):
             check_forms(model, read)
-            frame = capture(model, read, options.dynamic_shapes)
+            frame = capture(model, read, options.dynamic_shapes)._replace(keep=keep)
             decision = decide(frame, sparsifier, mapping, store.is_done)
             plans, weights = decision.plans, decision.weights
             biases = find_biases(frame, plans) if options.correct_bias else None

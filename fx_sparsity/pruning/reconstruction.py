@@ -136,7 +136,7 @@ class Rebuilder:
         for place, (walk, block) in enumerate(zip(walks, blocks, strict=True)):
             entered = walk.enter(block)
             if ahead is None:
-                targets = [walk.outputs(block, values) for values in entered]
+                targets = [walk.keep(walk.outputs(block, values)) for values in entered]
             else:
                 targets = ahead[place].outputs(block)
             for batch, values, wanted in zip(walk.batches, entered, targets, strict=True):
@@ -247,7 +247,8 @@ class _Ahead:
         return found
 
     def _go_on(self, block: Block) -> list[list[Tensor]]:
-        found = [self._walk.run_on(self._at, block, values) for values in self._values]
+        walk = self._walk
+        found = [walk.keep(walk.run_on(self._at, block, values)) for values in self._values]
         self._at = block.end
         return found
 

@@ -24,6 +24,7 @@ from fx_sparsity.graph.weight_inputs import UnsupportedUse, WeightInputs
 from fx_sparsity.pruning.batches import Batch, GraphUse
 from fx_sparsity.pruning.columns import Columns
 from fx_sparsity.pruning.graph_blocks import Block, graph_blocks
+from fx_sparsity.pruning.offload import Keep, in_memory
 from fx_sparsity.pruning.padding import Padding, without_padding
 from fx_sparsity.pruning.routing import Routing, Value, find_routing
 
@@ -55,6 +56,7 @@ class Walk:
         refuse: called for a weight whose inputs cannot be known.
         note: called with what the report is to say of a weight, if anything.
         all_experts: whether experts take the inputs that all tokens would be to them.
+        keep: keeps values at stops.
         in_blocks: whether it also goes from block to block, see `enter`.
 
     Attributes:
@@ -75,12 +77,13 @@ class Walk:
         take: Take,
         refuse: Refuse,
         note: Note,
+        keep: Keep = in_memory,
         all_experts: bool = False,
         in_blocks: bool = False,
     ) -> None:
         self._graph, self.batches, self._named = graph, batches, named
         self._read, self._take, self._refuse = read, take, refuse
-        self._note, self._all_experts = note, all_experts
+        self._note, self.keep, self._all_experts = note, keep, all_experts
         self._source = module_source(graph)
         self._columns = Columns(self._source, named, columns)
         live = live_nodes(graph.graph)
@@ -125,7 +128,7 @@ class Walk:
     def enter(self, block: Block) -> list[dict[fx.Node, Any]]:
         """Go on to the beginning of a block; what lives there, of each batch."""
         self._go_to(block.start, take=False)
-        return [_copied(values) if block.in_place else dict(values) for values in self._values]
+        return self._own_values(block.in_place)
 
     def leave(self, block: Block, entered: Sequence[Mapping[fx.Node, Any]]) -> None:
         """Go on to the end of a block, from its beginning, with its weights as they are now.
@@ -138,6 +141,7 @@ class Walk:
         self._state.clear()
         for values in self._values:
             self._pass(block.start, block.end, values, self._state, self._read)
+            values.update(self.keep(values))
         self._at, self._taken = block.end, False
 
     def outputs(
@@ -156,12 +160,12 @@ class Walk:
 
     def begin(self) -> list[dict[fx.Node, Any]]:
         """What lives at the very beginning, of each batch, for `run_on`."""
-        in_place = any(block.in_place for block in self.blocks)
-        return [_copied(values) if in_place else dict(values) for values in self._values]
+        return self._own_values(any(block.in_place for block in self.blocks))
 
     def run_on(self, start: int, block: Block, values: dict[fx.Node, Any]) -> list[Tensor]:
         """Take values of one's own from a place to the end of a block; what the block gives out."""
         kept = self._pass(start, block.end, values, {}, self._read, block.outputs)
+        values.update(self.keep(values))
         return [kept[node] for node in block.outputs]
 
     def is_of_decoder(self, node: fx.Node) -> bool:
@@ -194,12 +198,17 @@ class Walk:
             else:
                 yield user
 
+    def _own_values(self, in_place: bool) -> list[dict[fx.Node, Any]]:
+        """What lives now, of each batch, to go on from; `in_place`: with writes into it."""
+        return [self.keep(_copied(values)) if in_place else dict(values) for values in self._values]
+
     def _go_to(self, stop: int, take: bool) -> None:
         """Run every batch to a place; `take` the inputs of what stands there, too."""
         if (stop, take) <= (self._at, self._taken):
             return
         for batch, values in zip(self.batches, self._values, strict=True):
             self._run(self._at, stop, batch, values, take)
+            values.update(self.keep(values))
         self._at, self._taken = stop, take
         self._state.clear()
         self.peak = max(self.peak, self._held())

@@ -128,6 +128,7 @@ def test_bit_for_bit_as_in_memory(tmp_path, make_model, method, sequential):
         source=source,
         target=target,
         sequential=sequential,
+        offload=tmp_path,
     )
     state, record, expected = in_memory(
         model, METHODS[method](), batches, mapping, sequential=sequential
@@ -138,7 +139,7 @@ def test_bit_for_bit_as_in_memory(tmp_path, make_model, method, sequential):
     assert_same_record(fxs.SparsityRecord.load(target / "sparsity.record"), record)
     assert [w.error for w in report.rows] == [w.error for w in expected.rows]
     assert report.dense == expected.dense
-    assert report.activation_bytes == expected.activation_bytes > 0
+    assert report.activation_bytes >= expected.activation_bytes > 0  # files have gaps
     assert given.names == []
     assert {p.device.type for p in empty.parameters()} == {"meta"}
     anew = ["sparsity.json", "sparsity.record"]

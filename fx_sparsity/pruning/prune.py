@@ -256,8 +256,8 @@ def calibrate(
         seconds=time.perf_counter() - start,
         blocks=() if rebuilder is None else tuple(rebuilder.blocks),
     )
-    if report.few_tokens:
-        _log.warning("%s", report.few_tokens)
+    for text in report.warnings:
+        _log.warning("%s", text)
     return report
 
 

@@ -137,6 +137,7 @@ class Pruner:
             groups=len(stats.tokens),
             fewest=int(stats.tokens.min()),
             few=_few(plan, stats),
+            columns=plan.form.width,
             held_out=judged,
         )
         value = plan.form.from_matrix(kept).to(weight.dtype)

@@ -1,5 +1,6 @@
 """What one-shot pruning has done, weight by weight."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ class PrunedWeight:
         tokens: of its inputs, of all groups.
         error: `||(W - W') X|| / ||W X||` over the calibration inputs, Frobenius norms; None where
             the method asked for no Gram matrix.
+        columns: of the weight's matrix, one for each input of a token.
         held_out: the same over inputs of the batches that were held out; None where none were, or
             this weight met no input in them.
         seconds: that solving took, without the passes over the data.
@@ -37,6 +39,7 @@ class PrunedWeight:
     groups: int = 1
     fewest: int = 0
     few: int = 0
+    columns: int = 0
     held_out: float | None = None
 
 
@@ -103,6 +106,29 @@ class PruningReport(WeightReport[PrunedWeight]):
             "all_experts=True"
         )
 
+    @property
+    def singular(self) -> str:
+        """Which other weights, solved with a Gram matrix, met fewer inputs than they have columns.
+
+        In words; empty where none did.
+        """
+        solved = [row for row in self.rows if row.error is not None and not row.few]
+        rows = [row for row in solved if row.fewest < row.columns]
+        if not rows:
+            return ""
+        worst = max(rows, key=lambda row: row.columns / max(1, row.fewest))
+        times = math.ceil(worst.columns / max(1, worst.fewest))
+        return (
+            f"{len(rows)} of {len(solved)} weights met fewer inputs than they have columns, the "
+            f"fewest {worst.fewest} for {worst.columns} in {worst.fqn}: updates fit these and no "
+            f"others; calibrate on {times} times as much data, or see what held_out= says"
+        )
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What a user should know of the whole: too few data."""
+        return tuple(text for text in (self.few_tokens, self.singular) if text)
+
     def __str__(self) -> str:
         judged = any(w.held_out is not None for w in self.rows)
         rows = [
@@ -123,8 +149,7 @@ class PruningReport(WeightReport[PrunedWeight]):
                 (b.path or "the model", b.before, b.after, b.held_out, b.note) for b in self.blocks
             ]
             parts.append(format_table(("block", "pruned", "rebuilt", "held out", "notes"), found))
-        if self.few_tokens:
-            parts.append(self.few_tokens)
+        parts += self.warnings
         parts.append(
             f"{'sequential' if self.sequential else 'all at once'}: {self.reason}; "
             f"{self.batches} batches, {self.seconds:.1f} s, "

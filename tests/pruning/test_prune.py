@@ -143,10 +143,17 @@ def test_weights_that_meet_the_same_inputs_share_statistics(monkeypatch):
     assert [w.tokens for w in report.rows] == [30] * 4
 
 
-def test_too_few_inputs_for_a_gram_matrix_are_noted():
+def test_too_few_inputs_for_a_gram_matrix_are_told_in_numbers(caplog):
     model, _ = mlp(1)
-    _, report = prune(model, Recorded(), [(torch.randn(5, 8),)])
+    _, report = prune(copy.deepcopy(model), Recorded(), [(torch.randn(5, 8),)])
     assert "5 inputs for 8 columns: the Gram matrix is singular" in report["0.weight"].notes
+    (told,) = report.warnings
+    assert told.startswith("1 of 1 weights met fewer inputs than they have columns, the fewest 5")
+    assert "calibrate on 2 times as much data" in told
+    assert told in str(report)
+    assert told in caplog.messages
+    _, enough = prune(copy.deepcopy(model), Recorded(), [(torch.randn(8, 8),)])
+    assert enough.warnings == ()
 
 
 def test_parts_of_a_weight_are_pruned_when_they_are_named():

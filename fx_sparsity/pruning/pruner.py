@@ -16,7 +16,7 @@ from fx_sparsity.pruning.methods.statistics import relative_error
 from fx_sparsity.pruning.methods.where import select
 from fx_sparsity.pruning.plan import Plan
 from fx_sparsity.pruning.report import PrunedWeight
-from fx_sparsity.pruning.stores import Store
+from fx_sparsity.pruning.stores import Solved, Store
 
 _EXPERT = re.compile(r"(?:^|[._])experts?[._]")
 
@@ -115,8 +115,9 @@ class Pruner:
         _check(fqn, stats)
         # May share the weight's memory: not to be read any more once that is written.
         dense = plan.form.to_matrix(weight.detach()).float().contiguous()
-        mask, kept, solved = self._solve(plan, dense, stats)
-        notes = [*plan.notes, *self._notes.get(fqn, ()), *_data_notes(plan, stats), *solved]
+        found = self._solve(plan, dense, stats)
+        kept = found.weight
+        notes = [*plan.notes, *self._notes.get(fqn, ()), *_data_notes(plan, stats), *found.notes]
         relative = None if stats.gram is None else relative_error(dense, kept, stats)
         bias = self._correction(fqn, dense, kept, stats, notes)
         row = PrunedWeight(
@@ -132,20 +133,19 @@ class Pruner:
             few=_few(plan, stats),
         )
         value = plan.form.from_matrix(kept).to(weight.dtype)
-        self._store.write(row, plan.form.from_matrix(mask), value, bias)
+        mask = plan.form.from_matrix(found.mask)
+        self._store.write(row, Solved(fqn, mask, value, found.scales), bias)
         self.pruned.append(row)
         return None
 
-    def _solve(
-        self, plan: Plan, dense: Tensor, stats: Statistics
-    ) -> tuple[Tensor, Tensor, tuple[str, ...]]:
-        """Mask, kept values and zeros, and notes, if they are a solution."""
+    def _solve(self, plan: Plan, dense: Tensor, stats: Statistics) -> Solution:
+        """What the method finds, zeros and all, if it is a solution."""
         try:
             found = self.sparsifier.solve(dense.clone(), stats, plan.form.tiling, plan.config.level)
         except ValueError as error:
             error.add_note(f"while pruning {plan.fqn}")
             raise
-        return found.mask, _kept(plan.fqn, dense, found), found.notes
+        return found._replace(weight=_kept(plan.fqn, dense, found))
 
     def _statistics(self, fqn: str) -> Statistics:
         """What was collected; held on to where the next weight shares it."""

@@ -134,7 +134,9 @@ def _tensor(places: Sequence[tuple[nn.Module, str]], kept: dict[str, Any] | None
     width = weight.shape[1]
     if width % grid.size(width):
         return f"groups of {grid.size(width)} do not divide its {width} inputs, as torchao needs"
-    scales = scales.view(len(weight), -1).to(weight.device)
+    if tuple(scales.shape) != (1, len(weight), width // grid.size(width)):
+        return "it was pruned as another product than that of a linear layer"
+    scales = scales[0].to(weight.device)
     codes = grid.codes(weight.detach(), scales)
     if codes is None:
         return "its values are no longer those that it was rounded to; prune it once more"

@@ -301,10 +301,11 @@ class Odd(nn.Module):
         self.ragged = nn.Linear(16, 20)
         self.first, self.second = nn.Linear(20, 20), nn.Linear(20, 20)
         self.second.weight = self.first.weight
+        self.across = nn.Linear(30, 20)
 
     def forward(self, x):
         x = self.ragged(self.turned(self.conv(x).flatten(1)).relu())
-        return self.second(self.first(x))
+        return self.second(self.first(x)) @ self.across.weight
 
 
 def test_what_stays_in_float_is_on_the_grid_and_has_a_reason():
@@ -319,6 +320,7 @@ def test_what_stays_in_float_is_on_the_grid_and_has_a_reason():
         "conv.weight": linear + "Conv2d",
         "turned.weight": linear + "Conv1D",
         "ragged.weight": "groups of 10 do not divide its 16 inputs, as torchao needs",
+        "across.weight": "it was pruned as another product than that of a linear layer",
     }
     assert quantized.first.weight is quantized.second.weight
     assert torch.allclose(quantized(x), model(x), atol=1e-5)

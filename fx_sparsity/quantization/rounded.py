@@ -69,7 +69,7 @@ def quantize_rounded(model: nn.Module, sparsifier: BaseSparsifier) -> RoundedMod
     found: dict[str, Tensor] = {}
     in_float: dict[str, str] = {}
     for fqn in sparsifier.names:
-        made = _tensor(places[fqn], sparsifier.state[fqn].get(GRID))
+        made = _tensor(places.get(fqn, ()), sparsifier.state[fqn].get(GRID))
         if isinstance(made, str):
             in_float[fqn] = made
         else:
@@ -118,6 +118,8 @@ def _tensor(places: Sequence[tuple[nn.Module, str]], kept: dict[str, Any] | None
     """
     from fx_sparsity.quantization.torchao_backend import tensor_of_codes
 
+    if not places:
+        return "no parameter of the model has its name"
     for module, attribute in places:
         if not isinstance(module, nn.Linear) or attribute != "weight":
             return (

@@ -87,7 +87,7 @@ def prune_checkpoint(
             buffers without data, or `target` is there already or was begun otherwise.
         FileNotFoundError: see `Checkpoint`.
         FileFormatError: `source` is malformed.
-        ValueError: the method needs gradients, which would take the room of all weights.
+        ValueError: the method needs gradients, which would take the room of all weights, or rounds.
         InputError, MappingError, PatternError, MaskError, CalibrationError: as `prune`.
 
         Whatever is raised before the first weight is done, `target` and `source` are as they were.
@@ -109,6 +109,11 @@ def prune_checkpoint(
         raise ValueError(
             f"{type(sparsifier).__name__} needs gradients of all weights at once; "
             "load the model and call prune"
+        )
+    if isinstance(sparsifier, CalibratedSparsifier) and sparsifier.grid is not None:
+        raise ValueError(
+            f"{type(sparsifier).__name__} rounds to a grid, and a checkpoint has no place for its "
+            "scales; load the model and call prune, or leave out Rounding"
         )
     check_iterable(batches)
     batches, checkpoint = list(batches), Checkpoint(source)

@@ -17,6 +17,7 @@ from fx_sparsity.patterns import SparsityConfig
 from fx_sparsity.pruning.calibration import Sequential
 from fx_sparsity.pruning.plan import Plan
 from fx_sparsity.pruning.report import PrunedWeight
+from fx_sparsity.pruning.stores import Solved
 
 
 class PrunedFiles:
@@ -98,20 +99,18 @@ class PrunedFiles:
             return self._held[names[0]]
         return tensor
 
-    def write(
-        self, row: PrunedWeight, keep: Tensor, value: Tensor, bias: tuple[Tensor, Tensor] | None
-    ) -> None:
+    def write(self, row: PrunedWeight, solved: Solved, bias: tuple[Tensor, Tensor] | None) -> None:
         """See `Store.write`; what an interruption leaves is undone when the call is repeated."""
         names = list(self._loaded.by_fqn[row.fqn])
         for name in names:
-            self._out[name].copy_(value)
+            self._out[name].copy_(solved.value)
         if bias is not None:
             also = self._loaded.names[id(bias[0])]
             names += also
             for name in also:
                 self._out[name].copy_(bias[1])
         self._out.flush(*names)
-        mask = pack_mask(keep, value)
+        mask = pack_mask(solved.keep, solved.value)
         self._record.add(row.fqn, mask, row.level)
         self._record.sync()
         self._written.update(names)

@@ -27,7 +27,7 @@ from fx_sparsity.pruning.methods import CalibratedSparsifier, Solution, Statisti
 from fx_sparsity.pruning.plan import Decision, Plan
 from fx_sparsity.pruning.pruner import Pruner
 from fx_sparsity.pruning.report import PrunedWeight
-from fx_sparsity.pruning.stores import Store, Untouched
+from fx_sparsity.pruning.stores import Solved, Store, Untouched
 
 _log = logging.getLogger(__name__)
 
@@ -156,12 +156,10 @@ class Trial(Untouched):
         super().__init__(store)
         self._weights, self.values = weights, dict[str, Tensor]()
 
-    def write(
-        self, row: PrunedWeight, keep: Tensor, value: Tensor, bias: tuple[Tensor, Tensor] | None
-    ) -> None:
+    def write(self, row: PrunedWeight, solved: Solved, bias: tuple[Tensor, Tensor] | None) -> None:
         """See `Store.write`."""
-        self.values[row.fqn] = value.clone()
-        self._weights[row.fqn].copy_(value)
+        self.values[row.fqn] = solved.value.clone()
+        self._weights[row.fqn].copy_(solved.value)
 
 
 def _measure(

@@ -134,7 +134,8 @@ def prune(
             or `reconstruction` of a model without a graph.
         ValueError: the method or the allocation needs gradients and there is no loss, or a pattern
             such as 2:4 fixes the level that an allocation would choose, or there are
-            `dynamic_shapes` of a graph, or an unknown way to be `sequential`.
+            `dynamic_shapes` of a graph, or an unknown way to be `sequential`, or `reconstruction`
+            of what the method rounds.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -267,7 +268,7 @@ def _check_method(sparsifier: CalibratedSparsifier, options: PruneOptions) -> fr
     Raises:
         TypeError: the sparsifier needs no data.
         ValueError: it or the allocation needs gradients, and there is no loss; or `sequential` is
-            neither of its values.
+            neither of its values; or it rounds what is to be rebuilt.
     """
     if options.sequential not in (True, False, "blocks"):
         raise ValueError(
@@ -277,6 +278,12 @@ def _check_method(sparsifier: CalibratedSparsifier, options: PruneOptions) -> fr
         raise TypeError(
             f"sparsifier: expected a CalibratedSparsifier, found {type(sparsifier).__name__}, "
             "which needs no data; call prepare and step"
+        )
+    if options.reconstruction is not None and sparsifier.grid is not None:
+        raise ValueError(
+            "reconstruction: it would move weights off the grid that the method rounds them to; "
+            "prune and rebuild without rounding, squash, then prune once more with "
+            "Pipeline(MagnitudeSparsifier(), Rounding(...)), which keeps the zeros that are there"
         )
     gradients = GRADIENTS & (sparsifier.needs | needs_of(options.allocation, sparsifier))
     if gradients and options.loss is None:

@@ -18,7 +18,7 @@ from fx_sparsity.pruning.methods.statistics import relative_error
 from fx_sparsity.pruning.methods.where import select
 from fx_sparsity.pruning.plan import Plan
 from fx_sparsity.pruning.report import PrunedWeight
-from fx_sparsity.pruning.stores import Store
+from fx_sparsity.pruning.stores import Solved, Store
 
 _EXPERT = re.compile(r"(?:^|[._])experts?[._]")
 
@@ -118,11 +118,11 @@ class Pruner:
         _check(fqn, stats)
         # May share the weight's memory: not to be read any more once that is written.
         dense = plan.form.to_matrix(weight.detach()).float().contiguous()
-        mask, kept, solved = self._solve(plan, dense, stats)
-        notes = [*plan.notes, *self._notes.get(fqn, ()), *_data_notes(plan, stats), *solved]
-        judged = None
+        found = self._solve(plan, dense, stats)
+        notes = [*plan.notes, *self._notes.get(fqn, ()), *_data_notes(plan, stats), *found.notes]
+        kept, judged = found.weight, None
         if unused is not None:
-            kept, judged, note = _judged(dense, mask, kept, unused)
+            kept, judged, note = _judged(dense, found, unused)
             notes += [note] if note else []
         relative = None if stats.gram is None else relative_error(dense, kept, stats)
         bias = self._correction(fqn, dense, kept, stats, notes)
@@ -141,20 +141,19 @@ class Pruner:
             held_out=judged,
         )
         value = plan.form.from_matrix(kept).to(weight.dtype)
-        self._store.write(row, plan.form.from_matrix(mask), value, bias)
+        mask = plan.form.from_matrix(found.mask)
+        self._store.write(row, Solved(fqn, mask, value, found.scales), bias)
         self.pruned.append(row)
         return None
 
-    def _solve(
-        self, plan: Plan, dense: Tensor, stats: Statistics
-    ) -> tuple[Tensor, Tensor, tuple[str, ...]]:
-        """Mask, kept values and zeros, and notes, if they are a solution."""
+    def _solve(self, plan: Plan, dense: Tensor, stats: Statistics) -> Solution:
+        """What the method finds, zeros and all, if it is a solution."""
         try:
             found = self.sparsifier.solve(dense.clone(), stats, plan.form.tiling, plan.config.level)
         except ValueError as error:
             error.add_note(f"while pruning {plan.fqn}")
             raise
-        return found.mask, _kept(plan.fqn, dense, found), found.notes
+        return found._replace(weight=_kept(plan.fqn, dense, found))
 
     def _statistics(self, fqn: str) -> tuple[Statistics, Statistics | None]:
         """What was collected, and of held-out batches; held on to where the next one shares it."""
@@ -227,21 +226,20 @@ class _Seen:
         return sum(found.nbytes for found in (self.used, self.held_out) if found is not None)
 
 
-def _judged(
-    dense: Tensor, mask: Tensor, kept: Tensor, unused: Statistics
-) -> tuple[Tensor, float | None, str]:
+def _judged(dense: Tensor, found: Solution, unused: Statistics) -> tuple[Tensor, float | None, str]:
     """The weight, damped where its update overfits; its error on held-out inputs; and a note."""
     if not bool(unused.tokens.any()):
-        return kept, None, "no held-out input of it was seen"
-    found, share = damped(dense, mask, kept, unused)
-    error = relative_error(dense, found, unused)
-    if found is kept:
-        return kept, error, ""
+        return found.weight, None, "no held-out input of it was seen"
+    kept, share = damped(dense, found.mask, found.weight, unused)
+    whole = relative_error(dense, found.weight, unused)
+    if kept is found.weight:
+        return kept, whole, ""
     least, many = float(share.min()), int((share < 1).sum())
     of = f" in {many} of {len(share)} groups" if len(share) > 1 else ""
-    whole = relative_error(dense, kept, unused)
-    note = f"its update overfits{of}: {whole:.3g} of error held out, damped to {least:.2f} of it"
-    return found, error, note
+    note = f"its update overfits{of}: {whole:.3g} of error held out"
+    if found.scales is not None:
+        return found.weight, whole, f"{note}; not damped, for it is rounded"
+    return kept, relative_error(dense, kept, unused), f"{note}, damped to {least:.2f} of it"
 
 
 def _all_finite(tensor: Tensor) -> bool:

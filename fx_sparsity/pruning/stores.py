@@ -14,11 +14,28 @@ from fx_sparsity.pruning.methods import CalibratedSparsifier
 from fx_sparsity.pruning.methods.where import select
 from fx_sparsity.pruning.plan import Plan
 from fx_sparsity.pruning.report import PrunedWeight
+from fx_sparsity.quantization.grid import GRID
 from fx_sparsity.sparsifier import Mask, MaskError
 from fx_sparsity.sparsifier.target import graph_mask
 
 DONE = "calibrated"
 """Counter in a sparsifier's state of a weight that has been pruned."""
+
+
+class Solved(NamedTuple):
+    """What a weight is to become.
+
+    Attributes:
+        fqn: of the weight.
+        keep: its mask: boolean, of its shape.
+        value: its kept values and zeros, of its shape and dtype.
+        scales: of the grid that it was rounded to, see `Solution`; None where it was not.
+    """
+
+    fqn: str
+    keep: Tensor
+    value: Tensor
+    scales: Tensor | None = None
 
 
 class Store(Protocol):
@@ -50,31 +67,14 @@ class Store(Protocol):
     def read(self, fqn: str, tensor: Tensor) -> Tensor:
         """A tensor of the model as the walk is to see it."""
 
-    def write(
-        self, row: PrunedWeight, keep: Tensor, value: Tensor, bias: tuple[Tensor, Tensor] | None
-    ) -> None:
+    def write(self, row: PrunedWeight, solved: Solved, bias: tuple[Tensor, Tensor] | None) -> None:
         """Write mask, weight and bias; after an interruption, none of them.
 
         Args:
             row: tells of the weight.
-            keep: its mask: boolean, of its shape.
-            value: its kept values and zeros, of its shape and dtype.
+            solved: what it is to become.
             bias: a bias, and what it has to become.
         """
-
-
-class Solved(NamedTuple):
-    """What a weight is to become.
-
-    Attributes:
-        fqn: of the weight.
-        keep: its mask: boolean, of its shape.
-        value: its kept values and zeros, of its shape and dtype.
-    """
-
-    fqn: str
-    keep: Tensor
-    value: Tensor
 
 
 class Untouched:
@@ -102,9 +102,7 @@ class Untouched:
         """See `Store.read`."""
         return self._store.read(fqn, tensor)
 
-    def write(
-        self, row: PrunedWeight, keep: Tensor, value: Tensor, bias: tuple[Tensor, Tensor] | None
-    ) -> None:
+    def write(self, row: PrunedWeight, solved: Solved, bias: tuple[Tensor, Tensor] | None) -> None:
         """See `Store.write`."""
 
 
@@ -164,11 +162,9 @@ class MaskStore:
             return self._sparsifier.get_data(fqn, return_original=False)
         return tensor
 
-    def write(
-        self, row: PrunedWeight, keep: Tensor, value: Tensor, bias: tuple[Tensor, Tensor] | None
-    ) -> None:
+    def write(self, row: PrunedWeight, solved: Solved, bias: tuple[Tensor, Tensor] | None) -> None:
         """See `Store.write`."""
-        self.write_all([Solved(row.fqn, keep, value)], [] if bias is None else [bias])
+        self.write_all([solved], [] if bias is None else [bias])
 
     def write_all(self, solved: Sequence[Solved], others: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Write several weights at once; after an interruption, none of them.
@@ -181,25 +177,30 @@ class MaskStore:
             configs = {name: plan.config for name, plan in self._plans.items()}
             self._put_mask = mask_one_by_one(self._model, self._sparsifier, self._weights, configs)
         written = list(others)
-        for fqn, keep, value in solved:
+        for fqn, keep, value, _ in solved:
             self._put_mask(fqn)
             weight, mask = self._tensors[fqn], self._sparsifier.get_mask(fqn)
             written += [(weight, select(keep, value, weight)), (mask, keep.to(mask.dtype))]
         before = [tensor.clone() for tensor, _ in written]
-        states = [self._sparsifier.state[fqn] for fqn, _, _ in solved]
+        states = [self._sparsifier.state[one.fqn] for one in solved]
         try:
             for tensor, new in written:
                 tensor.copy_(new)
-            for state in states:
+            for state, one in zip(states, solved, strict=True):
                 state[DONE] = True
+                if self._sparsifier.grid is not None and one.scales is not None:
+                    state[GRID] = self._sparsifier.grid.to_state(one.scales)
         except BaseException:
             for (tensor, _), old in zip(written, before, strict=True):
                 tensor.copy_(old)
             for state in states:
                 state.pop(DONE, None)
+                state.pop(GRID, None)
             raise
         self._written = {
-            fqn: value for fqn, _, value in solved if value.stride() == self._tensors[fqn].stride()
+            fqn: value
+            for fqn, _, value, _ in solved
+            if value.stride() == self._tensors[fqn].stride()
         }
 
 
@@ -241,14 +242,12 @@ class HeldStore:
             return self._biases[id(tensor)][1]
         return self._store.read(fqn, tensor)
 
-    def write(
-        self, row: PrunedWeight, keep: Tensor, value: Tensor, bias: tuple[Tensor, Tensor] | None
-    ) -> None:
+    def write(self, row: PrunedWeight, solved: Solved, bias: tuple[Tensor, Tensor] | None) -> None:
         """See `Store.write`."""
         if not self._holds:
-            self._store.write(row, keep, value, bias)
+            self._store.write(row, solved, bias)
             return
-        self.held[row.fqn] = Solved(row.fqn, keep, value)
+        self.held[row.fqn] = solved
         if bias is not None:
             self._biases[id(bias[0])] = bias
 

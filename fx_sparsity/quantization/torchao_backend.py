@@ -12,6 +12,8 @@ from torchao.quantization import (
     FqnToConfig,
     Int8DynamicActivationInt8WeightConfig,
     Int8DynamicActivationIntxWeightConfig,
+    Int8Tensor,
+    IntxUnpackedToInt8Tensor,
     IntxWeightOnlyConfig,
     PerAxis,
     quantize_,
@@ -30,6 +32,7 @@ from fx_sparsity.quantization.backend import (
     check_unmasked,
     copied,
 )
+from fx_sparsity.quantization.grid import Grid
 from fx_sparsity.verification.stored import StoredWeight
 
 Names = tuple[str, ...]
@@ -316,6 +319,34 @@ def _mend_empty_scales(weight: Any) -> None:
         weight.scale.masked_fill_(empty, 1)
         codes = weight.qdata.to(torch.float32)
         weight.qdata.copy_(codes.masked_fill(_spread(empty, codes.shape), 0))
+
+
+def tensor_of_codes(codes: Tensor, scales: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:
+    """One of torchao's weight-only tensors, of codes and scales as they are.
+
+    Codes of 8 bits with one scale a row are what `Int8WeightOnlyConfig` makes, whose scales are
+    float32; others what `IntxWeightOnlyConfig` does.
+
+    Args:
+        codes: int8 [out, in].
+        scales: float32 [out, groups], where groups divide a row.
+        grid: that they are of.
+        dtype: that the tensor stands for.
+    """
+    width = codes.shape[1]
+    if grid.bits == 8 and scales.shape[1] == 1:
+        zeros = torch.zeros_like(scales, dtype=torch.int8)
+        return Int8Tensor(codes, scales, [1, width], dtype, zero_point=zeros)
+    scales = scales.to(grid.scale_dtype)
+    return IntxUnpackedToInt8Tensor(
+        codes,
+        scales,
+        torch.zeros_like(scales, dtype=torch.int8),
+        getattr(torch, f"int{grid.bits}"),
+        (1, width // scales.shape[1]),
+        dtype,
+        None,
+    )
 
 
 def read_tensor(fqn: str, tensor: Any, roles: tuple[Role, ...] | None = None) -> StoredWeight:

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torchao.quantization import IntxUnpackedToInt8Tensor
 
 import fx_sparsity as fxs
 from examples.sparsify_minilm import SentenceEncoder
@@ -35,8 +36,11 @@ from fx_sparsity.pruning.methods import (
     CalibratedSparsifier,
     ExactUpdate,
     Pipeline,
+    Refinement,
+    Rounding,
     SparseGPTSparsifier,
 )
+from fx_sparsity.quantization import quantize_rounded
 from tests.benchmarks.bench_masks import machine
 from tests.benchmarks.corpora import Domain, digest, domains, sequences
 
@@ -176,6 +180,76 @@ def measure_language_model(options: Options, pattern: str) -> tuple[list[str], l
     return lines, missed
 
 
+def measure_rounding(options: Options, pattern: str) -> tuple[list[str], list[str]]:
+    """Perplexities of a pruned model, of the same rounded to nearest, and pruned and rounded at once.
+
+    Codes are of 4 bits with a scale for 32 inputs. Rounded weights are measured as the floats that
+    codes and scales stand for.
+    """
+    texts = domains()
+    options = Options(options.name, options.state / digest(texts), options.smollm2)
+
+    def pruned(*rounding: Rounding) -> tuple[nn.Module, CalibratedSparsifier, dict[str, Any]]:
+        model, encode = language_model(options.smollm2)
+        mapping = fxs.SparsityMapping().set_global(pattern)
+        mapping.set_module_name("lm_head", None).set_module_name("model.embed_tokens", None)
+        sparsifier, start = Pipeline(*sparse_first(), *rounding), time.perf_counter()
+        fxs.prune(model, sparsifier, calibration(texts, encode), mapping)
+        seconds = time.perf_counter() - start
+        fxs.squash(model, sparsifier)
+        held = {d.name: sequences(d.evaluation, encode, LENGTH, EVALUATED) for d in texts}
+        return model, sparsifier, {"held": held, "seconds": seconds}
+
+    def nearest() -> dict[str, Any]:
+        model, sparsifier, found = pruned()
+        sparse = losses(model, found["held"])
+        for fqn in sparsifier.names:
+            weight = model.get_parameter(fqn)
+            weight.data = IntxUnpackedToInt8Tensor.from_hp(
+                weight.data, (1, GROUP), torch.int4
+            ).dequantize()
+        rounded = losses(model, found["held"])
+        return {"sparse": sparse, "losses": rounded, "seconds": found["seconds"]}
+
+    def together() -> dict[str, Any]:
+        model, sparsifier, found = pruned(Rounding(4, GROUP))
+        quantized = quantize_rounded(model, sparsifier)
+        quantized.verification.raise_if_lost()
+        if quantized.in_float:
+            raise AssertionError(f"left in float: {quantized.in_float}")
+        return {"losses": losses(model, found["held"]), "seconds": found["seconds"]}
+
+    plain, joint = options.once("nearest", nearest), options.once("together", together)
+    lines = [
+        f"{options.name}: text {digest(texts)}, {EACH} sequences of {LENGTH} tokens a domain",
+        f"{'domain':<12}{'sparse':>8}{'nearest':>9}{'together':>10}{'won back':>20}{'bar':>7}",
+    ]
+    missed = []
+    for domain in texts:
+        name = domain.name
+        triple = (plain["sparse"][name], plain["losses"][name], joint["losses"][name])
+        share, low, high = (1 - left for left in gap_share(*triple))
+        perplexities = [math.exp(sum(values) / len(values)) for values in triple]
+        lines.append(
+            f"{name:<12}{perplexities[0]:>8.2f}{perplexities[1]:>9.2f}{perplexities[2]:>10.2f}"
+            f"{share:>8.2f} ({high:.2f}-{low:.2f}){WON:>7.2f}"
+        )
+        if share < WON:
+            missed.append(f"{options.name}, {name}: {share:.2f} is won back, bar {WON}")
+    lines.append(f"seconds: sparse {plain['seconds']:.0f}, together {joint['seconds']:.0f}")
+    return lines, missed
+
+
+GROUP = 32
+WON = 0.25
+"""The least that has to be won back of what rounding to nearest adds, in nats."""
+
+
+def sparse_first() -> tuple[CalibratedSparsifier, Refinement]:
+    """What prunes the weights that are rounded; what it keeps is as good as can be."""
+    return SparseGPTSparsifier(), ExactUpdate(tolerance=0.01)
+
+
 EACH = 24
 """Calibration sequences of each domain."""
 REBUILT = Reconstruction(steps=448, learning_rate=2e-3, autocast=torch.bfloat16)
@@ -270,6 +344,10 @@ def _rows() -> dict[str, Row]:
             f"a cosine of at least {COSINES[pattern]} with dense on held-out sentences",
             lambda options, pattern=pattern: measure_encoder(options, pattern),
         )
+    rows["smollm2-50%-int4"] = Row(
+        f"at least {WON} of what rounding to nearest adds, in nats, is won back in all domains",
+        lambda options: measure_rounding(options, "unstructured 50%"),
+    )
     return rows
 
 

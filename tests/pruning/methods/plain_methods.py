@@ -125,3 +125,73 @@ def admm(weight, gram, tiling, level, iterations, damping=0.01):
             rho *= 1.3 if moved >= 0.1 * zeros else 1.2 if moved >= 0.005 * zeros else 1.1
             last = keep
     return keep, d / size
+
+
+def rounding(weight, values, keep, gram, bits, group, passes, damping=0.01):
+    """Scales, GPTQ with the mask held, the better of it and rounding to nearest, and descent.
+
+    Everything in loops over rows, columns and groups, with the inverse of H. Gives codes and scales.
+    """
+    h, most = damped(gram, damping), 2 ** (bits - 1)
+    w, v = weight.double(), values.double()
+    width = w.shape[1]
+    group = group or width
+    groups = [slice(i, min(i + group, width)) for i in range(0, width, group)]
+    upper = torch.linalg.cholesky(torch.linalg.inv(h)).mT
+
+    def code(value, scale):
+        return torch.clamp(torch.round(value / scale), -most, most - 1)
+
+    def value_of(codes, scales):
+        return torch.cat([codes[g] * s for g, s in zip(groups, scales, strict=True)])
+
+    def error(row, codes, scales):
+        missed = row - value_of(codes, scales)
+        return float(missed @ h @ missed)
+
+    def swept(row, kept, scales):
+        row, codes = row.clone(), torch.zeros(width, dtype=torch.float64)
+        for j in range(width):
+            scale = scales[j // group]
+            codes[j] = code(row[j], scale) if kept[j] else 0.0
+            row[j + 1 :] -= (row[j] - codes[j] * scale) / upper[j, j] * upper[j, j + 1 :]
+        return codes
+
+    all_codes, all_scales = [], []
+    for row, start, kept in zip(w, v, keep, strict=True):
+        plain, chosen = [], []
+        for g in groups:
+            largest = float(start[g].abs().max()) / (most - 0.5) or 1.0
+            costs = {
+                largest * (1 - i / 20): float(
+                    ((start[g] - code(start[g], s) * s) ** 2 * h.diagonal()[g]).sum()
+                )
+                for i in range(11)
+                if (s := largest * (1 - i / 20))
+            }
+            plain.append(largest)
+            chosen.append(min(costs, key=costs.__getitem__))
+        nearest = [
+            torch.cat([code(start[g], s) for g, s in zip(groups, scales, strict=True)])
+            for scales in (chosen, plain)
+        ]
+        candidates = [
+            (swept(start, kept, chosen), chosen),
+            (nearest[0], chosen),
+            (nearest[1], plain),
+        ]
+        codes, scales = min(candidates, key=lambda pair: error(row, *pair))
+        codes, scales = codes.clone(), list(scales)
+        for turn in range(passes):
+            for j in range(width) if turn % 2 else reversed(range(width)):
+                if kept[j]:
+                    scale, found = scales[j // group], value_of(codes, scales)
+                    codes[j] = code(found[j] + (row - found) @ h[:, j] / h[j, j], scale)
+            for i, g in enumerate(groups):
+                curvature = float(codes[g] @ h[g, g] @ codes[g])
+                gain = float((row - value_of(codes, scales)) @ h[:, g] @ codes[g])
+                moved = scales[i] + (gain / curvature if curvature > 0 else 0.0)
+                scales[i] = moved if moved > 0 else scales[i]
+        all_codes.append(codes)
+        all_scales.append(torch.tensor(scales, dtype=torch.float64))
+    return torch.stack(all_codes), torch.stack(all_scales)

@@ -15,6 +15,7 @@ from fx_sparsity.pruning.methods.criterion import (
 )
 from fx_sparsity.pruning.methods.exact_update import ExactUpdate
 from fx_sparsity.pruning.methods.matrix import GramSparsifier, Pipeline, Refinement
+from fx_sparsity.pruning.methods.moonshot import Moonshot
 from fx_sparsity.pruning.methods.sparsegpt import ReorderedSparseGPTSparsifier, SparseGPTSparsifier
 from fx_sparsity.pruning.methods.statistics import Statistic, Statistics
 from fx_sparsity.pruning.methods.swaps import Swaps
@@ -29,6 +30,7 @@ __all__ = [
     "GradientSparsifier",
     "GramSparsifier",
     "MagnitudeSparsifier",
+    "Moonshot",
     "MovementSparsifier",
     "Pipeline",
     "RandomSparsifier",

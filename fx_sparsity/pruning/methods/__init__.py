@@ -1,6 +1,7 @@
 """Sparsifiers that look at what a weight is used for, and not at the weight alone."""
 
 from fx_sparsity.pruning.methods.admm import ADMMSparsifier
+from fx_sparsity.pruning.methods.alps import QuickALPSSparsifier
 from fx_sparsity.pruning.methods.calibrated import CalibratedSparsifier, Solution
 from fx_sparsity.pruning.methods.criterion import (
     Criterion,
@@ -33,6 +34,7 @@ __all__ = [
     "Moonshot",
     "MovementSparsifier",
     "Pipeline",
+    "QuickALPSSparsifier",
     "RandomSparsifier",
     "Refinement",
     "ReorderedSparseGPTSparsifier",

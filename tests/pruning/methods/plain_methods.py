@@ -125,3 +125,18 @@ def admm(weight, gram, tiling, level, iterations, damping=0.01):
             rho *= 1.3 if moved >= 0.1 * zeros else 1.2 if moved >= 0.005 * zeros else 1.1
             last = keep
     return keep, d / size
+
+
+def relaxed_admm(weight, gram, tiling, level, iterations, rho, relaxation, damping=0.01):
+    """Its mask with a penalty that stays, over-relaxed, from what ranking w^2 H_jj keeps."""
+    h = damped(gram, damping)
+    size = h.diagonal().sqrt()
+    h, w = h / size[:, None] / size, weight.double() * size
+    keep = reference_mask(w.square().numpy(), tiling, level)
+    d, u = w * keep, 2 * w * ~keep
+    for _ in range(iterations):
+        v = torch.linalg.solve(h + rho * torch.eye(len(h)), (w @ h + rho * (d - u)).T).T
+        v = relaxation * v + (1 - relaxation) * d
+        keep = reference_mask((v + u).square().numpy(), tiling, level)
+        u, d = (v + u) * ~keep, (v + u) * keep
+    return keep

@@ -127,11 +127,12 @@ def admm(weight, gram, tiling, level, iterations, damping=0.01):
     return keep, d / size
 
 
-def relaxed_admm(weight, gram, tiling, level, iterations, rho, relaxation, damping=0.01):
+def relaxed_admm(weight, gram, tiling, level, iterations, relaxation, damping=0.01):
     """Its mask with a penalty that stays, over-relaxed, from what ranking w^2 H_jj keeps."""
     h = damped(gram, damping)
     size = h.diagonal().sqrt()
     h, w = h / size[:, None] / size, weight.double() * size
+    rho = 0.3 + 0.5 * float(torch.linalg.eigvalsh(h[::2, ::2]).log().mean().exp())
     keep = reference_mask(w.square().numpy(), tiling, level)
     d, u = w * keep, 2 * w * ~keep
     for _ in range(iterations):

@@ -41,6 +41,8 @@ def collect_gradients(
     Raises:
         ValueError: the loss is no finite scalar.
     """
+    if not weights:
+        return {}
     found = {
         fqn: Gradients(*(torch.zeros_like(w, dtype=torch.float32) for _ in range(2)))
         for fqn, w in weights.items()

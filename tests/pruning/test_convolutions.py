@@ -28,6 +28,7 @@ METHODS = {
     "sparsegpt": methods.SparseGPTSparsifier,
     "reordered": methods.ReorderedSparseGPTSparsifier,
     "admm": methods.ADMMSparsifier,
+    "alps": methods.QuickALPSSparsifier,
     "pipeline": lambda: methods.Pipeline(
         methods.SparseGPTSparsifier(), methods.Swaps(), methods.ExactUpdate()
     ),

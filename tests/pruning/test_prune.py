@@ -249,6 +249,13 @@ class Fisher(Method):
         return Magnitude.solve(self, weight, stats, tiling, level)
 
 
+def test_a_loss_is_not_asked_where_nothing_is_pruned():
+    model, batches = make("convnet")[0], [(torch.randn(2, 4, 8, 8),)]
+    mapping = SparsityMapping().set_module_name_regex("nowhere", "2:4")
+    _, report = prune(model, Fisher(), batches, mapping, loss=lambda output, batch: output.sum())
+    assert not report.rows
+
+
 def test_gradients_are_those_of_a_backward_pass():
     model, batches = make("convnet")[0], [(torch.randn(2, 4, 8, 8),) for _ in range(2)]
     reference = copy.deepcopy(model)

@@ -1,6 +1,7 @@
 """Sparsifiers that look at what a weight is used for, and not at the weight alone."""
 
 from fx_sparsity.pruning.methods.admm import ADMMSparsifier
+from fx_sparsity.pruning.methods.alps import QuickALPSSparsifier
 from fx_sparsity.pruning.methods.calibrated import CalibratedSparsifier, Solution
 from fx_sparsity.pruning.methods.criterion import (
     Criterion,
@@ -15,6 +16,7 @@ from fx_sparsity.pruning.methods.criterion import (
 )
 from fx_sparsity.pruning.methods.exact_update import ExactUpdate
 from fx_sparsity.pruning.methods.matrix import GramSparsifier, Pipeline, Refinement
+from fx_sparsity.pruning.methods.moonshot import Moonshot
 from fx_sparsity.pruning.methods.rounding import Rounding
 from fx_sparsity.pruning.methods.sparsegpt import ReorderedSparseGPTSparsifier, SparseGPTSparsifier
 from fx_sparsity.pruning.methods.statistics import Statistic, Statistics
@@ -30,8 +32,10 @@ __all__ = [
     "GradientSparsifier",
     "GramSparsifier",
     "MagnitudeSparsifier",
+    "Moonshot",
     "MovementSparsifier",
     "Pipeline",
+    "QuickALPSSparsifier",
     "RandomSparsifier",
     "Refinement",
     "ReorderedSparseGPTSparsifier",

@@ -25,7 +25,7 @@ class ExactUpdate(Refinement):
     """
 
     def __init__(
-        self, damping: float = 0.01, tolerance: float = 1e-6, iterations: int = 500
+        self, damping: float = 0.01, tolerance: float = 1e-2, iterations: int = 500
     ) -> None:
         super().__init__(damping)
         self.tolerance, self.iterations = tolerance, iterations

@@ -195,3 +195,19 @@ def rounding(weight, values, keep, gram, bits, group, passes, damping=0.01):
         all_codes.append(codes)
         all_scales.append(torch.tensor(scales, dtype=torch.float64))
     return torch.stack(all_codes), torch.stack(all_scales)
+
+
+def relaxed_admm(weight, gram, tiling, level, iterations, relaxation, damping=0.01):
+    """Its mask with a penalty that stays, over-relaxed, from what ranking w^2 H_jj keeps."""
+    h = damped(gram, damping)
+    size = h.diagonal().sqrt()
+    h, w = h / size[:, None] / size, weight.double() * size
+    rho = 0.3 + 0.5 * float(torch.linalg.eigvalsh(h[::2, ::2]).log().mean().exp())
+    keep = reference_mask(w.square().numpy(), tiling, level)
+    d, u = w * keep, 2 * w * ~keep
+    for _ in range(iterations):
+        v = torch.linalg.solve(h + rho * torch.eye(len(h)), (w @ h + rho * (d - u)).T).T
+        v = relaxation * v + (1 - relaxation) * d
+        keep = reference_mask((v + u).square().numpy(), tiling, level)
+        u, d = (v + u) * ~keep, (v + u) * keep
+    return keep

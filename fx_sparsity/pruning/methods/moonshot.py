@@ -50,8 +50,8 @@ class Moonshot(CalibratedSparsifier):
             )
         if method.grid is not None:
             raise ValueError(
-                f"method: {type(method).__name__} rounds to a grid, which what it gives back is not "
-                "on; put Rounding behind: Pipeline(Moonshot(...), Rounding())"
+                f"method: {type(method).__name__} rounds to a grid, which scaling would leave; put "
+                "Rounding behind it: Pipeline(Moonshot(...), Rounding())"
             )
         if not 0 <= share < 1:
             raise ValueError(f"share: expected a number from 0 to below 1, found {share!r}")

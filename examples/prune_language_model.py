@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 import fx_sparsity as fxs
 from fx_sparsity.pruning.methods import (
-    ADMMSparsifier,
+    ALPS,
     CalibratedSparsifier,
     ExactUpdate,
     ReorderedSparseGPTSparsifier,
@@ -138,7 +138,7 @@ METHODS: dict[str, Callable[[], CalibratedSparsifier]] = {
     "Wanda": fxs.WandaSparsifier,
     "SparseGPT": fxs.SparseGPTSparsifier,
     "SparseGPT + exact": lambda: fxs.Pipeline(fxs.SparseGPTSparsifier(), ExactUpdate()),
-    "ALPS": lambda: fxs.Pipeline(ADMMSparsifier(), ExactUpdate()),
+    "ALPS": ALPS,
     "reordered + swaps": lambda: fxs.Pipeline(ReorderedSparseGPTSparsifier(), Swaps()),
     "reordered + swaps + exact": lambda: fxs.Pipeline(
         ReorderedSparseGPTSparsifier(), Swaps(), ExactUpdate()

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import fx_sparsity as fxs
 from fx_sparsity.pruning import Reconstruction
-from fx_sparsity.pruning.methods import ADMMSparsifier, ExactUpdate
+from fx_sparsity.pruning.methods import ALPS
 
 CALIBRATION = Path(__file__).with_name("calibration.txt")
 BATCH = 13
@@ -118,7 +118,7 @@ def main() -> int:
     show(f"{arguments.pattern} by magnitude", model)
 
     # With data: each weight by its real inputs, then each layer rebuilt.
-    method = fxs.Pipeline(ADMMSparsifier(), ExactUpdate(tolerance=0.01))
+    method = ALPS()
     batches = calibration_batches()
     rebuilding = Reconstruction(steps=arguments.steps, learning_rate=5e-4)
     model, report = fxs.prune(

@@ -32,7 +32,7 @@ import fx_sparsity as fxs
 from examples.sparsify_minilm import SentenceEncoder
 from fx_sparsity.pruning import Reconstruction
 from fx_sparsity.pruning.methods import (
-    ADMMSparsifier,
+    ALPS,
     CalibratedSparsifier,
     ExactUpdate,
     Pipeline,
@@ -94,11 +94,6 @@ class Options:
         return json.loads(path.read_text())
 
 
-def alps() -> Pipeline:
-    """The method to compare with, and what is rebuilt."""
-    return Pipeline(ADMMSparsifier(), ExactUpdate(tolerance=0.01))
-
-
 # -- the language model --------------------------------------------------------------------------
 
 
@@ -149,7 +144,7 @@ def measure_language_model(options: Options, pattern: str) -> tuple[list[str], l
         model, encode, held = loaded()
         mapping = fxs.SparsityMapping().set_global(pattern)
         mapping.set_module_name("lm_head", None).set_module_name("model.embed_tokens", None)
-        sparsifier, start, busy = alps(), time.perf_counter(), time.process_time()
+        sparsifier, start, busy = ALPS(), time.perf_counter(), time.process_time()
         batches = calibration(texts, encode)
         fxs.prune(model, sparsifier, batches, mapping, reconstruction=rebuilt)
         seconds, busy = time.perf_counter() - start, time.process_time() - busy
@@ -316,7 +311,7 @@ def measure_encoder(options: Options, pattern: str) -> tuple[list[str], list[str
         return {"cosine": float(torch.cat(products).mean()), "seconds": seconds}
 
     plain = options.once("SparseGPT", lambda: cosine(SparseGPTSparsifier, None))
-    rebuilt = options.once("rebuilt", lambda: cosine(alps, ENCODER))
+    rebuilt = options.once("rebuilt", lambda: cosine(ALPS, ENCODER))
     bar = COSINES[pattern]
     lines = [
         f"{options.name}: text {digest(texts)}, {SENTENCES} sentences, 400 held out",

@@ -21,8 +21,7 @@ import torch
 
 from fx_sparsity.patterns import Pattern
 from fx_sparsity.pruning.methods import (
-    ADMMSparsifier,
-    ExactUpdate,
+    ALPS,
     Pipeline,
     QuickALPSSparsifier,
     ReorderedSparseGPTSparsifier,
@@ -39,7 +38,6 @@ BARS = (
     f"the time is at most {LONGEST:g} times that of SparseGPT",
     "the error is below that of reordered SparseGPT with swaps",
 )
-ALPS = Pipeline(ADMMSparsifier(), ExactUpdate())
 COMPOSED = Pipeline(ReorderedSparseGPTSparsifier(), Swaps())
 
 
@@ -84,7 +82,7 @@ def measure(size: int, inputs: str, pattern: str, runs: int, published: bool) ->
         for _ in range(runs)
     ]
     ratio = statistics.median(mine / theirs for mine, theirs in pairs)
-    alps = solved(ALPS) / base if published else None
+    alps = solved(ALPS()) / base if published else None
     least = min(mine for mine, _ in pairs)
     return Result(size, inputs, pattern, ours / base, composed / base, alps, ratio, least)
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from fx_sparsity._native import PRUNING
 from fx_sparsity.patterns import Pattern
 from fx_sparsity.pruning.methods import (
-    ADMMSparsifier,
+    ALPS,
     CalibratedSparsifier,
     ExactUpdate,
     MagnitudeSparsifier,
@@ -44,7 +44,7 @@ METHODS: dict[str, CalibratedSparsifier] = {
     "reordered": ReorderedSparseGPTSparsifier(),
     "composed": Pipeline(ReorderedSparseGPTSparsifier(), Swaps()),
     "converged": Pipeline(ReorderedSparseGPTSparsifier(), Swaps(), ExactUpdate()),
-    "ALPS": Pipeline(ADMMSparsifier(), ExactUpdate()),
+    "ALPS": ALPS(),
 }
 SLOW = ("converged", "ALPS")
 """Run once, and not on the largest layers."""

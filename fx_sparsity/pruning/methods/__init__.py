@@ -1,7 +1,7 @@
 """Sparsifiers that look at what a weight is used for, and not at the weight alone."""
 
 from fx_sparsity.pruning.methods.admm import ADMMSparsifier
-from fx_sparsity.pruning.methods.alps import QuickALPSSparsifier
+from fx_sparsity.pruning.methods.alps import ALPS, QuickALPSSparsifier
 from fx_sparsity.pruning.methods.calibrated import CalibratedSparsifier, Solution
 from fx_sparsity.pruning.methods.criterion import (
     Criterion,
@@ -23,6 +23,7 @@ from fx_sparsity.pruning.methods.statistics import Statistic, Statistics
 from fx_sparsity.pruning.methods.swaps import Swaps
 
 __all__ = [
+    "ALPS",
     "ADMMSparsifier",
     "CalibratedSparsifier",
     "Criterion",

@@ -1,4 +1,4 @@
-"""ALPS in few iterations: a mask by alternating directions, then conjugate gradients."""
+"""ALPS: a mask by alternating directions, then the best values for it; as published and quick."""
 
 import torch
 from torch import Tensor
@@ -8,12 +8,26 @@ from fx_sparsity.pruning.methods.admm import ADMMSparsifier
 from fx_sparsity.pruning.methods.calibrated import Solution
 from fx_sparsity.pruning.methods.exact_update import ExactUpdate
 from fx_sparsity.pruning.methods.hessian import Hessian
-from fx_sparsity.pruning.methods.matrix import GramSparsifier, Layer
+from fx_sparsity.pruning.methods.matrix import GramSparsifier, Layer, Pipeline
 from fx_sparsity.pruning.methods.where import select
 
 _SMALL = 256  # inputs: as published, such a layer takes milliseconds
 _ROWS = 512  # in one go: what is made along the way stays small
 _RELAXATION = 1.3
+
+
+class ALPS(Pipeline):
+    """ALPS (arXiv 2406.07831): the mask of `ADMMSparsifier`, and `ExactUpdate` for it.
+
+    Of the methods here the one with the least error of a layer, and what to choose where there is
+    the time; with `Reconstruction`, of a model.
+
+    Args:
+        damping: added to the Gram matrix's diagonal, as a share of its mean.
+    """
+
+    def __init__(self, damping: float = 0.01) -> None:
+        super().__init__(ADMMSparsifier(damping), ExactUpdate(damping))
 
 
 class QuickALPSSparsifier(GramSparsifier):

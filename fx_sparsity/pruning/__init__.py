@@ -5,9 +5,13 @@ from fx_sparsity.pruning.prune import prune
 from fx_sparsity.pruning.pruner import CalibrationError
 from fx_sparsity.pruning.reconstruction import Reconstruction
 from fx_sparsity.pruning.report import PrunedWeight, PruningReport, RebuiltBlock
+from fx_sparsity.pruning.search import search
 from fx_sparsity.pruning.sensitivity import Sensitivity, sensitivity
+from fx_sparsity.pruning.sparsity_plan import Budget, BudgetError, SparsityPlan
 
 __all__ = [
+    "Budget",
+    "BudgetError",
     "CalibrationError",
     "Evaluation",
     "PrunedWeight",
@@ -15,9 +19,11 @@ __all__ = [
     "RebuiltBlock",
     "Reconstruction",
     "Sensitivity",
+    "SparsityPlan",
     "agreement",
     "cosine",
     "perplexity",
     "prune",
+    "search",
     "sensitivity",
 ]

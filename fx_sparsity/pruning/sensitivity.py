@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fx_sparsity.graph.example_inputs import ExampleInputs
+from fx_sparsity.graph.weight_map import WeightSite
 from fx_sparsity.patterns import SparsityConfig, Tiling
 from fx_sparsity.progress import progress as show_progress
 from fx_sparsity.pruning.allocation.rules import Change, divergence
@@ -97,6 +98,12 @@ class Sensitivity(WeightReport[WeightSensitivity]):
     def bytes(self) -> int:
         """That `fx_sparsity.save` writes of the model as it is, without the file's header."""
         return self.other_bytes + sum(row.bytes for row in self.rows)
+
+    def candidates_of(self, site: WeightSite) -> list[str]:
+        """What was measured of a weight; nothing of one that stays dense."""
+        return [
+            found.config for row in self.rows if row.fqn == site.fqn for found in row.candidates
+        ]
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Sensitivity":

@@ -23,7 +23,7 @@ from torch import nn
 
 import fx_sparsity as fxs
 from examples.prune_language_model import LanguageModel, load_text, sample, train
-from fx_sparsity.pruning import Budget, Evaluation, cosine, search, sensitivity
+from fx_sparsity.pruning import Budget, Evaluation, cosine, perplexity, search, sensitivity
 from fx_sparsity.pruning.allocation import divergence, squared_change
 from fx_sparsity.reports import format_table
 
@@ -100,29 +100,17 @@ def language_model(steps: int, seed: int) -> Subject:
         pass
     model.eval().requires_grad_(False)
     drawn = sample(text, 192, torch.Generator().manual_seed(2))
+    judging = sample(held_out, 256, torch.Generator().manual_seed(1))
     batches = list(drawn[:64, :-1].split(32))
     return Subject(
         "language model",
         model,
         batches,
         divergence,
-        perplexity_of(drawn[64:]),
-        perplexity_of(held_out[:256]),
+        perplexity(drawn[64:, :-1].split(32)),
+        perplexity(judging[:, :-1].split(32)),
         lambda site: "blocks" in site.fqn,
     )
-
-
-def perplexity_of(tokens: torch.Tensor) -> Evaluation:
-    """A byte; of a model that returns logits of what comes next."""
-
-    def score(model: nn.Module) -> float:
-        losses = [
-            nn.functional.cross_entropy(model(part[:, :-1]).flatten(0, 1), part[:, 1:].flatten())
-            for part in tokens.split(32)
-        ]
-        return math.exp(float(torch.stack(losses).mean()))
-
-    return Evaluation(score, "lower", "perplexity")
 
 
 @torch.no_grad()

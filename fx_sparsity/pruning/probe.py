@@ -22,8 +22,9 @@ from fx_sparsity.pruning.undisturbed import buffers_kept, evaluating
 from fx_sparsity.sparsifier.mask import masked_weights
 from fx_sparsity.sparsifier.target import MaskError
 
-Candidates = Iterable[Config] | Callable[[WeightSite], Iterable[Config]]
-"""What each weight may become, besides dense: the same for all, or by a function of its site."""
+Candidates = str | Iterable[Config] | Callable[[WeightSite], Iterable[Config]]
+"""What each weight may become, besides dense: one or several for all, or by a function of its
+site."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,9 @@ def probing(
 def _configs(frame: Frame, candidates: Candidates) -> dict[str, list[SparsityConfig]]:
     """FQN -> what it may become, each once."""
     of = candidates if callable(candidates) else None
-    same = [] if callable(candidates) else list(candidates)
+    same: list[Config] = []
+    if not callable(candidates):
+        same = [candidates] if isinstance(candidates, str) else list(candidates)
     return {
         site.fqn: list(
             dict.fromkeys(

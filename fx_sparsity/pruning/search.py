@@ -221,7 +221,7 @@ class _Search:
         pruned = self._tried[1:]
         met = [p for p in pruned if p.score is not None and meets(p.score, wanted)]
         if not met:
-            nearest = min(pruned, key=self._loss)
+            nearest = min(pruned or [unpruned], key=self._loss)
             raise BudgetError(
                 f"no pruned model that was tried meets {self._evaluation.name} {wanted:.6g}; allow "
                 "more evaluations, or offer lower levels",
@@ -314,10 +314,10 @@ class _Search:
         )
 
     def _front(self) -> Front:
-        """Choices all along the frontier, and those that were evaluated."""
-        low, high = (bound + self._other for bound in self._frontiers[self._kind].bounds)
+        """Choices of the least effect, all along the frontier, and those that were evaluated."""
+        low, high = (bound + self._other for bound in self._frontiers[0].bounds)
         limits = [low + (high - low) * place / (_POINTS - 1) for place in range(_POINTS)]
-        points = [*self._tried, *(self._at(self._kind, limit) for limit in limits)]
+        points = [*self._tried, *(self._at(0, limit) for limit in limits)]
         unique = {tuple(point.configs.values()): point for point in reversed(points)}
         return Front(tuple(sorted(unique.values(), key=self._cost, reverse=True)))
 

@@ -84,7 +84,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Front(Report):
-    """Choices from dense to sparse.
+    """Choices from dense to sparse: those of the least predicted effect, and what was evaluated.
 
     Attributes:
         rows: in the order of what they cost, the most first.

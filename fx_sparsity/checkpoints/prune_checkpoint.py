@@ -132,14 +132,12 @@ def prune_checkpoint(
     options = PruneOptions(
         sequential=sequential,
         dynamic_shapes=dynamic_shapes,
-        loss=None,
-        allocation=None,
         correct_bias=correct_bias,
         token_weights=token_weights,
         all_experts=all_experts,
-        progress=progress,
         held_out=held_out,
         offload=offload,
+        progress=progress,
     )
     with contextlib.closing(Run(checkpoint, Path(target), asked)) as run:
         store = PrunedFiles(run, checkpoint, held, loaded, sequential)

@@ -1,5 +1,6 @@
 """Sparse kernels where they pay: what measures, decides and rewrites."""
 
+from fx_sparsity.lowering.layer_time import layer_milliseconds
 from fx_sparsity.lowering.lower import lower, unlower
 from fx_sparsity.lowering.packed_weights import check_packed
 from fx_sparsity.lowering.policy import LoweringError
@@ -10,6 +11,7 @@ __all__ = [
     "LoweringError",
     "LoweringReport",
     "check_packed",
+    "layer_milliseconds",
     "lower",
     "unlower",
 ]

@@ -21,13 +21,13 @@ from fx_sparsity.pruning.allocation import (
 from fx_sparsity.pruning.allocation.levels import Prunable
 from fx_sparsity.pruning.batches import Batch, Frame
 from fx_sparsity.pruning.calibration import Calibration, Sequential
-from fx_sparsity.pruning.effect import Effect, restored
+from fx_sparsity.pruning.effect import Effect
 from fx_sparsity.pruning.graph_blocks import block_of
 from fx_sparsity.pruning.methods import CalibratedSparsifier, Solution, Statistic, Statistics
 from fx_sparsity.pruning.plan import Decision, Plan
 from fx_sparsity.pruning.pruner import Pruner
-from fx_sparsity.pruning.report import PrunedWeight
-from fx_sparsity.pruning.stores import Solved, Store, Untouched
+from fx_sparsity.pruning.stores import Store, Untouched
+from fx_sparsity.pruning.trial import pruned
 
 _log = logging.getLogger(__name__)
 
@@ -127,11 +127,8 @@ def allocate(
     candidates = [_with(plans, found) for found in rule.candidates(prunable, level, measured)]
     changes = []
     for tried in candidates:
-        trial = Trial(store, decision.weights)
-        trying = pruner.looking(pruner.sparsifier, tried, trial)
-        with torch.no_grad(), restored(decision.weights[fqn] for fqn in tried):
-            for fqn in Calibration(frame, trying, trial, batches, sequential, all_experts):
-                trying.prune(fqn)
+        with pruned(pruner, tried, frame, store, batches, sequential, all_experts) as trial:
+            pass  # what was written counts, beside the dense model
         changes += effect.of([trial.values])
     _log.info("the output changes by %s with the levels tried; the least is kept", changes)
     return candidates[changes.index(min(changes))]
@@ -139,27 +136,6 @@ def allocate(
 
 def _with(plans: Mapping[str, Plan], levels: Levels) -> dict[str, Plan]:
     return {fqn: replace(plan, config=levels[fqn]) for fqn, plan in plans.items()}
-
-
-class Trial(Untouched):
-    """Writes kept values into weights, without masks, and holds them.
-
-    Args:
-        store: to read from.
-        weights: FQN -> tensor to write into.
-
-    Attributes:
-        values: FQN -> what was written.
-    """
-
-    def __init__(self, store: Store, weights: Mapping[str, Tensor]) -> None:
-        super().__init__(store)
-        self._weights, self.values = weights, dict[str, Tensor]()
-
-    def write(self, row: PrunedWeight, solved: Solved, bias: tuple[Tensor, Tensor] | None) -> None:
-        """See `Store.write`."""
-        self.values[row.fqn] = solved.value.clone()
-        self._weights[row.fqn].copy_(solved.value)
 
 
 def _measure(

@@ -58,25 +58,29 @@ class Effect:
         """
         changes = [0.0] * len(values)
         for batch in self._batches:
-            dense = _output(batch, batch.call(self._model))
+            dense = output_of(batch, batch.call(self._model))
             for place, changed in enumerate(values):
                 with restored(self._weights[fqn] for fqn in changed):
                     for fqn, value in changed.items():
                         self._weights[fqn].copy_(value)
-                    found = _output(batch, batch.call(self._model))
+                    found = output_of(batch, batch.call(self._model))
                 changes[place] += float(self._change(dense, found))
         if not all(map(math.isfinite, changes)):
             raise CalibrationError(
-                "allocation: what the model returns is not finite, or becomes so where weights are "
-                "pruned, so that nothing can be told by it"
+                "what the model returns is not finite, or becomes so where weights are pruned, so "
+                "that the effect of pruning cannot be told by it"
             )
         return changes
 
 
-def _output(batch: Batch, returned: Any) -> Tensor:
-    """What counts of what a model returns, see `OutputAllocation`."""
+def output_of(batch: Batch, returned: Any) -> Tensor:
+    """What counts of what a model returns, see `OutputAllocation`.
+
+    Raises:
+        CalibrationError: it returns no floating tensor.
+    """
     for leaf in pytree.tree_leaves(returned):
         if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.ndim:
             keep = batch.padding.find(leaf.shape, decoder=True)
             return leaf.clone() if keep is None else leaf[keep]
-    raise CalibrationError("allocation: the model returns no floating tensor to go by")
+    raise CalibrationError("the model returns no floating tensor to go by")

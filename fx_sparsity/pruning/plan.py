@@ -110,9 +110,7 @@ def decide(
         site = frame.weights[fqn]
         try:
             _check_reachable(site, frame, mapping)
-            uses = frame.uses_of(fqn)
-            groups = groups_in(uses) if frame.uses else groups_of_owner(frame.model, site)
-            plan = make_plan(site, _config(sparsifier, fqn, config), groups)
+            plan = plan_site(frame, site, _config(sparsifier, fqn, config))
             if is_done(plan):
                 done[fqn] = plan
                 raise Unreachable("pruned already by this sparsifier")
@@ -125,6 +123,13 @@ def decide(
     weights = {fqn: tensors[fqn] for fqn in plans}
     _check_weights(frame.model, weights)
     return Decision(plans, dense, done, weights)
+
+
+def plan_site(frame: Frame, site: WeightSite, config: SparsityConfig) -> Plan:
+    """The plan of a weight of a model, see `make_plan`."""
+    uses = frame.uses_of(site.fqn)
+    groups = groups_in(uses) if frame.uses else groups_of_owner(frame.model, site)
+    return make_plan(site, config, groups)
 
 
 def _check_reachable(site: WeightSite, frame: Frame, mapping: SparsityMapping | None) -> None:

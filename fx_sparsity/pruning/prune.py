@@ -3,8 +3,7 @@
 import logging
 import os
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -13,12 +12,11 @@ from torch.export import ExportedProgram
 
 from fx_sparsity.graph.example_inputs import ExampleInputs
 from fx_sparsity.graph.mapping import MappingLike, SparsityMapping
-from fx_sparsity.graph.passes import is_mask_name
 from fx_sparsity.progress import progress as show_progress
 from fx_sparsity.pruning import programs
 from fx_sparsity.pruning.allocate import allocate, needs_of
 from fx_sparsity.pruning.allocation import Allocation
-from fx_sparsity.pruning.batches import capture, check_forms, is_exported, read_batches
+from fx_sparsity.pruning.batches import capture, check_forms, read_batches
 from fx_sparsity.pruning.bias import estimate_batch_norms, find_biases
 from fx_sparsity.pruning.calibration import Calibration, Sequential
 from fx_sparsity.pruning.gradients import Loss, collect_gradients
@@ -30,7 +28,7 @@ from fx_sparsity.pruning.pruner import Pruner
 from fx_sparsity.pruning.reconstruction import Rebuilder, Reconstruction
 from fx_sparsity.pruning.report import PruningReport
 from fx_sparsity.pruning.stores import HeldStore, MaskStore, Store
-from fx_sparsity.sparsifier import Mask
+from fx_sparsity.pruning.undisturbed import buffers_kept, evaluating
 
 _log = logging.getLogger(__name__)
 _Model = TypeVar("_Model", bound=nn.Module | ExportedProgram)
@@ -145,17 +143,17 @@ def prune(
         [('0.weight', '2:4', 64), ('2.weight', '2:4', 64)]
     """
     options = PruneOptions(
-        sequential,
-        dynamic_shapes,
-        loss,
-        allocation,
-        correct_bias,
-        token_weights,
-        all_experts,
-        progress,
-        reconstruction,
-        held_out,
-        offload,
+        sequential=sequential,
+        dynamic_shapes=dynamic_shapes,
+        loss=loss,
+        allocation=allocation,
+        correct_bias=correct_bias,
+        token_weights=token_weights,
+        all_experts=all_experts,
+        held_out=held_out,
+        offload=offload,
+        reconstruction=reconstruction,
+        progress=progress,
     )
     module = programs.begin(model, sparsifier) if isinstance(model, ExportedProgram) else model
     store = MaskStore(module, sparsifier)
@@ -168,17 +166,17 @@ def prune(
 class PruneOptions(NamedTuple):
     """What `prune` takes beside model, method and data; see there."""
 
-    sequential: Sequential
-    dynamic_shapes: Any
-    loss: Loss | None
-    allocation: Allocation | None
-    correct_bias: bool
-    token_weights: Iterable[Tensor] | None
-    all_experts: bool
-    progress: bool
-    reconstruction: Reconstruction | None = None
+    sequential: Sequential = True
+    dynamic_shapes: Any = None
+    loss: Loss | None = None
+    allocation: Allocation | None = None
+    correct_bias: bool = False
+    token_weights: Iterable[Tensor] | None = None
+    all_experts: bool = False
     held_out: float = 0.0
     offload: str | os.PathLike[str] | None = None
+    reconstruction: Reconstruction | None = None
+    progress: bool = True
 
 
 def calibrate(
@@ -204,12 +202,12 @@ def calibrate(
     """
     start = time.perf_counter()
     mapping = None if mapping is None else SparsityMapping.of(mapping)
-    gradients = _check_method(sparsifier, options)
+    gradients = check_method(sparsifier, options)
     keep = offload_to(options.offload)
     read = hold_out(read_batches(model, batches, options.token_weights, keep), options.held_out)
     used = [batch for batch in read if not batch.held_out]
-    with _evaluating(model):
-        with _buffers_kept(model):
+    with evaluating(model):
+        with buffers_kept(model):
             check_forms(model, read)
             frame = capture(model, read, options.dynamic_shapes)._replace(keep=keep)
             decision = decide(frame, sparsifier, mapping, store.is_done)
@@ -262,7 +260,7 @@ def calibrate(
     return report
 
 
-def _check_method(sparsifier: CalibratedSparsifier, options: PruneOptions) -> frozenset[Statistic]:
+def check_method(sparsifier: CalibratedSparsifier, options: PruneOptions) -> frozenset[Statistic]:
     """Which statistics of gradients are needed.
 
     Raises:
@@ -330,39 +328,3 @@ def _note(error: BaseException, pruner: Pruner, store: Store) -> None:
         )
         error.add_note(note)
         _log.warning("%s", note)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode and a random state of its own, with operators that show their weights."""
-    graph = is_exported(model)
-    training = [] if graph else [module for module in model.modules() if module.training]
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    if not graph:
-        model.eval()
-    try:
-        with torch.random.fork_rng():
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-        for module in training:
-            module.training = True
-
-
-@contextmanager
-def _buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Buffers that the model writes when it runs are put back; masks are not among them."""
-    masks = {id(b) for m in model.modules() if isinstance(m, Mask) for b in m.buffers()}
-    before = [
-        (buffer, buffer.clone())
-        for name, buffer in model.named_buffers()
-        if id(buffer) not in masks and not is_mask_name(name)
-    ]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, value in before:
-                if not torch.equal(buffer, value):
-                    buffer.copy_(value)

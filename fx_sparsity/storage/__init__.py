@@ -16,6 +16,7 @@ from fx_sparsity.storage.loading import faults, load
 from fx_sparsity.storage.mapped import MappedFile
 from fx_sparsity.storage.meta import parameters_on_meta
 from fx_sparsity.storage.saving import export, save
+from fx_sparsity.storage.stored_bytes import stored_bytes
 
 __all__ = [
     "FORMATS",
@@ -36,4 +37,5 @@ __all__ = [
     "save",
     "sizes",
     "smallest_format",
+    "stored_bytes",
 ]

@@ -16,6 +16,7 @@ from torch import Tensor
 from fx_sparsity.masks import global_masks
 from fx_sparsity.masks.blocks import block_means
 from fx_sparsity.patterns import Pattern, Role, SparsityConfig, Tiling
+from fx_sparsity.pruning.allocation.hull import lower_hull, slope
 from fx_sparsity.sparsifier.core import roles_of
 
 
@@ -158,16 +159,16 @@ def by_sensitivity(
         ValueError: as for `uniform`, or no error was measured at high enough levels.
         KeyError: a weight without errors.
     """
-    hulls = {name: _hull({0.0: 0.0, **errors[name]}) for name in weights}
+    hulls = {name: lower_hull({0.0: 0.0, **errors[name]}) for name in weights}
     slopes = sorted(
-        (slope / max(1, weights[name].elements), name, index)
+        (slope(a, b) / max(1, weights[name].elements), name, index)
         for name, hull in hulls.items()
-        for index, (_, slope) in enumerate(hull)
+        for index, (a, b) in enumerate(itertools.pairwise(hull))
     )
     left = level * sum(w.elements for w in weights.values())
     ideal = dict.fromkeys(weights, 0.0)
     for _, name, index in slopes:
-        width, _ = hulls[name][index]
+        width = hulls[name][index + 1][0] - hulls[name][index][0]
         taken = min(width, left / max(1, weights[name].elements))
         ideal[name] += taken
         left -= taken * weights[name].elements
@@ -299,17 +300,3 @@ def _rounded(weights: Mapping[str, Prunable], level: float, ideal: Mapping[str, 
         name: SparsityConfig(weight.pattern, counts[name] / max(1, steps[name][0]))
         for name, weight in weights.items()
     }
-
-
-def _hull(points: Mapping[float, float]) -> list[tuple[float, float]]:
-    """Width and slope of each edge of the lower convex hull, from left to right."""
-    hull: list[tuple[float, float]] = []
-    for x, y in sorted(points.items()):
-        while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-1], (x, y)):
-            hull.pop()
-        hull.append((x, y))
-    return [(b[0] - a[0], _slope(a, b)) for a, b in itertools.pairwise(hull)]
-
-
-def _slope(a: tuple[float, float], b: tuple[float, float]) -> float:
-    return (b[1] - a[1]) / (b[0] - a[0])

@@ -46,8 +46,8 @@ class QuickALPSSparsifier(GramSparsifier):
       rounded. Elsewhere they are in float32, and take twice to three times as long.
 
     A layer of up to 256 inputs is solved as published. How far the error of others is above that of
-    ALPS, and how long it takes: `python -m tests.benchmarks.bench_alps`. On five
-    layers of SmolLM2-135M at 50% it was 9 to 26% above.
+    ALPS, and how long it takes: `python -m tests.benchmarks.bench_alps`; on layers of real language
+    models it can be further above.
 
     Args:
         damping: added to the Gram matrix's diagonal, as a share of its mean.

@@ -10,7 +10,7 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from fx_sparsity.graph.compiled import announce_buffers, is_compiled
 from fx_sparsity.graph.sources import Source, module_source
-from fx_sparsity.graph.uses import WEIGHT_META, seen_weights
+from fx_sparsity.graph.uses import note_weight, seen_weights
 from fx_sparsity.graph.weight_map import WeightMap
 from fx_sparsity.sparsifier import Mask
 from fx_sparsity.sparsifier.mask import GRAPH_MASKS
@@ -23,7 +23,8 @@ class AnnotateWeights(PassBase):
     """Write into each consuming node which weights it receives; changes nothing else.
 
     The annotation travels with the node through later passes, also where they replace the weight:
-    after a quantizer's convert it still tells whose codes these are.
+    after a quantizer's convert it still tells whose codes these are. So it does in what is exported
+    from the graph, saved and loaded.
 
     Args:
         weights: a map of the same model; a tied weight is named by its canonical FQN.
@@ -38,7 +39,7 @@ class AnnotateWeights(PassBase):
         for node, arg, seen in seen_weights(graph_module):
             fqn = self.canonical.get(seen.fqn)
             if fqn is not None:
-                node.meta.setdefault(WEIGHT_META, {}).setdefault(arg, replace(seen, fqn=fqn))
+                note_weight(node, arg, replace(seen, fqn=fqn))
         return PassResult(graph_module, False)
 
 

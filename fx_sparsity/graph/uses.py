@@ -33,8 +33,9 @@ from fx_sparsity.graph.sources import Source, module_source
 from fx_sparsity.graph.weight_map import Reason, Use
 from fx_sparsity.graph.writes import Memory
 
-WEIGHT_META = "fx_sparsity_weights"
-"""Key in `node.meta`: argument name -> `SeenWeight` that it receives."""
+_CUSTOM, _WEIGHTS = "custom", "fx_sparsity_weights"
+"""Keys in `node.meta`: where torch keeps what others note, through export and files too, and in it
+argument name -> the `SeenWeight` that it receives, as JSON has it."""
 
 
 class Consumption(NamedTuple):
@@ -149,6 +150,31 @@ class SeenWeight:
         return all(step == (self.shape, self.shape, stride, 0) for step in self.steps)
 
 
+def note_weight(node: fx.Node, arg: str, weight: SeenWeight) -> None:
+    """Note on a node which weight an argument receives; what is noted already stays."""
+    custom = node.meta.get(_CUSTOM, {})
+    plain = {"fqn": weight.fqn, "steps": [[*map(_plain, step)] for step in weight.steps]}
+    # Nodes may share these dicts: retracing hands them on as they are.
+    node.meta[_CUSTOM] = {**custom, _WEIGHTS: {arg: plain, **custom.get(_WEIGHTS, {})}}
+
+
+def noted_weights(node: fx.Node) -> dict[str, SeenWeight]:
+    """Argument name -> weight, as `note_weight` noted it."""
+    noted = node.meta.get(_CUSTOM, {}).get(_WEIGHTS, {})
+    return {
+        arg: SeenWeight(plain["fqn"], tuple(Step(*map(_tupled, step)) for step in plain["steps"]))
+        for arg, plain in noted.items()
+    }
+
+
+def _plain(extent: Any) -> Any:
+    return [*extent] if isinstance(extent, tuple) else extent
+
+
+def _tupled(extent: Any) -> Any:
+    return tuple(extent) if isinstance(extent, list) else extent
+
+
 def _steps(origin: Origin) -> tuple[Step, ...]:
     """The views that lead to an origin, first the one of the weight itself."""
     before = () if origin.before is None else _steps(origin.before)
@@ -179,15 +205,45 @@ def weight_arguments(
 ) -> Iterator[tuple[SeenWeight, fx.Node]]:
     """(weight, the node it receives now) of every weight of a node.
 
+    What an operator was decomposed into has its notes, though the arguments have other names: a
+    single weight is then the one argument that does not depend on the inputs.
+
     Args:
         node: that consumes weights.
         noted: argument name -> weight; what `AnnotateWeights` noted on `node` by default.
     """
-    noted = node.meta.get(WEIGHT_META, {}) if noted is None else noted
+    noted = noted_weights(node) if noted is None else noted
     row = OPERATORS.get(operator_name(node)) if noted else None
-    for arg, value, _ in row.find(bind(node)) if row else ():
-        if arg in noted and isinstance(value, fx.Node):
+    places = {
+        arg: value
+        for arg, value, _ in (row.find(bind(node)) if row else ())
+        if isinstance(value, fx.Node)
+    }
+    if len(noted) == 1 and noted.keys().isdisjoint(places):
+        (weight,) = noted.values()
+        values = [value for value in places.values() if _is_constant(value)]
+        if len(values) == 1:
+            yield weight, values[0]
+    for arg, value in places.items():
+        if arg in noted:
             yield noted[arg], value
+
+
+def _is_constant(node: fx.Node) -> bool:
+    """Whether a node is computed from tensors of the model alone."""
+    pending, seen = [node], {node}
+    while pending:
+        found = pending.pop()
+        if found.op == "placeholder":
+            return False
+        pending += [value for value in found.all_input_nodes if value not in seen]
+        seen.update(found.all_input_nodes)
+    return True
+
+
+def is_annotated(graph: fx.Graph) -> bool:
+    """Whether nodes that consume weights say which."""
+    return any(True for node in graph.nodes for _ in weight_arguments(node))
 
 
 def module_uses(graph: fx.Graph, model: Any) -> Iterator[tuple[str, str, Use]]:

@@ -15,7 +15,7 @@ from fx_sparsity.graph.calls import bind, operator_name
 from fx_sparsity.graph.operators import OPERATORS, LinearForm, Operator
 from fx_sparsity.graph.program_editor import replace_nodes
 from fx_sparsity.graph.sources import Source, exported_source, module_source
-from fx_sparsity.graph.uses import WEIGHT_META, SeenWeight, seen_weights
+from fx_sparsity.graph.uses import SeenWeight, noted_weights, seen_weights
 from fx_sparsity.lowering.layers import DenseLinear, read_torchao
 from fx_sparsity.lowering.lowered import LoweredLinear
 from fx_sparsity.lowering.places import Place
@@ -134,7 +134,7 @@ def places_by(graph_module: fx.GraphModule, source: Source) -> Iterator[NodePlac
         dtypes = {value.dtype} if known else set()
         held = source(args[form.weight])
         tensor = held[1] if held is not None else seen
-        noted = node.meta.get(WEIGHT_META, {}).get(arg)
+        noted = noted_weights(node).get(arg)
         yield NodePlace(
             (seen.fqn,) if noted is None else (noted.fqn, seen.fqn),
             nn.Linear,

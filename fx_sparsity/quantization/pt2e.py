@@ -176,7 +176,7 @@ class PT2EBackend(Backend):
         """See `Backend.convert`. Gives a GraphModule, ready for `torch.compile`."""
         assert isinstance(prepared.model, fx.GraphModule)
         with refusing("convert_pt2e", prepared.model):
-            converted = drop_unread(convert_pt2e(prepared.model))
+            converted = name_codes(drop_unread(convert_pt2e(prepared.model)))
             # After and not before, since new operators have lost what the quantizer noted.
             move_exported_model_to_eval(converted)
         nn.Module.train(converted, False)
@@ -222,6 +222,43 @@ def name_sources(model: fx.GraphModule) -> None:
     for node in model.graph.nodes:
         if node.target in _SOURCES:
             node.meta.setdefault("source_fn_stack", [(node.name, _SOURCES[node.target])])
+
+
+def name_codes(model: fx.GraphModule) -> fx.GraphModule:
+    """Name codes after the weight that they stand for, and scales and zero points beside it.
+
+    Convert numbers them. What is exported, packaged or written for another runtime keeps names, and
+    little else. A name that is taken stays: where a weight is stored twice, the first copy has it.
+    """
+    for node in model.graph.nodes:
+        for weight, value in weight_arguments(node):
+            if operator_name(value).startswith("dequantize"):
+                for arg, held in bind(value).items():
+                    if isinstance(held, fx.Node) and held.op == "get_attr":
+                        _rename(model, str(held.target), weight.fqn + _SUFFIXES[arg])
+    model.recompile()
+    return model
+
+
+_SUFFIXES = {"input": "", "scales": "_scale", "zero_points": "_zero_point"}
+"""Argument of a dequantization -> what the name of its tensor ends in."""
+
+
+def _rename(model: fx.GraphModule, old: str, new: str) -> None:
+    """Move a buffer of a graph, unless something has its new name."""
+    path, _, attribute = new.rpartition(".")
+    try:
+        owner = model.get_submodule(path)
+    except AttributeError:
+        model.add_submodule(path, owner := nn.Module())
+    if hasattr(owner, attribute):
+        return
+    owner.register_buffer(attribute, model.get_buffer(old))
+    held, _, last = old.rpartition(".")
+    delattr(model.get_submodule(held), last)
+    for node in model.graph.find_nodes(op="get_attr"):
+        if node.target == old:
+            node.target = new
 
 
 def drop_unread(model: fx.GraphModule) -> fx.GraphModule:

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from fx_sparsity.graph.calls import bind, is_view, operator_name
 from fx_sparsity.graph.operators import SAME_VALUES
 from fx_sparsity.graph.sources import Source, module_source
-from fx_sparsity.graph.uses import WEIGHT_META, SeenWeight, seen_weights, weight_arguments
+from fx_sparsity.graph.uses import SeenWeight, is_annotated, seen_weights, weight_arguments
 from fx_sparsity.verification.stored import StoredWeight, float_weight
 
 
@@ -92,7 +92,7 @@ def read_nodes(model: fx.GraphModule) -> Iterator[StoredWeight]:
     """
     seen: set[tuple[str, str]] = set()
     found: dict[fx.Node, dict[str, SeenWeight]] = {}
-    annotated = any(WEIGHT_META in node.meta for node in model.graph.nodes)
+    annotated = is_annotated(model.graph)
     source = module_source(model)
     for node, arg, weight in () if annotated else seen_weights(model):
         found.setdefault(node, {}).setdefault(arg, weight)

@@ -9,7 +9,7 @@ from torch.export import ExportedProgram
 from torch.nn.utils import parametrize
 
 from fx_sparsity.graph.calls import operator_name
-from fx_sparsity.graph.uses import WEIGHT_META
+from fx_sparsity.graph.uses import is_annotated
 from fx_sparsity.sparsifier import Mask
 from fx_sparsity.sparsifier.wrappers import plain_paths, run_by
 from fx_sparsity.verification.graph_reader import read_nodes
@@ -50,9 +50,7 @@ def read_weights(model: nn.Module | ExportedProgram) -> list[StoredWeight]:
         [_also_plainly(weight, plain) for weight in _of_the_place(model, part)]
         for part in (stored, rest)
     )
-    if not isinstance(model, fx.GraphModule) or not any(
-        WEIGHT_META in node.meta for node in model.graph.nodes
-    ):
+    if not (isinstance(model, fx.GraphModule) and is_annotated(model.graph)):
         return stored + rest
     # Convert leaves tensors behind that nothing reads, and others that are not read as weights.
     reads = {

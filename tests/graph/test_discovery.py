@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from fx_sparsity import WeightNormSparsifier, find_weights, prepare
 from fx_sparsity.graph import AnnotateWeights, DenseParameter, InputError, Reason
-from fx_sparsity.graph.uses import WEIGHT_META
+from fx_sparsity.graph.uses import noted_weights
 from tests.coverage.proof import Proof
 from tests.models import MODELS, make, make_bert
 
@@ -333,9 +333,7 @@ def test_annotations_tell_how_a_weight_arrives():
     gm = torch.export.export(model, inputs, strict=False).module()
     AnnotateWeights(find_weights(model, inputs))(gm)
     seen = {
-        weight.fqn: weight
-        for node in gm.graph.nodes
-        for weight in node.meta.get(WEIGHT_META, {}).values()
+        weight.fqn: weight for node in gm.graph.nodes for weight in noted_weights(node).values()
     }
     copied = model.copied.permute(2, 0, 1).reshape(6, 6)
     assert torch.equal(seen["copied"].of(model.copied), copied)

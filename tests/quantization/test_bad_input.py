@@ -68,12 +68,9 @@ def test_masks_for_a_model_that_is_quantized_already(backend):
     model, inputs = make("sequential")
     quantized = get_backend(backend).quantize(model, inputs, fxs.find_weights(model, inputs)).model
     before = copy.deepcopy(quantized)
-    message = (
-        "_frozen_param0 has dtype" if backend == "pt2e" else "no weight to mask.*sparsify_codes"
-    )
-    with pytest.raises(MaskError, match=message):
+    with pytest.raises(MaskError, match="no weight to mask.*sparsify_codes"):
         fxs.prepare(quantized, fxs.WeightNormSparsifier(), inputs, MAPPING)
-    with pytest.raises(MappingError, match="'0.weight'"):
+    with pytest.raises((MappingError, MaskError), match="0.weight"):
         fxs.prepare(
             quantized,
             fxs.WeightNormSparsifier(),

@@ -35,7 +35,7 @@ def program(model, inputs):
 def codes(model, inputs):
     sparse = get_backend("pt2e").quantize(model, inputs, fxs.find_weights(model, inputs)).model
     for node in sparse.graph.nodes:  # nothing but what the graph does tells
-        node.meta.pop("fx_sparsity_weights", None)
+        node.meta.pop("custom", None)
     return sparse
 
 

@@ -10,6 +10,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 import fx_sparsity as fxs
+from fx_sparsity.graph.uses import noted_weights
 from fx_sparsity.quantization import get_backend
 from fx_sparsity.verification import read_weights
 
@@ -78,7 +79,7 @@ class Patient:
     def stored(self, fqn=FIRST):
         """The copy of a weight at the place of that name."""
         found = [w for w in read_weights(self.model) if fqn in (w.where, w.fqn)]
-        if len(found) != 1:  # codes of pt2e lie in attributes that are called after no place
+        if len(found) != 1:  # pt2e names the codes of the head after the table, or after nothing
             found = [w for w in read_weights(self.model) if w.fqn in (TABLE, fqn)][-1:]
         return found[0]
 
@@ -126,7 +127,7 @@ class Patient:
             linear = next(
                 node
                 for node in self.model.graph.nodes
-                if any(w.fqn == FIRST for w in node.meta.get("fx_sparsity_weights", {}).values())
+                if any(w.fqn == FIRST for w in noted_weights(node).values())
             )
             with self.model.graph.inserting_before(linear):
                 linear.replace_input_with(
@@ -152,7 +153,7 @@ class Patient:
             return
         self.read_densely()
         for node in self.model.graph.nodes:
-            node.meta.pop("fx_sparsity_weights", None)
+            node.meta.pop("custom", None)
 
 
 def flip_a_zero(codes, keep, zero):

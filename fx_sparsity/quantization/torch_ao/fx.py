@@ -16,7 +16,7 @@ from torch.ao.quantization import quantize_fx
 
 from fx_sparsity.graph import AnnotateWeights, WeightMap
 from fx_sparsity.graph.example_inputs import ExampleInputs, call_arguments
-from fx_sparsity.graph.uses import WEIGHT_META, weight_arguments
+from fx_sparsity.graph.uses import noted_weights, weight_arguments
 from fx_sparsity.quantization.backend import (
     Backend,
     BackendError,
@@ -165,7 +165,7 @@ class FXBackend(Backend):
                 None,
             )
             if packed is not None:
-                noted = node.meta.get(WEIGHT_META, {}).get("weight")
+                noted = noted_weights(node).get("weight")
                 fqn = str(packed.target) if noted is None else noted.fqn
                 yield _read_packed(model, fqn, str(packed.target), str(node.target))
 

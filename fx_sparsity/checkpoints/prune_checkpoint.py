@@ -92,7 +92,7 @@ def prune_checkpoint(
 
         Whatever is raised before the first weight is done, `target` and `source` are as they were.
 
-    Example:
+    Examples:
         >>> fxs.export(nn.Linear(8, 4), "model.safetensors")
         >>> report = fxs.prune_checkpoint(
         ...     nn.Linear(8, 4),

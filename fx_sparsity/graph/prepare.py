@@ -76,7 +76,7 @@ def prepare(
 
         Whatever is raised, nothing was changed.
 
-    Example:
+    Examples:
         >>> model, sparsifier = nn.Linear(8, 4), fxs.WeightNormSparsifier()
         >>> model = fxs.prepare(model, sparsifier, (torch.randn(1, 8),), "2:4")
         >>> sparsifier.step()
@@ -251,7 +251,7 @@ def squash(model: _Subject, sparsifier: BaseSparsifier) -> tuple[_Subject, Spars
     Raises:
         MaskError: the sparsifier holds no mask on this model; nothing was changed.
 
-    Example:
+    Examples:
         >>> model, sparsifier = nn.Linear(8, 4), fxs.WeightNormSparsifier()
         >>> model = fxs.prepare(model, sparsifier, (torch.randn(1, 8),), "2:4")
         >>> sparsifier.step()
@@ -280,7 +280,7 @@ def unprepare(model: _Subject, sparsifier: BaseSparsifier) -> _Subject:
         MaskError: the sparsifier holds no mask on this model, or has squashed it; nothing was
             changed.
 
-    Example:
+    Examples:
         >>> model, sparsifier = nn.Linear(8, 4), fxs.WeightNormSparsifier()
         >>> model = fxs.prepare(model, sparsifier, (torch.randn(1, 8),), "2:4")
         >>> sparsifier.step()

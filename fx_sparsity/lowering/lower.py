@@ -87,7 +87,7 @@ def lower(
 
         Whatever is raised, nothing was changed.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
         >>> model[0].weight.data[:, ::2] = 0
         >>> model, report = fxs.lower(model, (torch.randn(1, 64),), policy="always")
@@ -132,7 +132,7 @@ def unlower(model: nn.Module) -> nn.Module:
     Returns:
         The model, which is another module where its root was lowered.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Linear(64, 64))
         >>> model[0].weight.data[:, ::2] = 0
         >>> lowered, _ = fxs.lower(model, (torch.randn(1, 64),), policy="nm")

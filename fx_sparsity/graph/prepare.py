@@ -45,6 +45,8 @@ def prepare(
     it. What stays dense is logged with its reason, and so are entries of the mapping that speak of
     no weight; `mapping.resolve(find_weights(...))` shows both beforehand.
 
+    Whatever is raised, nothing was changed.
+
     Args:
         subject: a module or `fx.GraphModule`, masked in place: weights of modules get
             parametrizations; a GraphModule's own weights, and those that the graph of a
@@ -73,8 +75,6 @@ def prepare(
         MaskError: no weight at all, or one that cannot be masked, as in a graph that AOTAutograd
             has traced a backward pass with, or where a graph's inputs are fake and no `model` is
             given.
-
-        Whatever is raised, nothing was changed.
 
     Examples:
         >>> model, sparsifier = nn.Linear(8, 4), fxs.WeightNormSparsifier()

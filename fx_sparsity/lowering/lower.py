@@ -59,6 +59,8 @@ def lower(
     float16, bfloat16, and int8 or float8 with quantized activations. Call it before
     `torch.compile`, `torch.export` and AOTInductor, which take what it returns.
 
+    Whatever is raised, nothing was changed.
+
     Args:
         model: sparse already, and quantized or not; changed in place. An ExportedProgram is not
             changed, nor is the model that it came from.
@@ -84,8 +86,6 @@ def lower(
             weight cannot have, or a model that does not run lowered.
         SparsityLostError: the model does not match `record`.
         InputError: the model rejects `example_inputs`.
-
-        Whatever is raised, nothing was changed.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))

@@ -79,8 +79,8 @@ def search(
     does not.
 
     The model is as it was afterwards, whatever is raised; hand the plan's mapping to `prune`, with
-    the same batches. What `reconstruction=` would add is not foreseen. What `sensitivity` raises goes
-    through, and what the evaluation does, with a note on which plan it was.
+    the same batches. What `reconstruction=` would add is not foreseen. What `sensitivity` raises
+    goes through, and what the evaluation does, with a note on which plan it was.
 
     Args:
         model: as `prune` takes it, without masks; no ExportedProgram.

@@ -57,6 +57,8 @@ def prune_checkpoint(
     The copy grows in `<target>.partial` and gets its name when it is complete. After an
     interruption, the same call goes on with the weights that are not done yet.
 
+    Whatever is raised before the first weight is done, `target` and `source` are as they were.
+
     Args:
         model: the architecture; neither run nor changed. Parameters may be on the meta device, for
             their data are not looked at, and have the checkpoint's dtype in what follows. Buffers
@@ -90,9 +92,7 @@ def prune_checkpoint(
         ValueError: the method needs gradients, which would take the room of all weights, or rounds.
         InputError, MappingError, PatternError, MaskError, CalibrationError: as `prune`.
 
-        Whatever is raised before the first weight is done, `target` and `source` are as they were.
-
-    Example:
+    Examples:
         >>> fxs.export(nn.Linear(8, 4), "model.safetensors")
         >>> report = fxs.prune_checkpoint(
         ...     nn.Linear(8, 4),

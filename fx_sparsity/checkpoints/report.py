@@ -15,7 +15,8 @@ class CheckpointWeight:
         pattern: and level, as `SparsityConfig.parse` reads them; None where it stays dense.
         reason: why it stays dense; empty otherwise.
         roles: of its axes.
-        elements, zeros: of it, as written; zeros are not counted where it stays dense.
+        elements: of it, as written.
+        zeros: of it, as written; not counted where it stays dense.
     """
 
     fqn: str

@@ -83,7 +83,7 @@ def sparsify_checkpoint(
         FileFormatError: a file contradicts itself.
         ScoreError: a weight that cannot be ranked (NaN). Shards before it are finished.
 
-    Example:
+    Examples:
         >>> fxs.export(nn.Linear(8, 4), "model.safetensors")
         >>> report = fxs.sparsify_checkpoint("model.safetensors", "sparse.safetensors", "2:4")
         >>> report["weight"].zeros, report["weight"].elements

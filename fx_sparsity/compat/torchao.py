@@ -153,7 +153,7 @@ def sparsify_(
     Raises:
         LoweringError: a weight does not have the zeros that `config` is for. Nothing was changed.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Linear(64, 64))
         >>> model[0].weight.data[:, ::2] = 0
         >>> model = fxs.sparsify_(model, fxs.SemiSparseWeightConfig())

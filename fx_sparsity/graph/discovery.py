@@ -68,7 +68,7 @@ def find_weights(
     Raises:
         InputError: the module rejects `example_inputs`.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 2))
         >>> weights = fxs.find_weights(model, (torch.arange(3),))
         >>> for fqn, site in weights.items():

@@ -45,6 +45,8 @@ def prepare(
     it. What stays dense is logged with its reason, and so are entries of the mapping that speak of
     no weight; `mapping.resolve(find_weights(...))` shows both beforehand.
 
+    Whatever is raised, nothing was changed.
+
     Args:
         subject: a module or `fx.GraphModule`, masked in place: weights of modules get
             parametrizations; a GraphModule's own weights, and those that the graph of a
@@ -74,9 +76,7 @@ def prepare(
             has traced a backward pass with, or where a graph's inputs are fake and no `model` is
             given.
 
-        Whatever is raised, nothing was changed.
-
-    Example:
+    Examples:
         >>> model, sparsifier = nn.Linear(8, 4), fxs.WeightNormSparsifier()
         >>> model = fxs.prepare(model, sparsifier, (torch.randn(1, 8),), "2:4")
         >>> sparsifier.step()
@@ -251,7 +251,7 @@ def squash(model: _Subject, sparsifier: BaseSparsifier) -> tuple[_Subject, Spars
     Raises:
         MaskError: the sparsifier holds no mask on this model; nothing was changed.
 
-    Example:
+    Examples:
         >>> model, sparsifier = nn.Linear(8, 4), fxs.WeightNormSparsifier()
         >>> model = fxs.prepare(model, sparsifier, (torch.randn(1, 8),), "2:4")
         >>> sparsifier.step()
@@ -280,7 +280,7 @@ def unprepare(model: _Subject, sparsifier: BaseSparsifier) -> _Subject:
         MaskError: the sparsifier holds no mask on this model, or has squashed it; nothing was
             changed.
 
-    Example:
+    Examples:
         >>> model, sparsifier = nn.Linear(8, 4), fxs.WeightNormSparsifier()
         >>> model = fxs.prepare(model, sparsifier, (torch.randn(1, 8),), "2:4")
         >>> sparsifier.step()

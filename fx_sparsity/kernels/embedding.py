@@ -138,7 +138,9 @@ class RowPrunedEmbedding(_RowPruned):
         embedding_dim: columns.
         padding_idx: as in `nn.Embedding`; its row is looked up like any other.
         dtype: of results, float32 or bfloat16.
-        rows, affine, remap: the table, see `RowTable`.
+        rows: of the table, see `RowTable`.
+        affine: of the table, see `RowTable`.
+        remap: of the table, see `RowTable`.
     """
 
     @classmethod
@@ -197,7 +199,9 @@ class RowPrunedEmbeddingBag(_RowPruned):
         padding_idx: an index that bags leave out, or None.
         include_last_offset: whether the offsets end with that of the end.
         dtype: of results, float32 or bfloat16.
-        rows, affine, remap: the table, see `RowTable`.
+        rows: of the table, see `RowTable`.
+        affine: of the table, see `RowTable`.
+        remap: of the table, see `RowTable`.
     """
 
     def __init__(

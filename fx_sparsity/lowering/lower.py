@@ -59,6 +59,8 @@ def lower(
     float16, bfloat16, and int8 or float8 with quantized activations. Call it before
     `torch.compile`, `torch.export` and AOTInductor, which take what it returns.
 
+    Whatever is raised, nothing was changed.
+
     Args:
         model: sparse already, and quantized or not; changed in place. An ExportedProgram is not
             changed, nor is the model that it came from.
@@ -85,9 +87,7 @@ def lower(
         SparsityLostError: the model does not match `record`.
         InputError: the model rejects `example_inputs`.
 
-        Whatever is raised, nothing was changed.
-
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
         >>> model[0].weight.data[:, ::2] = 0
         >>> model, report = fxs.lower(model, (torch.randn(1, 64),), policy="always")
@@ -132,7 +132,7 @@ def unlower(model: nn.Module) -> nn.Module:
     Returns:
         The model, which is another module where its root was lowered.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Linear(64, 64))
         >>> model[0].weight.data[:, ::2] = 0
         >>> lowered, _ = fxs.lower(model, (torch.randn(1, 64),), policy="nm")

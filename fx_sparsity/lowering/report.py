@@ -18,7 +18,8 @@ class LoweredWeight:
         gain: tokens a call -> how many times faster than dense this was measured here, of the
             chosen packing, or of the best where none paid; empty where nothing was measured.
         up_to: most tokens a call that the kernel takes, where the dense form was kept for others.
-        bytes_before, bytes_after: of the weight with its scales, and of its packed form.
+        bytes_before: of the weight with its scales.
+        bytes_after: of its packed form.
         reason: why it stays dense; empty where it was lowered.
     """
 

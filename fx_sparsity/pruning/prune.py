@@ -135,7 +135,7 @@ def prune(
             `dynamic_shapes` of a graph, or an unknown way to be `sequential`, or `reconstruction`
             of what the method rounds.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))
         >>> batches = [(torch.randn(16, 8),) for _ in range(4)]
         >>> model, report = fxs.prune(model, fxs.WandaSparsifier(), batches, "2:4")

@@ -79,7 +79,8 @@ def search(
     does not.
 
     The model is as it was afterwards, whatever is raised; hand the plan's mapping to `prune`, with
-    the same batches. What `reconstruction=` would add is not foreseen.
+    the same batches. What `reconstruction=` would add is not foreseen. What `sensitivity` raises
+    goes through, and what the evaluation does, with a note on which plan it was.
 
     Args:
         model: as `prune` takes it, without masks; no ExportedProgram.
@@ -105,8 +106,6 @@ def search(
         CalibrationError: the score of the dense model is NaN; or as for `sensitivity`.
         ValueError: fewer than two evaluations, milliseconds without `tokens`, or a `sensitivity` of
             other weights; or as for `sensitivity`.
-        What the evaluation raises, with a note on which plan it was.
-        What `sensitivity` raises.
     """
     start = time.perf_counter()
     if not isinstance(evaluation, Evaluation):

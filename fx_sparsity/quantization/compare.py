@@ -91,6 +91,8 @@ def compare_orders(
     Either can be better: the weaker perturbation should come first (arXiv 2603.18426), and which
     one that is depends on the model, the pattern and the bits.
 
+    Raises what `sparsify_and_quantize` raises, too.
+
     Args:
         model: in float, in eval mode, without live masks. Not changed.
         sparsifier: a fresh one; each order works with a copy of it.
@@ -108,8 +110,6 @@ def compare_orders(
 
     Raises:
         ValueError: no orders, `"qat"` among them, or a model without a floating output.
-
-        Otherwise as `sparsify_and_quantize`.
     """
     if not orders or "qat" in orders:
         raise ValueError(

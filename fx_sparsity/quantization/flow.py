@@ -89,7 +89,7 @@ def sparsify_and_quantize(
         ZeroNotRepresentableError: quantize-first, and a weight has no code that means zero.
         ValueError: unknown order, or `"qat"` without anything that trains.
 
-    Example:
+    Examples:
         >>> quantized, verification = fxs.sparsify_and_quantize(
         ...     nn.Sequential(nn.Linear(8, 4)),
         ...     fxs.WeightNormSparsifier(),
@@ -209,6 +209,8 @@ def sparsify_codes(
 
     Scales, zero points and every kept code stay as they are.
 
+    Whatever is raised, the model was not changed.
+
     Args:
         model: quantized by one of the backends; changed in place.
         sparsifier: a fresh one; it is bound to the dequantized weights.
@@ -223,8 +225,6 @@ def sparsify_codes(
         MaskError: as `prepare`; a float weight that a parametrization computes; or one that the
             quantized model does not hold any more, or not in a form that can be read.
         ZeroNotRepresentableError: a weight has no code that means zero.
-
-        Whatever is raised, the model was not changed.
     """
     configs = None if mapping is None else _resolve(mapping, weights)
     names = {fqn: weights[fqn].aliases for fqn in (weights if configs is None else configs)}

@@ -50,7 +50,7 @@ def quantize_rounded(model: nn.Module, sparsifier: BaseSparsifier) -> RoundedMod
             model; or none of its weights was rounded.
         RuntimeError: the model cannot be copied.
 
-    Example:
+    Examples:
         >>> from fx_sparsity.pruning.methods import Rounding
         >>> from fx_sparsity.quantization import quantize_rounded
         >>> model = nn.Sequential(nn.Linear(64, 16))

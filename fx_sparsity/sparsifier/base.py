@@ -82,6 +82,8 @@ class BaseSparsifier(SparsifierCore):
         In a model that `DistributedDataParallel` was put around, every rank does so by itself, and
         the masks of the step before are compared with the other ranks'.
 
+        Whatever is raised, every mask is as it was.
+
         Args:
             use_path: of no effect, as in `torch.ao.pruning`.
 
@@ -90,8 +92,6 @@ class BaseSparsifier(SparsifierCore):
                 named.
             MaskError: the masks of the step before differ between ranks.
             DetachedError: the sparsifier has no model.
-
-            Whatever is raised, every mask is as it was.
         """
         self._ranks.check(self.model)
         super().step(use_path)

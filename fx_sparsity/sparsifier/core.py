@@ -122,6 +122,8 @@ class SparsifierCore(ABC):
     def step(self, use_path: bool = True) -> None:
         """Recompute every mask that is not squashed yet.
 
+        Whatever is raised, every mask is as it was.
+
         Args:
             use_path: of no effect, as in `torch.ao.pruning`.
 
@@ -129,8 +131,6 @@ class SparsifierCore(ABC):
             ValueError: a tensor cannot be ranked (NaN), or has no data yet (meta device); it is
                 named.
             DetachedError: the sparsifier has no model.
-
-            Whatever is raised, every mask is as it was.
         """
         del use_path
         if not self.enable_mask_update:

@@ -56,7 +56,7 @@ def hold(optimizer: Optimizer, model: nn.Module, record: SparsityRecord) -> Hold
     Raises:
         MaskError: a recorded weight that the model lacks, of another shape, or still masked.
 
-    Example:
+    Examples:
         >>> model, sparsifier = nn.Linear(8, 4), fxs.WeightNormSparsifier()
         >>> model = fxs.prepare(model, sparsifier, (torch.randn(1, 8),), "2:4")
         >>> sparsifier.step()

@@ -13,6 +13,8 @@ from fx_sparsity.sparsifier.target import MaskError
 def take_over_pruned(model: nn.Module, sparsifier: BaseSparsifier) -> list[str]:
     """Turn the masks of `torch.nn.utils.prune` into masks of a sparsifier, values and all.
 
+    Whatever is raised, by `prepare` too, nothing was changed.
+
     Args:
         model: pruned by that module, its reparametrizations still on; changed in place.
         sparsifier: holds the masks afterwards; its `step` would recompute them, and
@@ -23,8 +25,6 @@ def take_over_pruned(model: nn.Module, sparsifier: BaseSparsifier) -> list[str]:
 
     Raises:
         MaskError: nothing in the model is pruned, or a tied weight twice, differently.
-
-        Whatever is raised, by `prepare` too, nothing was changed.
     """
     pruned = [
         (name, module, key, hook)

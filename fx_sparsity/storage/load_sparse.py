@@ -84,7 +84,7 @@ def load_sparse(path: str | Path, model: nn.Module, *, check: bool = False) -> L
         RuntimeError: the file does not fit the model, which is as it was; or a module refuses its
             state by a rule of its own, when others may have loaded theirs.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Linear(64, 64))
         >>> model[0].weight.data[:, ::2] = 0
         >>> fxs.save(model, "model.safetensors")

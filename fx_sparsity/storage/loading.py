@@ -40,7 +40,7 @@ def load(
         TypeError: the file holds a torchao tensor, and no model was given.
         OSError: it cannot be read.
 
-    Example:
+    Examples:
         >>> model = nn.Linear(8, 4)
         >>> model.weight.data[2:] = 0
         >>> fxs.save(model, "model.safetensors")

@@ -43,7 +43,7 @@ def save(
         TypeError: an entry of the state cannot be stored; it is named.
         ValueError: unknown `form`.
 
-    Example:
+    Examples:
         >>> from safetensors.torch import load_file
         >>> model = nn.Linear(64, 64)
         >>> model.weight.data[32:] = 0
@@ -92,7 +92,7 @@ def export(
         TypeError: an entry that is no plain tensor; it is named.
         ValueError: unknown `layout`.
 
-    Example:
+    Examples:
         >>> from safetensors.torch import load_file
         >>> fxs.export(nn.Linear(8, 4), "model.safetensors")
         >>> sorted(load_file("model.safetensors"))

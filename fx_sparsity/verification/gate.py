@@ -27,7 +27,8 @@ class VerifiedWeight:
     Attributes:
         fqn: name of the weight in the float model.
         where: what stores it now; empty where nothing does.
-        dtype, scheme: of what is stored.
+        dtype: of what is stored.
+        scheme: of what is stored.
         quantized: whether it is stored as integer codes.
         meant: whether it was meant to be; None where nobody said.
         elements: that are stored.
@@ -225,7 +226,7 @@ def verify(
             way to its codes is scaled otherwise without what was masked; less is known of what
             lies at the end of a range of codes. `math.inf` where kept values were updated by much.
 
-    Example:
+    Examples:
         >>> model, sparsifier = nn.Linear(8, 4), fxs.WeightNormSparsifier()
         >>> model = fxs.prepare(model, sparsifier, (torch.randn(1, 8),), "2:4")
         >>> sparsifier.step()

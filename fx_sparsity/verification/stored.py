@@ -28,7 +28,8 @@ class StoredWeight:
         dtype: of what is stored, such as `uint8`.
         scheme: such as `per-channel affine, axis 0`; `float` where it is not quantized.
         data: the integer codes, or the float values.
-        scale, zero_point: broadcastable against `data`; None where it is not quantized.
+        scale: broadcastable against `data`; None where it is not quantized.
+        zero_point: likewise.
         code_range: smallest and largest code; None where it is not quantized.
         write: replaces what is stored by a tensor like `data`.
         view: where `data` is a view of the weight, as after transposing or splitting a packed one.

@@ -2,8 +2,8 @@
 
     python -m tests.quantization.matrix --write
 
-runs the cells of the README's tables and a pairwise covering of all the axes, and writes
-`matrix.txt` and those tables.
+runs the cells of the tables of docs/quantization.md and a pairwise covering of all the axes, and
+writes `matrix.txt` and those tables.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from fx_sparsity.verification import ZeroNotRepresentableError
 
 HERE = Path(__file__).parent
 LISTING = HERE / "matrix.txt"
-README = HERE.parents[1] / "README.md"
+PAGE = HERE.parents[1] / "docs" / "quantization.md"
 
 
 class Functional(nn.Module):
@@ -245,7 +245,7 @@ def _first_line(error: Exception) -> str:
 
 
 def claimed() -> Iterator[Cell]:
-    """The cells of the README's tables."""
+    """The cells of the tables of docs/quantization.md."""
     for layer, scheme in product(LAYERS, SCHEMES):
         yield Cell(layer, scheme, "sparsify_first", "2:4", "float32")
     for scheme, order in product(SCHEMES, ORDERS[1:]):
@@ -293,7 +293,7 @@ _MARKS = {"quantized": "yes", "left in float": "in float", "quantized in part": 
 
 
 def tables(results: dict[Cell, str]) -> str:
-    """The README's tables, in Markdown, with a list of reasons for what is refused."""
+    """The page's tables, in Markdown, with a list of reasons for what is refused."""
     reasons: dict[str, int] = {}
 
     def mark(result: str) -> str:
@@ -320,16 +320,16 @@ def tables(results: dict[Cell, str]) -> str:
     return "\n".join([*layers, "", *orders, "", *notes])
 
 
-def in_readme(text: str) -> str:
-    """The README with these tables between its markers."""
+def on_page(text: str) -> str:
+    """The page with these tables between its markers."""
     start, end = "<!-- matrix -->\n", "\n<!-- end of matrix -->"
-    head, _, rest = README.read_text().partition(start)
+    head, _, rest = PAGE.read_text().partition(start)
     return head + start + text + end + rest.partition(end)[2]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write", action="store_true", help="write matrix.txt and the README")
+    parser.add_argument("--write", action="store_true", help="write matrix.txt and the page")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     results = {}
@@ -339,7 +339,7 @@ def main() -> None:
     if arguments.write:
         header = "# Made by: python -m tests.quantization.matrix --write\n"
         LISTING.write_text(header + "".join(f"{c} | {r}\n" for c, r in results.items()))
-        README.write_text(in_readme(tables(results)))
+        PAGE.write_text(on_page(tables(results)))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Each cell does what `matrix.txt` says; the README's tables are made from it."""
+"""Each cell does what `matrix.txt` says; the tables of docs/quantization.md are made from it."""
 
 from itertools import product
 
@@ -8,12 +8,12 @@ from tests.quantization.matrix import (
     DTYPES,
     LAYERS,
     ORDERS,
+    PAGE,
     PATTERNS,
-    README,
     SCHEMES,
     Cell,
     cells,
-    in_readme,
+    on_page,
     outcome,
     read_listing,
     tables,
@@ -48,5 +48,5 @@ def test_nothing_is_listed_that_is_not_run():
     assert set(LISTED) == set(cells())
 
 
-def test_the_readme_says_what_the_listing_says():
-    assert README.read_text() == in_readme(tables(LISTED))
+def test_the_page_says_what_the_listing_says():
+    assert PAGE.read_text() == on_page(tables(LISTED))

@@ -39,6 +39,8 @@ def post_training_sparse_quantize(
     made for each call (`torch.compile` makes an embedding's looked-up rows only). A weight that is
     tied to something else stays there as it was, in float.
 
+    Whatever is raised, the model was not changed.
+
     Args:
         model: changed in place: its embeddings are quantized.
         data_sparsifier_class: how to sparsify, such as `DataNormSparsifier`.
@@ -54,9 +56,7 @@ def post_training_sparse_quantize(
         ValueError: a selected module is not part of the model.
         BackendError: the weight of an embedding is masked, computed by a hook, or has no data.
 
-        Whatever is raised, the model was not changed.
-
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.EmbeddingBag(10, 4))
         >>> model = fxs.post_training_sparse_quantize(
         ...     model, fxs.DataNormSparsifier, sparsity_level=0.5, sparse_block_shape=(1, 1)

@@ -151,7 +151,7 @@ def compare_orders(
 
 
 def _outputs(model: nn.Module, batches: Sequence[ExampleInputs]) -> Tensor:
-    """All floating outputs, in one vector of float64; those in a cache, too, as graphs have them."""
+    """All floating outputs, in one vector of float64; what a cache holds, too, as in graphs."""
     values = []
     for batch in batches:
         args, kwargs = call_arguments(batch)

@@ -78,7 +78,7 @@ def origin_of(fqn: str, tensor: Tensor) -> Origin:
     meta = torch.empty(tensor.shape, device="meta", dtype=tensor.dtype)
     known = tensor.numel() == 1 and not tensor.is_complex() and place_of(tensor) is not None
     with real_tensors():
-        return Origin(fqn, meta, meta, number=float(tensor) if known else None)
+        return Origin(fqn, meta, meta, number=float(tensor.detach()) if known else None)
 
 
 def region_of(shape: Sequence[int]) -> Origin:

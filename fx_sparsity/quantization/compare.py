@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 
 from fx_sparsity.graph import MappingLike, find_weights
 from fx_sparsity.graph.example_inputs import ExampleInputs, call_arguments
+from fx_sparsity.graph.opaque import expanded
 from fx_sparsity.quantization.backend import Backend, Calibrate, get_backend
 from fx_sparsity.quantization.flow import Order, sparsify_and_quantize
 from fx_sparsity.reports import format_table
@@ -150,13 +151,13 @@ def compare_orders(
 
 
 def _outputs(model: nn.Module, batches: Sequence[ExampleInputs]) -> Tensor:
-    """All floating outputs, in one vector of float64."""
+    """All floating outputs, in one vector of float64; what a cache holds, too, as in graphs."""
     values = []
     for batch in batches:
         args, kwargs = call_arguments(batch)
         values += [
             leaf.dequantize().double().flatten() if leaf.is_quantized else leaf.double().flatten()
-            for leaf in pytree.tree_leaves(model(*args, **kwargs))
+            for leaf in pytree.tree_leaves(expanded(model(*args, **kwargs)))
             if isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_quantized)
         ]
     if not values:

@@ -19,6 +19,10 @@ class LostWrites:
         self._counter: Tensor | None = None
         self._version = 0
 
+    def __reduce__(self) -> tuple[type["LostWrites"], tuple[()]]:
+        """A copy has given nothing out; a copied counter would count the copying as a write."""
+        return LostWrites, ()
+
     def give(self, tensor: Tensor) -> None:
         """A tensor is given out, in place of the one before; those that are traced do not count."""
         self._counter = None

@@ -341,3 +341,8 @@ def test_annotations_tell_how_a_weight_arrives():
     assert seen["base"].is_whole
     # What arrives of these is more than the weight, or less.
     assert not {"left", "right", "stacked.0", "banks"} & set(seen)
+
+
+def test_a_parameter_of_one_element_is_read_without_a_warning(recwarn):
+    find_weights(nn.Linear(4, 1), (torch.randn(2, 4),))
+    assert [str(w.message) for w in recwarn if "scalar" in str(w.message)] == []

@@ -48,6 +48,33 @@ def test_a_model_with_structured_outputs_and_data_of_its_own():
     assert result.quantized == pytest.approx((difference / total).sqrt().item(), rel=1e-4)
 
 
+class Kept:
+    """No pytree, as the caches of language models."""
+
+    def __init__(self, states):
+        self.states = states
+
+
+class Cached(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x):
+        y = self.linear(x)
+        return y, Kept(y + 1)
+
+
+@pytest.mark.parametrize("backend", ["eager", "pt2e"])
+def test_objects_that_are_no_pytrees_count_in_every_backend(backend):
+    torch.manual_seed(0)
+    inputs = (torch.randn(4, 8),)
+    result = compare_orders(
+        Cached().eval(), fxs.WeightNormSparsifier(), inputs, backend=backend, mapping=MAPPING
+    )
+    assert 0 < result.quantized < result[result.best].error < 1
+
+
 def test_bad_requests():
     model, inputs = make("sequential")
     for orders in ((), ("qat",)):

@@ -135,3 +135,14 @@ def test_nothing_is_held_beyond_what_others_hold():
     assert counter.untyped_storage().nbytes() == 0
     del weight
     assert alive() is None
+
+
+@pytest.mark.filterwarnings("error:.*something wrote in place")
+def test_copies_know_of_no_write():
+    model, sparsifier = masked()
+    with torch.no_grad():
+        model(torch.randn(2, 8))
+    copied, _ = copy.deepcopy((model, sparsifier))
+    copied(torch.randn(2, 8))
+    mask = pickle.loads(pickle.dumps(model[0].parametrizations.weight[0]))
+    mask(torch.randn(8, 8))

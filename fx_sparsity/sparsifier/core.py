@@ -111,6 +111,16 @@ class SparsifierCore(ABC):
         """Whether a tensor's mask came from elsewhere and has not been recomputed since."""
         return self._target(name).given
 
+    def asked_of(self, name: str) -> tuple[Pattern, float] | None:
+        """Pattern and level of a tensor's mask as it is; None where nothing is known of it.
+
+        A schedule may have changed the configuration since the mask was computed.
+        """
+        target = self._target(name)
+        if target.given:
+            return None
+        return target.asked or self.pattern_of(self.config_of(name))
+
     def aliases(self) -> dict[str, tuple[str, ...]]:
         """Further names of each tensor, where it is tied or its module is shared."""
         return {}
@@ -158,6 +168,7 @@ class SparsifierCore(ABC):
 
     def _update_all(self, names: Sequence[str]) -> None:
         """Compute all masks, or put back those that were there."""
+        asked = {name: self.pattern_of(self.config_of(name)) for name in names}
         undo: list[Callable[[], None]] = []
         try:
             for name in names:
@@ -168,7 +179,8 @@ class SparsifierCore(ABC):
                 put_back()
             raise
         for name in names:
-            self._target(name).given = False
+            target = self._target(name)
+            target.given, target.asked = False, asked[name]
 
     def _arguments(self, name: str) -> dict[str, Any]:
         """What `update_mask` is given of a configuration."""

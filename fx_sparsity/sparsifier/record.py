@@ -95,7 +95,7 @@ class SparsityRecord(Mapping[str, MaskRecord]):
             mask = sparsifier.get_mask(name)
             keep = mask if mask.dtype == torch.bool else mask != 0
             zeros = (sparsifier.get_data(name, return_original=False) == 0) & keep
-            pattern = None if sparsifier.is_given(name) else sparsifier.pattern_of(config)
+            pattern = sparsifier.asked_of(name)
             weights[name] = MaskRecord(
                 shape=tuple(keep.shape),
                 roles=roles_of(config, keep.ndim),

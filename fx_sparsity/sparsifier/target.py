@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from fx_sparsity.errors import FxSparsityError
+from fx_sparsity.patterns import Pattern
 from fx_sparsity.sparsifier.mask import GRAPH_MASKS, Mask
 from fx_sparsity.sparsifier.plain_keys import refuse_plain_keys, take_plain_keys
 
@@ -38,6 +39,7 @@ class Target:
             parametrization.
         squashed: the zeros are baked in and the parametrization is gone.
         given: the mask came with a configuration; this sparsifier has not computed it yet.
+        asked: pattern and level when the mask was last computed; a schedule may have moved on.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Target:
     in_graph: bool = False
     squashed: bool = False
     given: bool = False
+    asked: tuple[Pattern, float] | None = None
     _followers: dict[tuple[int, str], list[str]] = field(default_factory=dict, repr=False)
 
     @property

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 
+import fx_sparsity as fxs
 from fx_sparsity import SparsityRecord, WeightNormSparsifier, save
 from fx_sparsity.masks.bits import pack_bits, unpack_bits
 from fx_sparsity.sparsifier.record import RecordError, record_metadata
@@ -141,3 +142,18 @@ def test_a_record_lacks_no_mask(tmp_path):
 def test_a_record_without_weights_is_one(tmp_path):
     SparsityRecord({}).save(tmp_path / "record")
     assert len(SparsityRecord.load(tmp_path / "record")) == 0
+
+
+def test_a_schedule_that_is_ahead_of_the_masks():
+    """As in the loops of torch.ao.pruning: the schedule steps last, and the masks know nothing of it."""
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 8))
+    sparsifier = fxs.WeightNormSparsifier(sparsity_level=0.8, sparse_block_shape=(1, 1))
+    fxs.prepare(model, sparsifier, (torch.randn(2, 16),), "unstructured 80%")
+    schedule = fxs.LambdaSL(sparsifier, lambda epoch: (epoch + 1) / 4)
+    for _ in range(3):
+        sparsifier.step()
+        schedule.step()
+    assert sparsifier.config_of("0.weight")["sparsity_level"] == pytest.approx(0.8)
+    model, record = fxs.squash(model, sparsifier)
+    assert record["0.weight"].level == pytest.approx(0.6)
+    fxs.verify(model, record).raise_if_lost()

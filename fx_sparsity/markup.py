@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from html import escape
+from typing import NamedTuple
 
 
 class Html(str):
@@ -10,12 +11,24 @@ class Html(str):
     __slots__ = ()
 
 
+class Keyed(NamedTuple):
+    """A cell that sorts by a number of its own.
+
+    Attributes:
+        shown: in the cell.
+        key: to sort by.
+    """
+
+    shown: object
+    key: float
+
+
 def to_html(value: object) -> Html:
     """What stands for a value: integers in groups of three digits, floats with three digits."""
     if isinstance(value, Html):
         return value
     if value is None:
-        return Html('<span class="none">–</span>')
+        return Html('<span class="none">-</span>')
     if type(value) is float:
         return Html(escape(f"{value:.3g}"))
     if type(value) is int:
@@ -23,7 +36,9 @@ def to_html(value: object) -> Html:
     return Html(escape(str(value)))
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[object]], sortable: bool = False) -> Html:
+def html_table(
+    header: Sequence[str], rows: Sequence[Sequence[object]], sortable: bool = False
+) -> Html:
     """A table whose cells carry what they sort by; numbers are aligned to the right.
 
     Args:
@@ -31,17 +46,18 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]], sortable: boo
         rows: a cell a column.
         sortable: buttons for titles, which need a script beside the table.
     """
-    numeric = [any(isinstance(row[i], int | float) for row in rows) for i in range(len(header))]
+    numeric = [any(_key(row[i]) is not None for row in rows) for i in range(len(header))]
     titles = [
-        f'<th scope="col"{_numeric(right)}{_unsorted(sortable)}>{_title(title, sortable)}</th>'
+        f'<th scope="col"{_aligned(right)}{_unsorted(sortable)}>{_title(title, sortable)}</th>'
         for title, right in zip(header, numeric, strict=True)
     ]
     lines = [
         "".join(_cell(cell, right) for cell, right in zip(row, numeric, strict=True))
         for row in rows
     ]
+    head = f"<thead><tr>{''.join(titles)}</tr></thead>"
     body = "\n".join(f"<tr>{line}</tr>" for line in lines)
-    return Html(f"<table><thead><tr>{''.join(titles)}</tr></thead><tbody>\n{body}\n</tbody></table>")
+    return Html(f"<table>{head}<tbody>\n{body}\n</tbody></table>")
 
 
 def folded(summary: str, inner: Html, opened: bool) -> Html:
@@ -55,12 +71,20 @@ def paragraph(text: str) -> Html:
     return Html(f"<p>{escape(text)}</p>")
 
 
+def _key(cell: object) -> float | None:
+    if isinstance(cell, Keyed):
+        return cell.key
+    return float(cell) if isinstance(cell, int | float) else None
+
+
 def _cell(cell: object, right: bool) -> str:
-    key = f' data-sort="{float(cell):.9g}"' if isinstance(cell, int | float) else ""
-    return f"<td{_numeric(right)}{key}>{to_html(cell)}</td>"
+    key = _key(cell)
+    sorts = "" if key is None else f' data-sort="{key:.9g}"'
+    shown = cell.shown if isinstance(cell, Keyed) else cell
+    return f"<td{_aligned(right)}{sorts}>{to_html(shown)}</td>"
 
 
-def _numeric(right: bool) -> str:
+def _aligned(right: bool) -> str:
     return ' style="text-align:right"' if right else ' style="text-align:left"'
 
 

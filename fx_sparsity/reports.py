@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple, TypeVar
 
-from fx_sparsity import markup
+from fx_sparsity.markup import folded, html_table, paragraph
 
 Row = TypeVar("Row")
 _OPEN = 30
@@ -66,14 +66,14 @@ class Tabular:
     def _repr_html_(self) -> str:
         """The summary and the tables, for notebooks; long tables are folded."""
         parts = [
-            markup.folded(
+            folded(
                 f"{len(table.rows)} x {table.header[0]}",
-                markup.table(table.header, table.rows),
+                html_table(table.header, table.rows),
                 len(table.rows) <= _OPEN,
             )
             for table in self.tables
         ]
-        return f"<div>{markup.paragraph(self.summary)}{''.join(parts)}</div>"
+        return f"<div>{paragraph(self.summary)}{''.join(parts)}</div>"
 
 
 class Report(Tabular):

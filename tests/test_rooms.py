@@ -15,7 +15,17 @@ import fx_sparsity as fxs
 
 ROOT = Path(fxs.__file__).parent
 ROOMS = [
-    *("errors", "markup", "reports", "progress", "_native", "patterns", "masks", "sparsifier", "graph"),
+    *(
+        "errors",
+        "markup",
+        "reports",
+        "progress",
+        "_native",
+        "patterns",
+        "masks",
+        "sparsifier",
+        "graph",
+    ),
     *("verification", "quantization", "pruning", "kernels", "lowering", "storage", "checkpoints"),
     *("reporting", "compat", "cli", "env"),
 ]

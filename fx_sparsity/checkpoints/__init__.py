@@ -2,6 +2,12 @@
 
 from fx_sparsity.checkpoints.checkpoint import Checkpoint, CheckpointError
 from fx_sparsity.checkpoints.checkpoint_record import stated_patterns
+from fx_sparsity.checkpoints.inspection import (
+    InspectedTensor,
+    Inspection,
+    inspect_checkpoint,
+    read_tensors,
+)
 from fx_sparsity.checkpoints.mapped_checkpoint import MappedCheckpoint
 from fx_sparsity.checkpoints.prune_checkpoint import prune_checkpoint
 from fx_sparsity.checkpoints.report import CheckpointReport, CheckpointWeight
@@ -15,11 +21,15 @@ __all__ = [
     "CheckpointError",
     "CheckpointReport",
     "CheckpointWeight",
+    "InspectedTensor",
+    "Inspection",
     "MappedCheckpoint",
     "assign",
     "convert",
     "find_checkpoint_weights",
+    "inspect_checkpoint",
     "prune_checkpoint",
+    "read_tensors",
     "sparsify_checkpoint",
     "stated_patterns",
 ]

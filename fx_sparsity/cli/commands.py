@@ -1,7 +1,7 @@
-"""The commands of `fx-sparsity`: inspect, sparsify, convert, verify, diff."""
+"""The commands of `fx-sparsity`: inspect, sparsify, convert, verify, diff, report."""
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +11,22 @@ from torch import Tensor
 from fx_sparsity.checkpoints import (
     LAYOUTS,
     Checkpoint,
-    CheckpointError,
+    InspectedTensor,
+    Inspection,
     assign,
     convert,
     find_checkpoint_weights,
+    inspect_checkpoint,
+    read_tensors,
     sparsify_checkpoint,
     stated_patterns,
 )
-from fx_sparsity.cli.display import say, show
+from fx_sparsity.cli.display import grouped, say, show
 from fx_sparsity.cli.recipe import RecipeError, mapping_of, read_recipe, roles_of
-from fx_sparsity.masks import tightest_pattern, tiling_holds
-from fx_sparsity.progress import progress
+from fx_sparsity.masks import tiling_holds
+from fx_sparsity.reports import Bytes, Share, natural
 from fx_sparsity.sparsifier import DataNormSparsifier
-from fx_sparsity.storage import FORMATS, Contents, sizes
+from fx_sparsity.storage import FORMATS, Contents
 
 FOUND, BAD_INPUT = 1, 3
 """Exit codes, beside 0 for success and 2 for arguments that click refuses."""
@@ -45,6 +48,10 @@ class _Commands(click.Group):
 
 def _json_flag(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(command)
+
+
+def _tensors_flag(command: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option("--tensors", is_flag=True, help="A row for every tensor, too.")(command)
 
 
 def _mapping_flags(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -89,59 +96,33 @@ def commands() -> None:
 @commands.command()
 @click.argument("path", type=SOURCE)
 @click.option("--roles", multiple=True, metavar="REGEX=ROLES", help="Roles of axes: in,out.")
+@_tensors_flag
 @_json_flag
-def inspect(path: Path, roles: tuple[str, ...], as_json: bool) -> None:
-    r"""Show the sparsity of every tensor, and what it takes in each format.
+def inspect(path: Path, roles: tuple[str, ...], tensors: bool, as_json: bool) -> None:
+    r"""Show how sparse a file or a checkpoint is, and what it takes.
 
-    Columns: share of zeros, the tightest pattern that they follow, bytes now, and bytes in each
-    format that can hold the tensor.
+    Tensors are put together by the tightest pattern that their zeros follow; a weight with less
+    than 1% of zeros is called dense. With --tensors each has its row, with the bytes that it takes
+    in each format that can hold it; in the totals, what a format cannot hold counts as dense.
 
     \b
     Examples:
       fx-sparsity inspect model.safetensors
-      fx-sparsity inspect model/ --json | jq .totals
+      fx-sparsity inspect model/ --tensors
+      fx-sparsity inspect model/ --json > model.json
       fx-sparsity inspect gpt2/ --roles '.*c_attn.weight=in,out'
     """
-    source = Checkpoint(path)
-    weights = find_checkpoint_weights(source, roles_of(read_recipe(None, {"roles": roles})))
-    sites = weights.by_any_name()
-    rows: list[dict[str, Any]] = []
-    totals: dict[str, int] = dict.fromkeys(("elements", "zeros", "bytes", *FORMATS, "smallest"), 0)
-    for name, tensor in _tensors(source, "inspecting"):
-        contents, where = Contents(tensor), tensor == 0
-        each = sizes(contents)
-        zeros = int(where.count_nonzero())
-        config = None
-        if name in sites:
-            config = tightest_pattern(where, sites[name].roles)
-        row: dict[str, Any] = {
-            "tensor": name,
-            "dtype": str(tensor.dtype)[6:],
-            "shape": "x".join(map(str, tensor.shape)),
-            "sparsity": zeros / tensor.numel() if tensor.numel() else 0.0,
-            "pattern": None if config is None else str(config),
-            "bytes": source.files[source.where[name]].stored_bytes(name),
-        }
-        row |= {form: each.get(form) for form in FORMATS}
-        rows.append(row)
-        totals["elements"] += tensor.numel()
-        totals["zeros"] += zeros
-        totals["bytes"] += row["bytes"]
-        totals["smallest"] += min(each.values())
-        for form in FORMATS:
-            totals[form] += each.get(form, contents.nbytes)
-    share = totals["zeros"] / totals["elements"] if totals["elements"] else 0.0
-    last: dict[str, Any] = {"tensor": f"{len(rows)} tensors", "dtype": None, "shape": None}
-    last |= {"sparsity": share, "pattern": None, "bytes": totals["bytes"]}
-    last |= {form: totals[form] for form in FORMATS}
-    if as_json:
-        last |= {key: totals[key] for key in ("elements", "zeros", "smallest")}
-    show(rows, as_json=as_json, totals=last, numeric=("sparsity", "bytes", *FORMATS))
-    say(
-        f"{totals['smallest']} bytes with the smallest format for each tensor; "
-        "what a format cannot hold counts as dense",
-        as_json=as_json,
-    )
+    found = inspect_checkpoint(Checkpoint(path), roles_of(read_recipe(None, {"roles": roles})))
+    rows = [_inspected(row) for row in found.rows]
+    if as_json or tensors:
+        last = {**dict.fromkeys(rows[0] if rows else ()), **_totals(found)}
+        last["tensor"] = f"{len(rows)} tensors"
+        if as_json:
+            last |= {"elements": found.elements, "zeros": found.zeros, "smallest": found.smallest}
+        show(rows, as_json=as_json, totals=last, numeric=("sparsity", "bytes", *FORMATS))
+    say(found.summary, as_json=as_json)
+    if not (as_json or tensors):
+        show(_by_pattern(found), as_json=False, numeric=("tensors", "values", "sparsity", "bytes"))
 
 
 @commands.command()
@@ -155,8 +136,11 @@ def inspect(path: Path, roles: tuple[str, ...], as_json: bool) -> None:
     help="One level for each weight, or over the whole model.",
 )
 @click.option("--layout", type=click.Choice(LAYOUTS), help="How files hold tensors; dense.")
+@_tensors_flag
 @_json_flag
-def sparsify(source: Path, target: Path, recipe: Path | None, as_json: bool, **flags: Any) -> None:
+def sparsify(
+    source: Path, target: Path, recipe: Path | None, tensors: bool, as_json: bool, **flags: Any
+) -> None:
     r"""Set the smallest weights of a checkpoint to zero, in the patterns asked for.
 
     The output has the same shards and all other files. Memory holds up to three of the largest
@@ -195,9 +179,16 @@ def sparsify(source: Path, target: Path, recipe: Path | None, as_json: bool, **f
             "sparsity": None if weight.zeros is None else weight.zeros / max(1, weight.elements),
             "dense because": weight.reason or None,
         }
-        for name, weight in report.items()
+        for name, weight in sorted(report.items(), key=lambda item: natural(item[0]))
     ]
-    show(rows, as_json=as_json, numeric=("sparsity",))
+    say(report.summary, as_json=as_json)
+    if as_json or tensors:
+        show(rows, as_json=as_json, numeric=("sparsity",))
+    else:
+        told = [
+            {**row, "becomes": row["pattern"] or f"dense: {row['dense because']}"} for row in rows
+        ]
+        show(grouped(told, "becomes", ()), as_json=False, numeric=("tensors",))
     _say_skipped(Checkpoint(source), as_json=as_json)
 
 
@@ -228,18 +219,22 @@ def convert_command(source: Path, target: Path, layout: Any, as_json: bool) -> N
 @commands.command()
 @click.argument("path", type=SOURCE)
 @_mapping_flags
+@_tensors_flag
 @_json_flag
-def verify_command(path: Path, recipe: Path | None, as_json: bool, **flags: Any) -> None:
+def verify_command(
+    path: Path, recipe: Path | None, tensors: bool, as_json: bool, **flags: Any
+) -> None:
     r"""Check that patterns hold and that files are whole; exit code 1 where not.
 
     Patterns are those stated by flags or a recipe, or else by the checkpoint itself, in the
     sparsity.json that `sparsify` and `prune_checkpoint` leave. Files are checked as far as they
-    carry checksums.
+    carry checksums. Whatever is broken has its row, and with --tensors all that holds, too.
 
     \b
     Examples:
       fx-sparsity verify sparse/
-      fx-sparsity verify model.safetensors --pattern 2:4 --name lm_head=dense
+      fx-sparsity verify sparse/ --tensors
+      fx-sparsity verify sparse/ --pattern 2:4 --name lm_head=dense
     """
     source = Checkpoint(path)
     asked = read_recipe(recipe, flags)
@@ -254,7 +249,7 @@ def verify_command(path: Path, recipe: Path | None, as_json: bool, **flags: Any)
         for file in source.files.values()
         for fault in file.faults()
     ]
-    for name, tensor in _tensors(source, "verifying", stated):
+    for name, tensor in read_tensors(source, "verifying", stated):
         zeros = tensor == 0
         tiling = stated[name].pattern.tiling(tensor.shape, roles[name])
         holds = tiling_holds(zeros, tiling, stated[name].level)
@@ -268,9 +263,10 @@ def verify_command(path: Path, recipe: Path | None, as_json: bool, **flags: Any)
                 "verdict": verdict,
             }
         )
-    show(rows, as_json=as_json, numeric=("sparsity",))
-    faults = sum(row["verdict"] != "ok" for row in rows)
-    say(f"{len(stated)} patterns stated, {faults} faults", as_json=as_json)
+    rows.sort(key=lambda row: natural(row["tensor"]))
+    faults = [row for row in rows if row["verdict"] != "ok"]
+    say(f"{len(stated)} patterns stated, {len(faults)} faults", as_json=as_json)
+    show(rows if as_json or tensors else faults, as_json=as_json, numeric=("sparsity",))
     if faults:
         raise SystemExit(FOUND)
 
@@ -278,16 +274,18 @@ def verify_command(path: Path, recipe: Path | None, as_json: bool, **flags: Any)
 @commands.command()
 @click.argument("a", type=SOURCE)
 @click.argument("b", type=SOURCE)
+@_tensors_flag
 @_json_flag
-def diff(a: Path, b: Path, as_json: bool) -> None:
-    r"""Show which tensors of two checkpoints differ; exit code 1 where some do.
+def diff(a: Path, b: Path, tensors: bool, as_json: bool) -> None:
+    r"""Show how the tensors of two checkpoints differ; exit code 1 where some do.
 
-    Of tensors in both: elements that became zero, that are zero no more, and other changes with
-    the largest difference.
+    Of tensors in both: elements that became zero, that are zero no more, and other changes; with
+    --tensors for each, with the largest difference.
 
     \b
     Examples:
       fx-sparsity diff model/ sparse/
+      fx-sparsity diff model/ sparse/ --tensors
       fx-sparsity diff sparse/ small/ && echo the same
     """
     left, right = Checkpoint(a), Checkpoint(b)
@@ -298,17 +296,72 @@ def diff(a: Path, b: Path, as_json: bool) -> None:
         if name not in other.where
     ]
     both = [name for name in left.where if name in right.where]
-    for name, ours in _tensors(left, "comparing", both):
+    for name, ours in read_tensors(left, "comparing", both):
         theirs = right.read(name)
         if (ours.dtype, ours.shape) != (theirs.dtype, theirs.shape):
             kinds = [f"{str(t.dtype)[6:]} {'x'.join(map(str, t.shape))}" for t in (ours, theirs)]
             rows.append(_row(name, " -> ".join(kinds)))
         elif (row := _compare(name, ours, theirs)) is not None:
             rows.append(row)
-    show(rows, as_json=as_json, numeric=("zeros added", "zeros lost", "changed", "largest"))
+    rows.sort(key=lambda row: natural(row["tensor"]))
     say(f"{len(rows)} of {len(left.where.keys() | right.where)} tensors differ", as_json=as_json)
+    counts = ("zeros added", "zeros lost", "changed")
+    if as_json or tensors:
+        show(rows, as_json=as_json, numeric=(*counts, "largest"))
+    else:
+        show(grouped(rows, "differs in", counts), as_json=False, numeric=("tensors", *counts))
     if rows:
         raise SystemExit(FOUND)
+
+
+def _inspected(row: InspectedTensor) -> dict[str, Any]:
+    return {
+        "tensor": row.fqn,
+        "dtype": row.dtype,
+        "shape": "x".join(map(str, row.shape)),
+        "sparsity": row.sparsity,
+        "pattern": row.pattern,
+        "bytes": row.bytes,
+        **{form: row.formats.get(form) for form in FORMATS},
+    }
+
+
+def _totals(found: Inspection) -> dict[str, Any]:
+    """What a format cannot hold counts as dense."""
+    each = {f: sum(r.formats.get(f, r.formats["dense"]) for r in found.rows) for f in FORMATS}
+    return {"sparsity": found.sparsity, "bytes": int(found.bytes), **each}
+
+
+def _by_pattern(found: Inspection) -> list[dict[str, Any]]:
+    """Tensors whose zeros follow the same pattern, at any level, together."""
+    rows = [
+        {
+            "tensor": row.fqn,
+            "pattern": _without_level(row.pattern or "no weight"),
+            "values": row.elements,
+            "zeros": row.zeros,
+            "bytes": row.bytes,
+            "smallest": row.smallest,
+        }
+        for row in found.rows
+    ]
+    groups = grouped(rows, "pattern", ("values", "zeros", "bytes", "smallest"))
+    return [
+        {
+            "pattern": group["pattern"],
+            "tensors": group["tensors"],
+            "values": group["values"],
+            "sparsity": Share(group["zeros"] / max(1, group["values"])),
+            "bytes": Bytes(group["bytes"]),
+            "smallest": Bytes(group["smallest"]),
+            "such as": group["such as"],
+        }
+        for group in groups
+    ]
+
+
+def _without_level(pattern: str) -> str:
+    return pattern.rpartition(" ")[0] if pattern.endswith("%") else pattern
 
 
 def _say_skipped(source: Checkpoint, *, as_json: bool) -> None:
@@ -346,17 +399,3 @@ def _row(
         "changed": changed,
         "largest": largest,
     }
-
-
-def _tensors(
-    source: Checkpoint, what: str, names: Iterable[str] | None = None
-) -> Iterator[tuple[str, Tensor]]:
-    """Tensors one after another, with a progress bar."""
-    names = [*(source.where if names is None else names)]
-    if absent := [name for name in names if name not in source.where]:
-        raise CheckpointError(f"{absent[0]}: not in {source.folder}")
-    sizes = {name: source.files[source.where[name]].stored_bytes(name) for name in names}
-    with progress(what, sum(sizes.values()), True, in_bytes=True) as advance:
-        for name, size in sizes.items():
-            yield name, source.read(name)
-            advance(name, size)

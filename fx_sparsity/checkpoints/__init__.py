@@ -1,7 +1,7 @@
 """Checkpoints larger than memory, from files to files."""
 
 from fx_sparsity.checkpoints.checkpoint import Checkpoint, CheckpointError
-from fx_sparsity.checkpoints.checkpoint_record import stated_patterns
+from fx_sparsity.checkpoints.checkpoint_record import stated_patterns, stated_reasons
 from fx_sparsity.checkpoints.inspection import (
     InspectedTensor,
     Inspection,
@@ -32,4 +32,5 @@ __all__ = [
     "read_tensors",
     "sparsify_checkpoint",
     "stated_patterns",
+    "stated_reasons",
 ]

@@ -1,7 +1,8 @@
 """The commands of `fx-sparsity`: inspect, sparsify, convert, verify, diff, report."""
 
 import functools
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,21 @@ from fx_sparsity.checkpoints import (
     read_tensors,
     sparsify_checkpoint,
     stated_patterns,
+    stated_reasons,
 )
 from fx_sparsity.cli.display import grouped, say, show
 from fx_sparsity.cli.recipe import RecipeError, mapping_of, read_recipe, roles_of
 from fx_sparsity.masks import tiling_holds
+from fx_sparsity.patterns import Role
+from fx_sparsity.reporting import (
+    DENSE,
+    Compared,
+    Densities,
+    Density,
+    Facts,
+    density_of,
+    write_html,
+)
 from fx_sparsity.reports import Bytes, Share, natural
 from fx_sparsity.sparsifier import DataNormSparsifier
 from fx_sparsity.storage import FORMATS, Contents
@@ -41,6 +53,8 @@ class _Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except BrokenPipeError:
+            raise  # whoever reads has enough, which click knows
         except (ValueError, OSError, TypeError, MemoryError) as error:
             click.echo(f"Error: {str(error) or type(error).__name__}", err=True)
             raise SystemExit(BAD_INPUT) from error
@@ -90,6 +104,7 @@ def commands() -> None:
       fx-sparsity verify sparse/
       fx-sparsity convert sparse/ small/ --to compressed
       fx-sparsity diff model/ sparse/
+      fx-sparsity report sparse/ --before model/
     """
 
 
@@ -312,6 +327,48 @@ def diff(a: Path, b: Path, tensors: bool, as_json: bool) -> None:
         show(grouped(rows, "differs in", counts), as_json=False, numeric=("tensors", *counts))
     if rows:
         raise SystemExit(FOUND)
+
+
+@commands.command()
+@click.argument("path", type=SOURCE)
+@click.option("--output", type=TARGET, default="report.html", show_default=True, metavar="FILE")
+@click.option("--before", type=SOURCE, metavar="PATH", help="What it was made of, to compare with.")
+@click.option("--roles", multiple=True, metavar="REGEX=ROLES", help="Roles of axes: in,out.")
+def report(path: Path, output: Path, before: Path | None, roles: tuple[str, ...]) -> None:
+    r"""Write one HTML file to look at: zeros, patterns and bytes, and a picture of every weight.
+
+    What `sparsity.json` states is checked, too. The file needs nothing else, and is overwritten.
+
+    \b
+    Examples:
+      fx-sparsity report sparse/
+      fx-sparsity report sparse/ --before model/ --output sparse.html
+      fx-sparsity report model.safetensors
+    """
+    source, axes = Checkpoint(path), roles_of(read_recipe(None, {"roles": roles}))
+    pictures: dict[str, Density] = {}
+
+    def look(name: str, zero: Tensor, roles: Sequence[Role]) -> None:
+        if zero.ndim > 1 and zero.numel():
+            pictures[name] = density_of(zero, roles)
+
+    found = inspect_checkpoint(source, axes, stated=True, look=look)
+    compared = None if before is None else inspect_checkpoint(Checkpoint(before), axes)
+    write_html(
+        output,
+        found if compared is None else Compared(compared, found),
+        Densities({name: pictures[name] for name in sorted(pictures, key=natural)}),
+        Facts(reasons={DENSE: stated_reasons(source)}),
+        title=f"Sparsity of {path.resolve().name}",
+        reproduce=shlex.join(["fx-sparsity", "report", *map(str, _said(path, before, roles))]),
+    )
+    say(f"{found.summary}\nwritten to {output}", as_json=False)
+
+
+def _said(path: Path, before: Path | None, roles: Sequence[str]) -> list[object]:
+    """The arguments of `report` that matter."""
+    original = [] if before is None else ["--before", before]
+    return [path, *original, *(part for role in roles for part in ("--roles", role))]
 
 
 def _inspected(row: InspectedTensor) -> dict[str, Any]:

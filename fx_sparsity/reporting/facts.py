@@ -80,6 +80,11 @@ def facts(part: Any) -> Facts:
 
 
 @facts.register
+def _(part: Facts) -> Facts:
+    return part
+
+
+@facts.register
 def _(part: Tabular) -> Facts:
     """Any other report: its own tables."""
     tables = [html_table(t.header, t.rows, sortable=True) for t in part.tables]
@@ -164,7 +169,7 @@ def _(part: Verification) -> Facts:
             "gate": f"{well} of {len(part.rows)} ok",
         },
         columns={
-            "pattern": {row.fqn: row.pattern for row in part.rows if row.pattern} | asked,
+            "pattern": {**{row.fqn: row.pattern for row in part.rows}, **asked},
             "sparsity": {row.fqn: Share(row.sparsity) for row in part.rows},
             "stored as": {fqn: _distinct(texts) for fqn, texts in stored.items()},
             "verdict": {fqn: _distinct(texts) for fqn, texts in verdicts.items()},
@@ -178,7 +183,9 @@ def _(part: Verification) -> Facts:
 def _(part: LoweringReport) -> Facts:
     return Facts(
         headline={
-            "weights in memory": Change(Bytes(part.bytes_before), Bytes(part.bytes_after)),
+            "weights in memory (lowering)": Change(
+                Bytes(part.bytes_before), Bytes(part.bytes_after)
+            ),
             "on sparse kernels": f"{len(part.lowered)} of {len(part)}",
         },
         columns={
@@ -255,7 +262,7 @@ def _(part: Inspection) -> Facts:
             "values": part.elements,
             "zeros": part.sparsity,
             "bytes": part.bytes,
-            "in the smallest formats": part.smallest,
+            "bytes in the smallest formats": part.smallest,
             **gate,
         },
         columns={
@@ -285,16 +292,19 @@ class Compared:
 
 @facts.register
 def _(part: Compared) -> Facts:
-    before, after = part.before, facts(part.after)
-    changes: dict[str, object] = {
-        "values": Change(before.elements, part.after.elements),
-        "zeros": Change(before.sparsity, part.after.sparsity),
-        "bytes": Change(before.bytes, part.after.bytes),
-    }
+    before, after = part.before, part.after
+    told = facts(after)
     return Facts(
-        headline={**after.headline, **changes},
+        headline={
+            "values that are not zero": Change(
+                before.elements - before.zeros, after.elements - after.zeros
+            ),
+            **told.headline,
+            "zeros": Change(before.sparsity, after.sparsity),
+            "bytes": Change(before.bytes, after.bytes),
+        },
         columns={
-            **after.columns,
+            **told.columns,
             "sparsity before": {row.fqn: row.sparsity for row in before.rows},
             "bytes before": {row.fqn: Bytes(row.bytes) for row in before.rows},
         },

@@ -124,8 +124,8 @@ def _card(title: str, figure: object) -> Html:
 
 
 def _change(before: object, after: object) -> str:
-    """Such as `(-83%)`; nothing of shares, whose difference says it, and of what is no number."""
-    if not _comparable(before, after) or isinstance(after, Share):
+    """Such as `(-83%)`; nothing of shares, which are in percent, and of what is no number."""
+    if not _comparable(before, after) or isinstance(after, Share) or before == after:
         return ""
     assert isinstance(before, int | float)
     assert isinstance(after, int | float)
@@ -165,7 +165,7 @@ def _gallery(pictures: Mapping[str, Density], patterns: Mapping[str, object]) ->
     cards = [
         f'<figure><div class="pair">{_picture(pictures[fqn], large=True)}</div><figcaption>'
         f"<b>{escape(str(patterns.get(fqn) or 'no pattern stated'))}</b>, "
-        f"{Share(pictures[fqn].zeros)} zeros<br><code>{escape(fqn)}</code></figcaption></figure>"
+        f"{Share(pictures[fqn].zeros)} zeros<br>{_code(fqn)}</figcaption></figure>"
         for fqn in shown
     ]
     told = (
@@ -196,13 +196,7 @@ def _layers(columns: Mapping[str, Mapping[str, object]], pictures: Mapping[str, 
     if pictures:
         drawn: dict[str, object] = {fqn: Keyed(_picture(p), p.zeros) for fqn, p in pictures.items()}
         shown = {"where not zero": drawn, **shown}
-    rows = [
-        (
-            Html(f"<code>{escape(fqn)}</code>"),
-            *(_broken(cells.get(fqn)) for cells in shown.values()),
-        )
-        for fqn in names
-    ]
+    rows = [(_code(fqn), *(_broken(cells.get(fqn)) for cells in shown.values())) for fqn in names]
     search = (
         '<p><label>Only names with <input type="search" class="filter"></label> '
         f"{len(names)} in all; a click on a title sorts.</p>"
@@ -251,7 +245,12 @@ def _listed(names: Sequence[str]) -> Html:
 
 
 def _codes(names: Iterable[str]) -> Html:
-    return Html("<br>".join(f"<code>{escape(name)}</code>" for name in names))
+    return Html("<br>".join(map(_code, names)))
+
+
+def _code(name: str) -> Html:
+    """A name, which may be broken behind its dots."""
+    return Html(f"<code>{escape(name).replace('.', '.<wbr>')}</code>")
 
 
 def _recipe(reproduce: str) -> Html:

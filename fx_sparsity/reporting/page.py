@@ -152,16 +152,15 @@ def _comparable(before: object, after: object) -> bool:
 
 
 def _gallery(pictures: Mapping[str, Density], patterns: Mapping[str, object]) -> Html:
-    """The first weights of each pattern, large."""
+    """The first weight of each pattern, large, and others from all over the model."""
     sparse = [fqn for fqn, picture in pictures.items() if picture.zeros]
     if not sparse:
         return Html("")
-    seen: dict[object, int] = defaultdict(int)
-    turns: dict[str, int] = {}
+    first: dict[object, str] = {}
     for fqn in sparse:
-        turns[fqn] = seen[patterns.get(fqn)]
-        seen[patterns.get(fqn)] += 1
-    shown = sorted(sparse, key=turns.__getitem__)[:_EXAMPLES]
+        first.setdefault(patterns.get(fqn), fqn)
+    spread = (sparse[len(sparse) * place // _EXAMPLES] for place in range(_EXAMPLES))
+    shown = list(dict.fromkeys([*first.values(), *spread]))[:_EXAMPLES]
     cards = [
         f'<figure><div class="pair">{_picture(pictures[fqn], large=True)}</div><figcaption>'
         f"<b>{escape(str(patterns.get(fqn) or 'no pattern stated'))}</b>, "

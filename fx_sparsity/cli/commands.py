@@ -128,16 +128,16 @@ def inspect(path: Path, roles: tuple[str, ...], tensors: bool, as_json: bool) ->
       fx-sparsity inspect gpt2/ --roles '.*c_attn.weight=in,out'
     """
     found = inspect_checkpoint(Checkpoint(path), roles_of(read_recipe(None, {"roles": roles})))
-    rows = [_inspected(row) for row in found.rows]
-    if as_json or tensors:
-        last = {**dict.fromkeys(rows[0] if rows else ()), **_totals(found)}
-        last["tensor"] = f"{len(rows)} tensors"
-        if as_json:
-            last |= {"elements": found.elements, "zeros": found.zeros, "smallest": found.smallest}
-        show(rows, as_json=as_json, totals=last, numeric=("sparsity", "bytes", *FORMATS))
     say(found.summary, as_json=as_json)
     if not (as_json or tensors):
         show(_by_pattern(found), as_json=False, numeric=("tensors", "values", "sparsity", "bytes"))
+        return
+    rows = [_inspected(row) for row in found.rows]
+    last = {**dict.fromkeys(rows[0] if rows else ()), **_totals(found)}
+    last["tensor"] = f"{len(rows)} tensors"
+    if as_json:
+        last |= {"elements": found.elements, "zeros": found.zeros, "smallest": found.smallest}
+    show(rows, as_json=as_json, totals=last, numeric=("sparsity", "bytes", *FORMATS))
 
 
 @commands.command()

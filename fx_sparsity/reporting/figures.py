@@ -103,7 +103,7 @@ def _new(rows: int, columns: int, size: tuple[float, float], **options: Any) -> 
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] != "matplotlib":
+        if error.name != "matplotlib":
             raise
         raise MissingPlotsError(
             'figures need matplotlib: pip install "fx_sparsity[plots]"'

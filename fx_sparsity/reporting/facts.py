@@ -8,8 +8,9 @@ from functools import singledispatch
 from typing import Any, NamedTuple
 
 from fx_sparsity.checkpoints import CheckpointReport, Inspection
+from fx_sparsity.checkpoints.inspection import DENSE_BELOW
 from fx_sparsity.graph import Assignment, WeightMap
-from fx_sparsity.lowering.report import LoweringReport
+from fx_sparsity.lowering.report import LoweredWeight, LoweringReport
 from fx_sparsity.markup import Html, html_table, paragraph
 from fx_sparsity.patterns import Pattern, SparsityConfig
 from fx_sparsity.pruning.report import PruningReport
@@ -189,7 +190,7 @@ def _(part: LoweringReport) -> Facts:
             "on sparse kernels": f"{len(part.lowered)} of {len(part)}",
         },
         columns={
-            "pattern": {row.fqn: row.pattern for row in part.rows if row.pattern},
+            "pattern": {row.fqn: _found(row) for row in part.rows},
             "kernel": {row.fqn: row.kernel for row in part.rows},
             "gain at tokens": {row.fqn: row.gains for row in part.rows if row.gains},
             "bytes before": {row.fqn: Bytes(row.bytes_before) for row in part.rows},
@@ -323,6 +324,11 @@ def _short(pattern: str | None, level: float | None) -> str | None:
         return pattern
     parsed = Pattern.parse(pattern)
     return pattern if parsed.implied_level is not None else SparsityConfig(parsed, level).short
+
+
+def _found(row: LoweredWeight) -> str | None:
+    """The pattern that zeros follow, where there are more than a few."""
+    return row.pattern if row.density is not None and row.density <= 1 - DENSE_BELOW else None
 
 
 def _distinct(texts: Iterable[str]) -> str:

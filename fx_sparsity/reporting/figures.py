@@ -1,6 +1,7 @@
 """Figures for papers and notebooks; needs `pip install "fx_sparsity[plots]"`."""
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from fx_sparsity.errors import FxSparsityError
@@ -100,13 +101,9 @@ def _points(axes: "Axes", values: Sequence[float | None], label: str) -> None:
 
 def _new(rows: int, columns: int, size: tuple[float, float], **options: Any) -> Any:
     """A figure and its axes, which no window shows."""
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        if error.name != "matplotlib":
-            raise
-        raise MissingPlotsError(
-            'figures need matplotlib: pip install "fx_sparsity[plots]"'
-        ) from error
+    if find_spec("matplotlib") is None:
+        raise MissingPlotsError('figures need matplotlib: pip install "fx_sparsity[plots]"')
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=size, layout="constrained")
     return figure, figure.subplots(rows, columns, **options)

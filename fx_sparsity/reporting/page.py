@@ -152,15 +152,15 @@ def _comparable(before: object, after: object) -> bool:
 
 
 def _gallery(pictures: Mapping[str, Density], patterns: Mapping[str, object]) -> Html:
-    """The first weight of each pattern, large, and others from all over the model."""
+    """The first weight of each pattern, large, and others whose density varies most within them."""
     sparse = [fqn for fqn, picture in pictures.items() if picture.zeros]
     if not sparse:
         return Html("")
     first: dict[object, str] = {}
     for fqn in sparse:
         first.setdefault(patterns.get(fqn), fqn)
-    spread = (sparse[len(sparse) * place // _EXAMPLES] for place in range(_EXAMPLES))
-    shown = list(dict.fromkeys([*first.values(), *spread]))[:_EXAMPLES]
+    varied = sorted(sparse, key=lambda fqn: -float(pictures[fqn].overview.std(correction=0)))
+    shown = list(dict.fromkeys([*first.values(), *varied]))[:_EXAMPLES]
     cards = [
         f'<figure><div class="pair">{_picture(pictures[fqn], large=True)}</div><figcaption>'
         f"<b>{escape(str(patterns.get(fqn) or 'no pattern stated'))}</b>, "

@@ -12,8 +12,6 @@ from torch import Tensor
 from fx_sparsity.checkpoints import (
     LAYOUTS,
     Checkpoint,
-    InspectedTensor,
-    Inspection,
     assign,
     convert,
     find_checkpoint_weights,
@@ -23,7 +21,9 @@ from fx_sparsity.checkpoints import (
     stated_patterns,
     stated_reasons,
 )
+from fx_sparsity.cli.differences import differences
 from fx_sparsity.cli.display import grouped, say, show
+from fx_sparsity.cli.inspect_rows import by_pattern, tensor_row, totals_of
 from fx_sparsity.cli.recipe import RecipeError, mapping_of, read_recipe, roles_of
 from fx_sparsity.masks import tiling_holds
 from fx_sparsity.patterns import Role
@@ -36,12 +36,14 @@ from fx_sparsity.reporting import (
     density_of,
     write_html,
 )
-from fx_sparsity.reports import Bytes, Share, natural
+from fx_sparsity.reports import natural
 from fx_sparsity.sparsifier import DataNormSparsifier
-from fx_sparsity.storage import FORMATS, Contents
+from fx_sparsity.storage import FORMATS
 
 FOUND, BAD_INPUT = 1, 3
 """Exit codes, beside 0 for success and 2 for arguments that click refuses."""
+
+_COUNTED = ("tensors", "values", "sparsity", "bytes", "smallest")
 
 SOURCE = click.Path(exists=True, path_type=Path)
 TARGET = click.Path(path_type=Path)
@@ -130,10 +132,10 @@ def inspect(path: Path, roles: tuple[str, ...], tensors: bool, as_json: bool) ->
     found = inspect_checkpoint(Checkpoint(path), roles_of(read_recipe(None, {"roles": roles})))
     say(found.summary, as_json=as_json)
     if not (as_json or tensors):
-        show(_by_pattern(found), as_json=False, numeric=("tensors", "values", "sparsity", "bytes"))
+        show(by_pattern(found), as_json=False, numeric=_COUNTED)
         return
-    rows = [_inspected(row) for row in found.rows]
-    last = {**dict.fromkeys(rows[0] if rows else ()), **_totals(found)}
+    rows = [tensor_row(row) for row in found.rows]
+    last = {**dict.fromkeys(rows[0] if rows else ()), **totals_of(found)}
     last["tensor"] = f"{len(rows)} tensors"
     if as_json:
         last |= {"elements": found.elements, "zeros": found.zeros, "smallest": found.smallest}
@@ -304,21 +306,7 @@ def diff(a: Path, b: Path, tensors: bool, as_json: bool) -> None:
       fx-sparsity diff sparse/ small/ && echo the same
     """
     left, right = Checkpoint(a), Checkpoint(b)
-    rows = [
-        _row(name, f"only in {path}")
-        for one, other, path in ((left, right, a), (right, left, b))
-        for name in one.where
-        if name not in other.where
-    ]
-    both = [name for name in left.where if name in right.where]
-    for name, ours in read_tensors(left, "comparing", both):
-        theirs = right.read(name)
-        if (ours.dtype, ours.shape) != (theirs.dtype, theirs.shape):
-            kinds = [f"{str(t.dtype)[6:]} {'x'.join(map(str, t.shape))}" for t in (ours, theirs)]
-            rows.append(_row(name, " -> ".join(kinds)))
-        elif (row := _compare(name, ours, theirs)) is not None:
-            rows.append(row)
-    rows.sort(key=lambda row: natural(row["tensor"]))
+    rows = differences(left, right, (str(a), str(b)))
     say(f"{len(rows)} of {len(left.where.keys() | right.where)} tensors differ", as_json=as_json)
     counts = ("zeros added", "zeros lost", "changed")
     if as_json or tensors:
@@ -371,88 +359,6 @@ def _said(path: Path, before: Path | None, roles: Sequence[str]) -> list[object]
     return [path, *original, *(part for role in roles for part in ("--roles", role))]
 
 
-def _inspected(row: InspectedTensor) -> dict[str, Any]:
-    return {
-        "tensor": row.fqn,
-        "dtype": row.dtype,
-        "shape": "x".join(map(str, row.shape)),
-        "sparsity": row.sparsity,
-        "pattern": row.pattern,
-        "bytes": row.bytes,
-        **{form: row.formats.get(form) for form in FORMATS},
-    }
-
-
-def _totals(found: Inspection) -> dict[str, Any]:
-    """What a format cannot hold counts as dense."""
-    each = {f: sum(r.formats.get(f, r.formats["dense"]) for r in found.rows) for f in FORMATS}
-    return {"sparsity": found.sparsity, "bytes": int(found.bytes), **each}
-
-
-def _by_pattern(found: Inspection) -> list[dict[str, Any]]:
-    """Tensors whose zeros follow the same pattern, at any level, together."""
-    rows = [
-        {
-            "tensor": row.fqn,
-            "pattern": _without_level(row.pattern or "no weight"),
-            "values": row.elements,
-            "zeros": row.zeros,
-            "bytes": row.bytes,
-            "smallest": row.smallest,
-        }
-        for row in found.rows
-    ]
-    groups = grouped(rows, "pattern", ("values", "zeros", "bytes", "smallest"))
-    return [
-        {
-            "pattern": group["pattern"],
-            "tensors": group["tensors"],
-            "values": group["values"],
-            "sparsity": Share(group["zeros"] / max(1, group["values"])),
-            "bytes": Bytes(group["bytes"]),
-            "smallest": Bytes(group["smallest"]),
-            "such as": group["such as"],
-        }
-        for group in groups
-    ]
-
-
-def _without_level(pattern: str) -> str:
-    return pattern.rpartition(" ")[0] if pattern.endswith("%") else pattern
-
-
 def _say_skipped(source: Checkpoint, *, as_json: bool) -> None:
     for name in source.skipped:
         say(f"not copied, weights of another kind or a link: {name}", as_json=as_json)
-
-
-def _compare(name: str, ours: Tensor, theirs: Tensor) -> dict[str, Any] | None:
-    """A row where two tensors of one dtype and shape differ, bit by bit."""
-    a, b = Contents(ours).integers, Contents(theirs).integers
-    unequal = a != b
-    if not unequal.any():
-        return None
-    x, y = ours.reshape(-1)[unequal], theirs.reshape(-1)[unequal]
-    added, lost = int((y == 0).sum()), int((x == 0).sum())
-    kept = (x != 0) & (y != 0)
-    change = (x[kept].double() - y[kept].double()).abs()
-    largest = f"{change.max().item():.3g}" if len(change) else None
-    return _row(name, "values", added, lost, int(kept.count_nonzero()), largest)
-
-
-def _row(
-    name: str,
-    what: str,
-    added: int | None = None,
-    lost: int | None = None,
-    changed: int | None = None,
-    largest: str | None = None,
-) -> dict[str, Any]:
-    return {
-        "tensor": name,
-        "differs in": what,
-        "zeros added": added,
-        "zeros lost": lost,
-        "changed": changed,
-        "largest": largest,
-    }

@@ -125,11 +125,13 @@ def _card(title: str, figure: object) -> Html:
 
 def _change(before: object, after: object) -> str:
     """Such as `(-83%)`; nothing of shares, which are in percent, and of what is no number."""
-    if not _comparable(before, after) or isinstance(after, Share) or before == after:
+    if not _comparable(before, after) or isinstance(after, Share):
         return ""
     assert isinstance(before, int | float)
     assert isinstance(after, int | float)
     change = (after - before) / abs(before)
+    if abs(change) < 0.0005:
+        return ""
     return f" ({change:+.0%})" if abs(change) >= 0.1 else f" ({change:+.1%})"
 
 
@@ -176,7 +178,10 @@ def _gallery(pictures: Mapping[str, Density], patterns: Mapping[str, object]) ->
 
 
 def _picture(density: Density, large: bool = False) -> Html:
-    images = (("corner", density.corner.float()), ("overview", density.overview))
+    images = (
+        ("first rows and columns", density.corner.float()),
+        ("the whole weight", density.overview),
+    )
     size = "large" if large else "small"
     return Html(
         "".join(

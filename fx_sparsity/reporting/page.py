@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from importlib.metadata import version
 from importlib.resources import files
+from math import isfinite
 from pathlib import Path
 
 from fx_sparsity.markup import Html, Keyed, folded, html_table, paragraph, to_html
@@ -77,7 +78,7 @@ def _page(title: str, own: dict[str, object], found: Sequence[Facts], reproduce:
     headline = dict(own)
     for part in found:
         for name, cells in part.columns.items():
-            columns[name] = {**cells, **columns[name]}
+            columns[name] = _filled(columns[name], cells)
         for heading, told in part.reasons.items():
             reasons[heading] = {**told, **reasons[heading]}
         pictures = {**part.pictures, **pictures}
@@ -103,6 +104,11 @@ def _page(title: str, own: dict[str, object], found: Sequence[Facts], reproduce:
         + "\n".join(filter(None, body))
         + f"\n</main><script>\n{script}</script></body></html>\n"
     )
+
+
+def _filled(cells: Mapping[str, object], more: Mapping[str, object]) -> dict[str, object]:
+    """Cells, and what others say where they say nothing."""
+    return {**cells, **{fqn: cell for fqn, cell in more.items() if cells.get(fqn) is None}}
 
 
 def _section(title: str, content: Html) -> Html:
@@ -222,11 +228,11 @@ def _broken(cell: object) -> object:
 
 def _barred(cells: Mapping[str, object]) -> dict[str, object]:
     """Shares with a bar as long as they are, floats with one in proportion to the largest."""
-    floats = [cell for cell in cells.values() if type(cell) is float]
+    floats = [cell for cell in cells.values() if type(cell) is float and isfinite(cell)]
     most = max(floats, default=0.0)
     found = dict(cells)
     for fqn, cell in cells.items():
-        if isinstance(cell, Share) or (type(cell) is float and most > 0):
+        if isinstance(cell, Share) or (type(cell) is float and isfinite(cell) and most > 0):
             length = cell if isinstance(cell, Share) else cell / most
             bar = f'<span class="bar" style="--part:{length:.0%}">{to_html(cell)}</span>'
             found[fqn] = Keyed(Html(bar), cell)

@@ -175,6 +175,13 @@ def test_the_first_part_counts(parts, tmp_path):
     assert f"{len(parts['verification'])} of 3 ok" not in page.texts
 
 
+def test_what_is_not_finite_has_no_bar(tmp_path):
+    cells = {"a": float("nan"), "b": float("inf"), "c": 0.5, "d": None}
+    page = written(tmp_path, Facts(columns={"x": cells}), Facts(columns={"x": {"d": 1.0}}))
+    assert [text for text, _ in page.column("x").values()] == ["nan", "inf", "0.5", "1"]
+    assert [v for k, v in page.attributes if "--part" in (v or "")] == ["--part:50%", "--part:100%"]
+
+
 def test_a_lost_zero_is_told(parts, tmp_path):
     model = Nasty()
     page = written(tmp_path, fxs.verify(model, parts["record"]))

@@ -41,7 +41,7 @@ def plot_density(density: Density, title: str = "") -> "Figure":
         axes.set_title(name, fontsize=10)
         axes.set_xticks([])
         axes.set_yticks([])
-    figure.suptitle(f"{title} {density.zeros:.1%} zeros".strip())
+    figure.suptitle(", ".join(filter(None, (title, f"{density.zeros:.1%} zeros"))))
     return figure
 
 

@@ -1,5 +1,6 @@
 """A report is one well-formed file that asks for nothing, escapes everything, and says what the parts say."""
 
+import doctest
 import json
 import re
 import subprocess
@@ -204,6 +205,14 @@ def test_a_thousand_weights_stay_below_two_megabytes(tmp_path):
     path = write_html(tmp_path / "large.html", record, Assignment({}, dict.fromkeys(record, "why")))
     assert path.stat().st_size < 2_000_000
     assert len(Page(path.read_text()).column("sparsity")) == 1000
+
+
+def test_the_example_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {"nn": nn, "fxs": fxs, "write_html": write_html}
+    (found,) = doctest.DocTestFinder(recurse=False).find(write_html, "write_html", globs=names)
+    assert doctest.DocTestRunner().run(found) == (0, 2)
+    assert (tmp_path / "report.html").exists()
 
 
 def test_what_cannot_be_reported():

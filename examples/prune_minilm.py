@@ -31,7 +31,7 @@ from fx_sparsity.reporting import Bytes, Change, write_html
 
 CALIBRATION = Path(__file__).with_name("calibration.txt")
 BATCH = 13
-CALLS = 200
+CALLS = 100
 Inputs = tuple[Tensor, Tensor]
 
 

@@ -378,3 +378,10 @@ class SparsityConfig:
         if self.pattern.implied_level is not None:
             return str(self.pattern)
         return f"{self.pattern} {self.level * 100:.12g}%"
+
+    @property
+    def short(self) -> str:
+        """As `str`, but the level with three significant digits: for people."""
+        if self.pattern.implied_level is not None:
+            return str(self.pattern)
+        return f"{self.pattern} {self.level * 100:.3g}%"

@@ -28,9 +28,11 @@ def test_the_real_encoder_keeps_every_zero():
     assert "lost" not in result.stdout
 
 
-def test_the_encoder_that_is_pruned_with_data_stays_close():
-    result = run("prune_minilm.py", "--steps", "2")
+def test_the_encoder_that_is_pruned_with_data_stays_close(tmp_path):
+    page = tmp_path / "report.html"
+    result = run("prune_minilm.py", "--steps", "2", "--report", str(page))
     assert result.returncode == 0, result.stderr
+    assert "36 of 36 ok" in page.read_text()
     assert "every masked value is zero" in result.stdout
     rows = [line.split("│")[1:3] for line in result.stdout.splitlines() if line.count("│") == 6]
     cosines = {name.strip(): float(cosine) for name, cosine in rows}

@@ -15,9 +15,19 @@ import fx_sparsity as fxs
 
 ROOT = Path(fxs.__file__).parent
 ROOMS = [
-    *("errors", "reports", "progress", "_native", "patterns", "masks", "sparsifier", "graph"),
+    *(
+        "errors",
+        "markup",
+        "reports",
+        "progress",
+        "_native",
+        "patterns",
+        "masks",
+        "sparsifier",
+        "graph",
+    ),
     *("verification", "quantization", "pruning", "kernels", "lowering", "storage", "checkpoints"),
-    *("compat", "cli", "env"),
+    *("reporting", "compat", "cli", "env"),
 ]
 """Each imports only itself and those before it."""
 TOP = {"__init__.py", "env.py"}

@@ -1,7 +1,13 @@
 """Checkpoints larger than memory, from files to files."""
 
 from fx_sparsity.checkpoints.checkpoint import Checkpoint, CheckpointError
-from fx_sparsity.checkpoints.checkpoint_record import stated_patterns
+from fx_sparsity.checkpoints.checkpoint_record import stated_patterns, stated_reasons
+from fx_sparsity.checkpoints.inspection import (
+    InspectedTensor,
+    Inspection,
+    inspect_checkpoint,
+    read_tensors,
+)
 from fx_sparsity.checkpoints.mapped_checkpoint import MappedCheckpoint
 from fx_sparsity.checkpoints.prune_checkpoint import prune_checkpoint
 from fx_sparsity.checkpoints.report import CheckpointReport, CheckpointWeight
@@ -15,11 +21,16 @@ __all__ = [
     "CheckpointError",
     "CheckpointReport",
     "CheckpointWeight",
+    "InspectedTensor",
+    "Inspection",
     "MappedCheckpoint",
     "assign",
     "convert",
     "find_checkpoint_weights",
+    "inspect_checkpoint",
     "prune_checkpoint",
+    "read_tensors",
     "sparsify_checkpoint",
     "stated_patterns",
+    "stated_reasons",
 ]

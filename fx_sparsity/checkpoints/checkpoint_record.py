@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -153,15 +154,31 @@ def stated_patterns(
         FileFormatError: it is no JSON object.
         CheckpointError: it states nothing.
     """
-    path = checkpoint.folder / REPORT
-    if not checkpoint.is_folder or not path.exists():
-        return {}, {}
-    found = read_json(path)
-    try:
-        weights = found["weights"]
+    with _reading(checkpoint) as weights:
         stated = {n: w for n, w in weights.items() if w["pattern"] is not None}
         configs = {name: SparsityConfig.parse(weight["pattern"]) for name, weight in stated.items()}
         return configs, {name: tuple(weight["roles"]) for name, weight in stated.items()}
+
+
+def stated_reasons(checkpoint: Checkpoint) -> dict[str, str]:
+    """Why weights stay dense by a checkpoint's `sparsity.json`; empty where there is no such file.
+
+    Raises:
+        FileFormatError: it is no JSON object.
+        CheckpointError: it states nothing.
+    """
+    with _reading(checkpoint) as weights:
+        return {n: str(w["reason"]) for n, w in weights.items() if w["pattern"] is None}
+
+
+@contextmanager
+def _reading(checkpoint: Checkpoint) -> Iterator[dict[str, Any]]:
+    """The weights that `sparsity.json` speaks of, none without it; what else it is, is an error."""
+    path = checkpoint.folder / REPORT
+    there = checkpoint.is_folder and path.exists()
+    found = read_json(path) if there else {"weights": {}}
+    try:
+        yield found["weights"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: states no patterns: {error!r}") from error
 

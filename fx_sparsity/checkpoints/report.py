@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from fx_sparsity.patterns import Role
-from fx_sparsity.reports import WeightReport, format_table
+from fx_sparsity.reports import Table, WeightReport
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,19 @@ class CheckpointReport(WeightReport[CheckpointWeight]):
         """Name -> the reason why it stays dense."""
         return {row.fqn: row.reason for row in self.rows if row.pattern is None}
 
-    def __str__(self) -> str:
+    @property
+    def tables(self) -> tuple[Table, ...]:
+        """A row a weight."""
         cells = [
             (row.fqn, row.pattern or "dense", row.zeros, row.elements, row.reason)
             for row in self.rows
         ]
-        return format_table(("weight", "pattern", "zeros", "of", "stays dense because"), cells)
+        return (Table(("weight", "pattern", "zeros", "of", "stays dense because"), cells),)
+
+    @property
+    def summary(self) -> str:
+        """How many weights have a pattern."""
+        return f"{len(self) - len(self.dense)} of {len(self)} weights have a pattern"
+
+    def __str__(self) -> str:
+        return str(self.tables[0])

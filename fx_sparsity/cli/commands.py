@@ -1,7 +1,8 @@
-"""The commands of `fx-sparsity`: inspect, sparsify, convert, verify, diff."""
+"""The commands of `fx-sparsity`: inspect, sparsify, convert, verify, diff, report."""
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+import shlex
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +12,38 @@ from torch import Tensor
 from fx_sparsity.checkpoints import (
     LAYOUTS,
     Checkpoint,
-    CheckpointError,
     assign,
     convert,
     find_checkpoint_weights,
+    inspect_checkpoint,
+    read_tensors,
     sparsify_checkpoint,
     stated_patterns,
+    stated_reasons,
 )
-from fx_sparsity.cli.display import say, show
+from fx_sparsity.cli.differences import differences
+from fx_sparsity.cli.display import grouped, say, show
+from fx_sparsity.cli.inspect_rows import by_pattern, tensor_row, totals_of
 from fx_sparsity.cli.recipe import RecipeError, mapping_of, read_recipe, roles_of
-from fx_sparsity.masks import tightest_pattern, tiling_holds
-from fx_sparsity.progress import progress
+from fx_sparsity.masks import tiling_holds
+from fx_sparsity.patterns import Role
+from fx_sparsity.reporting import (
+    DENSE,
+    Compared,
+    Densities,
+    Density,
+    Facts,
+    density_of,
+    write_html,
+)
+from fx_sparsity.reports import natural
 from fx_sparsity.sparsifier import DataNormSparsifier
-from fx_sparsity.storage import FORMATS, Contents, sizes
+from fx_sparsity.storage import FORMATS
 
 FOUND, BAD_INPUT = 1, 3
 """Exit codes, beside 0 for success and 2 for arguments that click refuses."""
+
+_COUNTED = ("tensors", "values", "sparsity", "bytes", "smallest")
 
 SOURCE = click.Path(exists=True, path_type=Path)
 TARGET = click.Path(path_type=Path)
@@ -38,6 +55,8 @@ class _Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except BrokenPipeError:
+            raise  # whoever reads has enough, which click knows
         except (ValueError, OSError, TypeError, MemoryError) as error:
             click.echo(f"Error: {str(error) or type(error).__name__}", err=True)
             raise SystemExit(BAD_INPUT) from error
@@ -45,6 +64,10 @@ class _Commands(click.Group):
 
 def _json_flag(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(command)
+
+
+def _tensors_flag(command: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option("--tensors", is_flag=True, help="A row for every tensor, too.")(command)
 
 
 def _mapping_flags(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -83,65 +106,40 @@ def commands() -> None:
       fx-sparsity verify sparse/
       fx-sparsity convert sparse/ small/ --to compressed
       fx-sparsity diff model/ sparse/
+      fx-sparsity report sparse/ --before model/
     """
 
 
 @commands.command()
 @click.argument("path", type=SOURCE)
 @click.option("--roles", multiple=True, metavar="REGEX=ROLES", help="Roles of axes: in,out.")
+@_tensors_flag
 @_json_flag
-def inspect(path: Path, roles: tuple[str, ...], as_json: bool) -> None:
-    r"""Show the sparsity of every tensor, and what it takes in each format.
+def inspect(path: Path, roles: tuple[str, ...], tensors: bool, as_json: bool) -> None:
+    r"""Show how sparse a file or a checkpoint is, and what it takes.
 
-    Columns: share of zeros, the tightest pattern that they follow, bytes now, and bytes in each
-    format that can hold the tensor.
+    Tensors are put together by the tightest pattern that their zeros follow; a weight with less
+    than 1% of zeros is called dense. With --tensors each has its row, with the bytes that it takes
+    in each format that can hold it; in the totals, what a format cannot hold counts as dense.
 
     \b
     Examples:
       fx-sparsity inspect model.safetensors
-      fx-sparsity inspect model/ --json | jq .totals
+      fx-sparsity inspect model/ --tensors
+      fx-sparsity inspect model/ --json > model.json
       fx-sparsity inspect gpt2/ --roles '.*c_attn.weight=in,out'
     """
-    source = Checkpoint(path)
-    weights = find_checkpoint_weights(source, roles_of(read_recipe(None, {"roles": roles})))
-    sites = weights.by_any_name()
-    rows: list[dict[str, Any]] = []
-    totals: dict[str, int] = dict.fromkeys(("elements", "zeros", "bytes", *FORMATS, "smallest"), 0)
-    for name, tensor in _tensors(source, "inspecting"):
-        contents, where = Contents(tensor), tensor == 0
-        each = sizes(contents)
-        zeros = int(where.count_nonzero())
-        config = None
-        if name in sites:
-            config = tightest_pattern(where, sites[name].roles)
-        row: dict[str, Any] = {
-            "tensor": name,
-            "dtype": str(tensor.dtype)[6:],
-            "shape": "x".join(map(str, tensor.shape)),
-            "sparsity": zeros / tensor.numel() if tensor.numel() else 0.0,
-            "pattern": None if config is None else str(config),
-            "bytes": source.files[source.where[name]].stored_bytes(name),
-        }
-        row |= {form: each.get(form) for form in FORMATS}
-        rows.append(row)
-        totals["elements"] += tensor.numel()
-        totals["zeros"] += zeros
-        totals["bytes"] += row["bytes"]
-        totals["smallest"] += min(each.values())
-        for form in FORMATS:
-            totals[form] += each.get(form, contents.nbytes)
-    share = totals["zeros"] / totals["elements"] if totals["elements"] else 0.0
-    last: dict[str, Any] = {"tensor": f"{len(rows)} tensors", "dtype": None, "shape": None}
-    last |= {"sparsity": share, "pattern": None, "bytes": totals["bytes"]}
-    last |= {form: totals[form] for form in FORMATS}
+    found = inspect_checkpoint(Checkpoint(path), roles_of(read_recipe(None, {"roles": roles})))
+    say(found.summary, as_json=as_json)
+    if not (as_json or tensors):
+        show(by_pattern(found), as_json=False, numeric=_COUNTED)
+        return
+    rows = [tensor_row(row) for row in found.rows]
+    last = {**dict.fromkeys(rows[0] if rows else ()), **totals_of(found)}
+    last["tensor"] = f"{len(rows)} tensors"
     if as_json:
-        last |= {key: totals[key] for key in ("elements", "zeros", "smallest")}
+        last |= {"elements": found.elements, "zeros": found.zeros, "smallest": found.smallest}
     show(rows, as_json=as_json, totals=last, numeric=("sparsity", "bytes", *FORMATS))
-    say(
-        f"{totals['smallest']} bytes with the smallest format for each tensor; "
-        "what a format cannot hold counts as dense",
-        as_json=as_json,
-    )
 
 
 @commands.command()
@@ -155,8 +153,11 @@ def inspect(path: Path, roles: tuple[str, ...], as_json: bool) -> None:
     help="One level for each weight, or over the whole model.",
 )
 @click.option("--layout", type=click.Choice(LAYOUTS), help="How files hold tensors; dense.")
+@_tensors_flag
 @_json_flag
-def sparsify(source: Path, target: Path, recipe: Path | None, as_json: bool, **flags: Any) -> None:
+def sparsify(
+    source: Path, target: Path, recipe: Path | None, tensors: bool, as_json: bool, **flags: Any
+) -> None:
     r"""Set the smallest weights of a checkpoint to zero, in the patterns asked for.
 
     The output has the same shards and all other files. Memory holds up to three of the largest
@@ -195,9 +196,16 @@ def sparsify(source: Path, target: Path, recipe: Path | None, as_json: bool, **f
             "sparsity": None if weight.zeros is None else weight.zeros / max(1, weight.elements),
             "dense because": weight.reason or None,
         }
-        for name, weight in report.items()
+        for name, weight in sorted(report.items(), key=lambda item: natural(item[0]))
     ]
-    show(rows, as_json=as_json, numeric=("sparsity",))
+    say(report.summary, as_json=as_json)
+    if as_json or tensors:
+        show(rows, as_json=as_json, numeric=("sparsity",))
+    else:
+        told = [
+            {**row, "becomes": row["pattern"] or f"dense: {row['dense because']}"} for row in rows
+        ]
+        show(grouped(told, "becomes", ()), as_json=False, numeric=("tensors",))
     _say_skipped(Checkpoint(source), as_json=as_json)
 
 
@@ -228,18 +236,22 @@ def convert_command(source: Path, target: Path, layout: Any, as_json: bool) -> N
 @commands.command()
 @click.argument("path", type=SOURCE)
 @_mapping_flags
+@_tensors_flag
 @_json_flag
-def verify_command(path: Path, recipe: Path | None, as_json: bool, **flags: Any) -> None:
+def verify_command(
+    path: Path, recipe: Path | None, tensors: bool, as_json: bool, **flags: Any
+) -> None:
     r"""Check that patterns hold and that files are whole; exit code 1 where not.
 
     Patterns are those stated by flags or a recipe, or else by the checkpoint itself, in the
     sparsity.json that `sparsify` and `prune_checkpoint` leave. Files are checked as far as they
-    carry checksums.
+    carry checksums. Whatever is broken has its row, and with --tensors all that holds, too.
 
     \b
     Examples:
       fx-sparsity verify sparse/
-      fx-sparsity verify model.safetensors --pattern 2:4 --name lm_head=dense
+      fx-sparsity verify sparse/ --tensors
+      fx-sparsity verify sparse/ --pattern 2:4 --name lm_head=dense
     """
     source = Checkpoint(path)
     asked = read_recipe(recipe, flags)
@@ -254,7 +266,7 @@ def verify_command(path: Path, recipe: Path | None, as_json: bool, **flags: Any)
         for file in source.files.values()
         for fault in file.faults()
     ]
-    for name, tensor in _tensors(source, "verifying", stated):
+    for name, tensor in read_tensors(source, "verifying", stated):
         zeros = tensor == 0
         tiling = stated[name].pattern.tiling(tensor.shape, roles[name])
         holds = tiling_holds(zeros, tiling, stated[name].level)
@@ -268,9 +280,10 @@ def verify_command(path: Path, recipe: Path | None, as_json: bool, **flags: Any)
                 "verdict": verdict,
             }
         )
-    show(rows, as_json=as_json, numeric=("sparsity",))
-    faults = sum(row["verdict"] != "ok" for row in rows)
-    say(f"{len(stated)} patterns stated, {faults} faults", as_json=as_json)
+    rows.sort(key=lambda row: natural(row["tensor"]))
+    faults = [row for row in rows if row["verdict"] != "ok"]
+    say(f"{len(stated)} patterns stated, {len(faults)} faults", as_json=as_json)
+    show(rows if as_json or tensors else faults, as_json=as_json, numeric=("sparsity",))
     if faults:
         raise SystemExit(FOUND)
 
@@ -278,85 +291,74 @@ def verify_command(path: Path, recipe: Path | None, as_json: bool, **flags: Any)
 @commands.command()
 @click.argument("a", type=SOURCE)
 @click.argument("b", type=SOURCE)
+@_tensors_flag
 @_json_flag
-def diff(a: Path, b: Path, as_json: bool) -> None:
-    r"""Show which tensors of two checkpoints differ; exit code 1 where some do.
+def diff(a: Path, b: Path, tensors: bool, as_json: bool) -> None:
+    r"""Show how the tensors of two checkpoints differ; exit code 1 where some do.
 
-    Of tensors in both: elements that became zero, that are zero no more, and other changes with
-    the largest difference.
+    Of tensors in both: elements that became zero, that are zero no more, and other changes; with
+    --tensors for each, with the largest difference.
 
     \b
     Examples:
       fx-sparsity diff model/ sparse/
+      fx-sparsity diff model/ sparse/ --tensors
       fx-sparsity diff sparse/ small/ && echo the same
     """
     left, right = Checkpoint(a), Checkpoint(b)
-    rows = [
-        _row(name, f"only in {path}")
-        for one, other, path in ((left, right, a), (right, left, b))
-        for name in one.where
-        if name not in other.where
-    ]
-    both = [name for name in left.where if name in right.where]
-    for name, ours in _tensors(left, "comparing", both):
-        theirs = right.read(name)
-        if (ours.dtype, ours.shape) != (theirs.dtype, theirs.shape):
-            kinds = [f"{str(t.dtype)[6:]} {'x'.join(map(str, t.shape))}" for t in (ours, theirs)]
-            rows.append(_row(name, " -> ".join(kinds)))
-        elif (row := _compare(name, ours, theirs)) is not None:
-            rows.append(row)
-    show(rows, as_json=as_json, numeric=("zeros added", "zeros lost", "changed", "largest"))
+    rows = differences(left, right, (str(a), str(b)))
     say(f"{len(rows)} of {len(left.where.keys() | right.where)} tensors differ", as_json=as_json)
+    counts = ("zeros added", "zeros lost", "changed")
+    if as_json or tensors:
+        show(rows, as_json=as_json, numeric=(*counts, "largest"))
+    else:
+        show(grouped(rows, "differs in", counts), as_json=False, numeric=("tensors", *counts))
     if rows:
         raise SystemExit(FOUND)
+
+
+@commands.command()
+@click.argument("path", type=SOURCE)
+@click.option("--output", type=TARGET, default="report.html", show_default=True, metavar="FILE")
+@click.option("--before", type=SOURCE, metavar="PATH", help="What it was made of, to compare with.")
+@click.option("--roles", multiple=True, metavar="REGEX=ROLES", help="Roles of axes: in,out.")
+def report(path: Path, output: Path, before: Path | None, roles: tuple[str, ...]) -> None:
+    r"""Write one HTML file to look at: zeros, patterns and bytes, and a picture of every weight.
+
+    What `sparsity.json` states is checked, too. The file needs nothing else, and is overwritten.
+
+    \b
+    Examples:
+      fx-sparsity report sparse/
+      fx-sparsity report sparse/ --before model/ --output sparse.html
+      fx-sparsity report model.safetensors
+    """
+    source, axes = Checkpoint(path), roles_of(read_recipe(None, {"roles": roles}))
+    pictures: dict[str, Density] = {}
+
+    def look(name: str, zero: Tensor, roles: Sequence[Role]) -> None:
+        if zero.ndim > 1 and zero.numel():
+            pictures[name] = density_of(zero, roles)
+
+    found = inspect_checkpoint(source, axes, stated=True, look=look)
+    compared = None if before is None else inspect_checkpoint(Checkpoint(before), axes)
+    write_html(
+        output,
+        found if compared is None else Compared(compared, found),
+        Densities({name: pictures[name] for name in sorted(pictures, key=natural)}),
+        Facts(reasons={DENSE: stated_reasons(source)}),
+        title=f"Sparsity of {path.resolve().name}",
+        reproduce=shlex.join(["fx-sparsity", "report", *map(str, _said(path, before, roles))]),
+    )
+    say(f"{found.summary}\nwritten to {output}", as_json=False)
+
+
+def _said(path: Path, before: Path | None, roles: Sequence[str]) -> list[object]:
+    """The arguments of `report` that matter."""
+    original = [] if before is None else ["--before", before]
+    return [path, *original, *(part for role in roles for part in ("--roles", role))]
 
 
 def _say_skipped(source: Checkpoint, *, as_json: bool) -> None:
     for name in source.skipped:
         say(f"not copied, weights of another kind or a link: {name}", as_json=as_json)
-
-
-def _compare(name: str, ours: Tensor, theirs: Tensor) -> dict[str, Any] | None:
-    """A row where two tensors of one dtype and shape differ, bit by bit."""
-    a, b = Contents(ours).integers, Contents(theirs).integers
-    unequal = a != b
-    if not unequal.any():
-        return None
-    x, y = ours.reshape(-1)[unequal], theirs.reshape(-1)[unequal]
-    added, lost = int((y == 0).sum()), int((x == 0).sum())
-    kept = (x != 0) & (y != 0)
-    change = (x[kept].double() - y[kept].double()).abs()
-    largest = f"{change.max().item():.3g}" if len(change) else None
-    return _row(name, "values", added, lost, int(kept.count_nonzero()), largest)
-
-
-def _row(
-    name: str,
-    what: str,
-    added: int | None = None,
-    lost: int | None = None,
-    changed: int | None = None,
-    largest: str | None = None,
-) -> dict[str, Any]:
-    return {
-        "tensor": name,
-        "differs in": what,
-        "zeros added": added,
-        "zeros lost": lost,
-        "changed": changed,
-        "largest": largest,
-    }
-
-
-def _tensors(
-    source: Checkpoint, what: str, names: Iterable[str] | None = None
-) -> Iterator[tuple[str, Tensor]]:
-    """Tensors one after another, with a progress bar."""
-    names = [*(source.where if names is None else names)]
-    if absent := [name for name in names if name not in source.where]:
-        raise CheckpointError(f"{absent[0]}: not in {source.folder}")
-    sizes = {name: source.files[source.where[name]].stored_bytes(name) for name in names}
-    with progress(what, sum(sizes.values()), True, in_bytes=True) as advance:
-        for name, size in sizes.items():
-            yield name, source.read(name)
-            advance(name, size)

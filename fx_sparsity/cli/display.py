@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from fx_sparsity.reports import format_table
+from fx_sparsity.reports import Share, format_table
 
 
 def show(
@@ -49,6 +50,30 @@ def show(
     Console().print(table)
 
 
+def grouped(
+    rows: Sequence[Mapping[str, Any]], by: str, sums: Sequence[str]
+) -> list[dict[str, Any]]:
+    """A row for all that have the same in one column: how many, sums, and the first of them.
+
+    Args:
+        rows: column -> value; the first column is the name.
+        by: column.
+        sums: columns to add up; what is None counts as nothing.
+    """
+    groups: dict[Any, list[Mapping[str, Any]]] = defaultdict(list)
+    for row in rows:
+        groups[row[by]].append(row)
+    return [
+        {
+            by: key,
+            "tensors": len(group),
+            **{column: sum(row[column] or 0 for row in group) for column in sums},
+            "such as": next(iter(group[0].values())),
+        }
+        for key, group in groups.items()
+    ]
+
+
 def say(text: str, *, as_json: bool) -> None:
     """Print a sentence; nothing beside JSON."""
     if not as_json:
@@ -59,5 +84,5 @@ def _text(value: Any) -> str:
     if value is None:
         return "-"
     if isinstance(value, float):
-        return f"{value:.1%}"
+        return str(Share(value))
     return str(value)

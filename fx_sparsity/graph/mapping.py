@@ -12,7 +12,7 @@ from fx_sparsity.errors import FxSparsityError
 from fx_sparsity.graph.selector import Selector, matches, names_of, type_name
 from fx_sparsity.graph.weight_map import WeightMap, WeightSite
 from fx_sparsity.patterns import NM, Block, Pattern, PatternError, SparsityConfig
-from fx_sparsity.reports import format_table
+from fx_sparsity.reports import Table, Tabular
 
 Config = SparsityConfig | str | None
 """A configuration, a string that `SparsityConfig.parse` reads, or None to leave a weight dense."""
@@ -25,7 +25,7 @@ class MappingError(FxSparsityError, ValueError):
 
 
 @dataclass(frozen=True)
-class Assignment(Mapping[str, SparsityConfig]):
+class Assignment(Tabular, Mapping[str, SparsityConfig]):
     """What a mapping comes to on one model.
 
     Attributes:
@@ -52,11 +52,22 @@ class Assignment(Mapping[str, SparsityConfig]):
     def __len__(self) -> int:
         return len(self.configs)
 
-    def __str__(self) -> str:
+    @property
+    def tables(self) -> tuple[Table, ...]:
+        """A row a weight."""
         rows = [(fqn, str(config)) for fqn, config in self.configs.items()]
         rows += [(fqn, f"dense: {reason}") for fqn, reason in self.dense.items()]
-        text = format_table(("weight", "sparsity"), rows)
-        return "\n".join([text, *(f"no weight matches {entry}" for entry in self.unmatched)])
+        return (Table(("weight", "sparsity"), rows),)
+
+    @property
+    def summary(self) -> str:
+        """How many weights are to be masked, and which entries speak of none."""
+        told = f"{len(self)} of {len(self) + len(self.dense)} weights are to be masked"
+        return "; ".join([told, *(f"no weight matches {entry}" for entry in self.unmatched)])
+
+    def __str__(self) -> str:
+        (table,) = self.tables
+        return "\n".join([str(table), *(f"no weight matches {entry}" for entry in self.unmatched)])
 
 
 class SparsityMapping:

@@ -1,12 +1,13 @@
 """What discovery returns: the weights of a model, and what stays dense with the reason."""
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
 from fx_sparsity.patterns import Role
-from fx_sparsity.reports import format_table
+from fx_sparsity.reports import Table, Tabular
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,12 @@ class WeightSite:
         return self.fqn, *self.aliases
 
     @property
+    def axes(self) -> str:
+        """Roles and sizes, such as `out 64 x in 32`."""
+        pairs = zip(self.roles, self.shape, strict=True)
+        return " x ".join(f"{role} {size}" for role, size in pairs)
+
+    @property
     def lost_zeros(self) -> str:
         """Why zeros of the weight are none where it is used; empty where they survive."""
         moved = dict.fromkeys(use.moved_by for use in self.uses if use.moved_by)
@@ -116,7 +123,7 @@ class DenseParameter:
 
 
 @dataclass(frozen=True)
-class WeightMap(Mapping[str, WeightSite]):
+class WeightMap(Tabular, Mapping[str, WeightSite]):
     """Canonical FQN -> `WeightSite`, in graph order.
 
     Attributes:
@@ -146,25 +153,38 @@ class WeightMap(Mapping[str, WeightSite]):
     def __len__(self) -> int:
         return len(self.sites)
 
-    def __str__(self) -> str:
+    @property
+    def tables(self) -> tuple[Table, ...]:
+        """The weights, and what stays dense if anything does."""
         rows = [
             (
                 site.fqn,
                 site.kind,
-                " x ".join(
-                    f"{role} {size}" for role, size in zip(site.roles, site.shape, strict=True)
-                ),
+                site.axes,
                 site.dtype,
                 len(site.uses),
                 ", ".join(site.aliases),
             )
             for site in self.sites
         ]
-        text = format_table(("weight", "kind", "axes", "dtype", "uses", "tied to"), rows)
-        if self.dense:
-            rest = [(p.fqn, str(p.shape), p.text) for p in self.dense]
-            text += "\n\n" + format_table(("stays dense", "shape", "reason"), rest)
-        else:
+        found = Table(("weight", "kind", "axes", "dtype", "uses", "tied to"), rows)
+        if not self.dense:
+            return (found,)
+        rest = [(p.fqn, str(p.shape), p.text) for p in self.dense]
+        return found, Table(("stays dense", "shape", "reason"), rest)
+
+    @property
+    def summary(self) -> str:
+        """How much there is of what."""
+        values = sum(math.prod(site.shape) for site in self.sites)
+        return (
+            f"{len(self)} weights of {values:,} values; {len(self.dense)} other tensors of two or "
+            f"more dimensions; {self.vectors} one-dimensional parameters; read from {self.frontend}"
+        )
+
+    def __str__(self) -> str:
+        text = "\n\n".join(map(str, self.tables))
+        if not self.dense:
             text += "\n\nnothing of two or more dimensions stays dense"
         lost = [f"{site.fqn}: {site.lost_zeros}" for site in self.sites if site.lost_zeros]
         text = "\n".join([text, *lost])

@@ -241,7 +241,7 @@ def no_kernel(site: WeightSite) -> str:
 
 def _pattern(zeros: Tensor, roles: Sequence[Role]) -> str | None:
     config = tightest_pattern(zeros, roles)
-    return None if config is None else str(config)
+    return None if config is None else config.short
 
 
 def _identity(tensor: Any) -> int:

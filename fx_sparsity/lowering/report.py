@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fx_sparsity.reports import WeightReport, format_table
+from fx_sparsity.reports import Bytes, Share, Table, WeightReport
 
 
 @dataclass(frozen=True)
@@ -72,48 +72,47 @@ class LoweringReport(WeightReport[LoweredWeight]):
         """Of all weights of the report."""
         return sum(row.bytes_after for row in self.rows)
 
-    def __str__(self) -> str:
+    @property
+    def tables(self) -> tuple[Table, ...]:
+        """What was lowered, and what was not; each if there is any."""
         done = [
             (
                 row.fqn,
                 row.pattern,
-                _percent(row.density),
+                _share(row.density),
                 row.kernel if row.up_to is None else f"{row.kernel} up to {row.up_to} tokens",
                 row.gains or "not measured",
-                row.bytes_before,
-                row.bytes_after,
+                Bytes(row.bytes_before),
+                Bytes(row.bytes_after),
             )
             for row in self.rows
             if row.kernel is not None
         ]
         rest = [
-            (
-                row.fqn,
-                row.pattern,
-                None if row.density is None else _percent(row.density),
-                row.reason,
-            )
+            (row.fqn, row.pattern, _share(row.density), row.reason)
             for row in self.rows
             if row.kernel is None
         ]
-        parts = []
-        if done:
-            header = ("lowered", "pattern", "density", "kernel", "gain at tokens")
-            parts.append(format_table((*header, "bytes before", "after"), done))
-        if rest:
-            parts.append(format_table(("stays dense", "pattern", "density", "reason"), rest))
-        before, after = self.bytes_before / 2**20, self.bytes_after / 2**20
-        parts.append(
-            "\n".join(
-                [
-                    f"{len(done)} of {len(self)} weights lowered; "
-                    f"{before:.3g} MiB of weights before, {after:.3g} MiB after",
-                    *self.notes,
-                ]
-            )
+        header = ("lowered", "pattern", "density", "kernel", "gain at tokens")
+        found = (
+            Table((*header, "bytes before", "after"), done),
+            Table(("stays dense", "pattern", "density", "reason"), rest),
         )
-        return "\n\n".join(parts)
+        return tuple(table for table in found if table.rows)
+
+    @property
+    def summary(self) -> str:
+        """How many weights have a kernel, and what that takes."""
+        before, after = self.bytes_before / 2**20, self.bytes_after / 2**20
+        return (
+            f"{len(self.lowered)} of {len(self)} weights lowered; "
+            f"{before:.3g} MiB of weights before, {after:.3g} MiB after"
+        )
+
+    def __str__(self) -> str:
+        last = "\n".join([self.summary, *self.notes])
+        return "\n\n".join([*map(str, self.tables), last])
 
 
-def _percent(share: float | None) -> str | None:
-    return None if share is None else f"{share:.1%}"
+def _share(share: float | None) -> Share | None:
+    return None if share is None else Share(share)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fx_sparsity.reports import WeightReport, format_table
+from fx_sparsity.reports import Share, Table, WeightReport
 
 
 @dataclass(frozen=True)
@@ -129,11 +129,13 @@ class PruningReport(WeightReport[PrunedWeight]):
         """What a user should know of the whole: too few data."""
         return tuple(text for text in (self.few_tokens, self.singular) if text)
 
-    def __str__(self) -> str:
+    @property
+    def tables(self) -> tuple[Table, ...]:
+        """What was pruned, what stays dense, and the blocks; each if there is any."""
         judged = any(w.held_out is not None for w in self.rows)
         rows = [
             (
-                *(w.fqn, w.pattern, f"{w.level:.1%}", w.tokens, w.error),
+                *(w.fqn, w.pattern, Share(w.level), w.tokens, w.error),
                 *((w.held_out,) if judged else ()),
                 *(w.seconds, "; ".join(w.notes)),
             )
@@ -141,19 +143,25 @@ class PruningReport(WeightReport[PrunedWeight]):
         ]
         titles = ("error", "held out") if judged else ("error",)
         header = ("weight", "pattern", "level", "tokens", *titles, "seconds", "notes")
-        parts = [format_table(header, rows)]
+        found = [Table(header, rows)]
         if self.dense:
-            parts.append(format_table(("stays dense", "reason"), list(self.dense.items())))
+            found.append(Table(("stays dense", "reason"), list(self.dense.items())))
         if self.blocks:
-            found = [
+            blocks = [
                 (b.path or "the model", b.before, b.after, b.held_out, b.note) for b in self.blocks
             ]
-            parts.append(format_table(("block", "pruned", "rebuilt", "held out", "notes"), found))
-        parts += self.warnings
-        parts.append(
+            found.append(Table(("block", "pruned", "rebuilt", "held out", "notes"), blocks))
+        return tuple(found)
+
+    @property
+    def summary(self) -> str:
+        """How the statistics came about, and what they took."""
+        return (
             f"{'sequential' if self.sequential else 'all at once'}: {self.reason}; "
             f"{self.batches} batches, {self.seconds:.1f} s, "
             f"at most {self.statistics_bytes / 2**20:.1f} MiB of statistics "
             f"and {self.activation_bytes / 2**20:.1f} MiB of activations"
         )
-        return "\n\n".join(parts)
+
+    def __str__(self) -> str:
+        return "\n\n".join([*map(str, self.tables), *self.warnings, self.summary])

@@ -24,7 +24,7 @@ from fx_sparsity.pruning.probe import Candidates, Probe, probing
 from fx_sparsity.pruning.prune import PruneOptions
 from fx_sparsity.pruning.report import PrunedWeight
 from fx_sparsity.pruning.stores import Untouched
-from fx_sparsity.reports import WeightReport, format_table
+from fx_sparsity.reports import Bytes, Table, WeightReport
 
 CANDIDATES = (
     *(f"unstructured {percent}%" for percent in range(30, 100, 10)),
@@ -116,20 +116,27 @@ class Sensitivity(WeightReport[WeightSensitivity]):
         )
         return cls(**{**data, "rows": rows, "notes": tuple(data["notes"])})
 
-    def __str__(self) -> str:
+    @property
+    def tables(self) -> tuple[Table, ...]:
+        """The effects of each candidate on each weight, and what stays dense if anything does."""
         configs = list(dict.fromkeys(c.config for row in self.rows for c in row.candidates))
         lines = []
         for row in self.rows:
             effects = {candidate.config: candidate.effect for candidate in row.candidates}
-            lines.append(
-                (row.fqn, row.tokens, row.bytes, row.milliseconds, *map(effects.get, configs))
-            )
-        parts = [format_table(("weight", "tokens", "bytes", "ms", *configs), lines)]
-        if self.dense:
-            parts.append(format_table(("stays dense", "reason"), list(self.dense.items())))
-        last = f"{self.batches} batches, {self.seconds:.1f} s; {self.other_bytes} bytes of the rest"
-        parts.append("\n".join([*self.notes, last]))
-        return "\n\n".join(parts)
+            known = (row.fqn, row.tokens, Bytes(row.bytes), row.milliseconds)
+            lines.append((*known, *map(effects.get, configs)))
+        found = Table(("weight", "tokens", "bytes", "ms", *configs), lines)
+        dense = Table(("stays dense", "reason"), list(self.dense.items()))
+        return (found, dense) if self.dense else (found,)
+
+    @property
+    def summary(self) -> str:
+        """What it was measured with."""
+        return f"{self.batches} batches, {self.seconds:.1f} s; {self.other_bytes} bytes of the rest"
+
+    def __str__(self) -> str:
+        last = "\n".join([*self.notes, self.summary])
+        return "\n\n".join([*map(str, self.tables), last])
 
 
 def sensitivity(

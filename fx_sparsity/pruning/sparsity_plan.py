@@ -6,7 +6,7 @@ from typing import Literal
 
 from fx_sparsity.errors import FxSparsityError
 from fx_sparsity.graph.mapping import SparsityMapping
-from fx_sparsity.reports import Report, WeightReport, format_table
+from fx_sparsity.reports import Bytes, Report, Table, WeightReport
 
 Cost = Literal["bytes", "milliseconds"]
 
@@ -92,12 +92,23 @@ class Front(Report):
 
     rows: tuple[Point, ...]
 
-    def __str__(self) -> str:
+    @property
+    def tables(self) -> tuple[Table, ...]:
+        """A row a choice."""
         lines = [
-            (point.pruned, point.bytes, point.milliseconds, point.effect, point.score)
+            (point.pruned, Bytes(point.bytes), point.milliseconds, point.effect, point.score)
             for point in self.rows
         ]
-        return format_table(("pruned", "bytes", "ms", "effect", "score"), lines)
+        return (Table(("pruned", "bytes", "ms", "effect", "score"), lines),)
+
+    @property
+    def summary(self) -> str:
+        """How many choices there are."""
+        tried = sum(point.score is not None for point in self.rows)
+        return f"{len(self.rows)} choices, {tried} of them evaluated"
+
+    def __str__(self) -> str:
+        return str(self.tables[0])
 
 
 @dataclass(frozen=True)
@@ -165,17 +176,23 @@ class SparsityPlan(WeightReport[PlannedWeight]):
             parts.append(f"{point.milliseconds:.4g} of {unpruned.milliseconds:.4g} ms")
         return ", ".join(parts)
 
-    def __str__(self) -> str:
+    @property
+    def tables(self) -> tuple[Table, ...]:
+        """What is to be pruned, what stays dense if anything does, and other choices."""
         lines = [
-            (row.fqn, row.config, row.effect, row.bytes, row.milliseconds) for row in self.rows
+            (row.fqn, row.config, row.effect, Bytes(row.bytes), row.milliseconds)
+            for row in self.rows
         ]
-        parts = [format_table(("weight", "pattern", "effect", "bytes", "ms"), lines)]
-        if self.dense:
-            parts.append(format_table(("stays dense", "reason"), list(self.dense.items())))
-        parts.append(str(self.front))
+        dense = Table(("stays dense", "reason"), list(self.dense.items()))
+        return (
+            Table(("weight", "pattern", "effect", "bytes", "ms"), lines),
+            *((dense,) if self.dense else ()),
+            *self.front.tables,
+        )
+
+    def __str__(self) -> str:
         told = f"{self.summary}; {self.evaluations} evaluations, {self.seconds:.1f} s"
-        parts.append("\n".join([told, *self.notes]))
-        return "\n\n".join(parts)
+        return "\n\n".join([*map(str, self.tables), "\n".join([told, *self.notes])])
 
 
 class BudgetError(FxSparsityError, ValueError):

@@ -14,7 +14,7 @@ from fx_sparsity.graph.example_inputs import ExampleInputs, call_arguments
 from fx_sparsity.graph.opaque import expanded
 from fx_sparsity.quantization.backend import Backend, Calibrate, get_backend
 from fx_sparsity.quantization.flow import Order, sparsify_and_quantize
-from fx_sparsity.reports import format_table
+from fx_sparsity.reports import Table, Tabular
 from fx_sparsity.sparsifier import BaseSparsifier
 from fx_sparsity.verification.gate import Verification
 
@@ -38,7 +38,7 @@ class OrderResult:
 
 
 @dataclass(frozen=True)
-class OrderComparison(Mapping[Order, OrderResult]):
+class OrderComparison(Tabular, Mapping[Order, OrderResult]):
     """What each order loses.
 
     Attributes:
@@ -63,14 +63,22 @@ class OrderComparison(Mapping[Order, OrderResult]):
     def __len__(self) -> int:
         return len(self.results)
 
-    def __str__(self) -> str:
+    @property
+    def tables(self) -> tuple[Table, ...]:
+        """What quantizing alone loses, and each order."""
         rows: list[tuple[object, ...]] = [("quantized alone", f"{self.quantized:.4f}", None, None)]
         for order, result in self.results.items():
             zeros = f"{result.verification.share:.1%}"
             rows.append((order, f"{result.error:.4f}", f"{result.drift:.4f}", zeros))
-        header = ("order", "output error", "drift from quantized alone", "zeros kept")
-        table = format_table(header, rows)
-        return f"{table}\n(the least is lost by {self.best})"
+        return (Table(("order", "output error", "drift from quantized alone", "zeros kept"), rows),)
+
+    @property
+    def summary(self) -> str:
+        """Which order is the best."""
+        return f"the least is lost by {self.best}"
+
+    def __str__(self) -> str:
+        return f"{self.tables[0]}\n({self.summary})"
 
 
 @torch.no_grad()

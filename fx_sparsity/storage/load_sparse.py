@@ -17,7 +17,7 @@ from fx_sparsity.lowering.layers import DenseLinear
 from fx_sparsity.lowering.lowered import LoweredLinear
 from fx_sparsity.lowering.places import ModulePlace, module_places
 from fx_sparsity.quantization.codes import CodedWeight
-from fx_sparsity.reports import WeightReport, format_table
+from fx_sparsity.reports import Table, WeightReport
 from fx_sparsity.storage.compressed_file import CompressedFile
 from fx_sparsity.storage.container import elements_of
 from fx_sparsity.storage.loading import check_fits, check_sums
@@ -55,9 +55,19 @@ class LoadReport(WeightReport[LoadedWeight]):
         """FQN -> the reason why it stays dense."""
         return {row.fqn: row.reason for row in self.rows if row.module is None}
 
-    def __str__(self) -> str:
+    @property
+    def tables(self) -> tuple[Table, ...]:
+        """A row a weight."""
         cells = [(row.fqn, row.module or f"dense: {row.reason}") for row in self.rows]
-        return format_table(("weight", "loaded as"), cells)
+        return (Table(("weight", "loaded as"), cells),)
+
+    @property
+    def summary(self) -> str:
+        """How many weights stay compressed."""
+        return f"{len(self) - len(self.dense)} of {len(self)} weights stay compressed"
+
+    def __str__(self) -> str:
+        return str(self.tables[0])
 
 
 @torch.no_grad()

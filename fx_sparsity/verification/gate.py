@@ -10,7 +10,7 @@ from torch.export import ExportedProgram
 from fx_sparsity.errors import FxSparsityError
 from fx_sparsity.graph import find_weights
 from fx_sparsity.masks import tightest_pattern, tiling_holds
-from fx_sparsity.reports import Report, format_table
+from fx_sparsity.reports import Report, Share, Table
 from fx_sparsity.sparsifier import MaskRecord
 from fx_sparsity.verification.read import by_name, read_weights
 from fx_sparsity.verification.stored import StoredWeight
@@ -170,7 +170,9 @@ class Verification(Report, Sequence[VerifiedWeight]):
     def __iter__(self) -> Iterator[VerifiedWeight]:
         return iter(self.rows)
 
-    def __str__(self) -> str:
+    @property
+    def tables(self) -> tuple[Table, ...]:
+        """A row a stored copy."""
         header = (
             "weight",
             "stored as",
@@ -186,7 +188,7 @@ class Verification(Report, Sequence[VerifiedWeight]):
             (
                 row.fqn,
                 f"{row.dtype}, {row.scheme}" if row.where else "-",
-                f"{row.sparsity:.1%}" if row.where else None,
+                Share(row.sparsity) if row.where else None,
                 row.pattern,
                 row.wanted,
                 f"{row.zero_in_code} ({row.share:.1%})",
@@ -196,7 +198,19 @@ class Verification(Report, Sequence[VerifiedWeight]):
             )
             for row in self.rows
         ]
-        return format_table(header, rows)
+        return (Table(header, rows),)
+
+    @property
+    def summary(self) -> str:
+        """How many weights are as they should be."""
+        well = sum(not row.faults for row in self.rows)
+        return (
+            f"{well} of {len(self.rows)} weights ok; "
+            f"{self.share:.1%} of what was masked is zero in code space"
+        )
+
+    def __str__(self) -> str:
+        return str(self.tables[0])
 
 
 def verify(
@@ -298,7 +312,7 @@ def _found(
             zero_in_code=0,
             zero_dequantized=0,
             extra=None,
-            pattern=None if config is None else str(config),
+            pattern=None if config is None else config.short,
             pattern_holds=None if config is None else True,
             max_change=None,
             obstacle=weight.obstacle,

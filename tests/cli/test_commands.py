@@ -1,8 +1,11 @@
 """The command line: what it prints and writes, exit codes, and errors in one line."""
 
 import json
+import re
+import shlex
 import subprocess
 import sys
+import textwrap
 
 import pytest
 import torch
@@ -51,20 +54,48 @@ def test_inspect(folder):
     assert_expected_inline(
         run("inspect", folder / "sparse"),
         """\
+3 tensors, 6,208 values, 41.2% zeros; 16.6 kB, 11 kB with the smallest format for each tensor
+pattern    tensors  values  sparsity  bytes    smallest  such as
+---------  -------  ------  --------  -------  --------  ------------
+rows       1        2048    25.0%     8.19 kB  6.15 kB   embed.weight
+2:4        1        4096    50.0%     8.19 kB  4.61 kB   mlp.weight
+no weight  1        64      0.0%      256 B    256 B     norm.weight
+""",
+    )
+    assert_expected_inline(
+        run("inspect", folder / "sparse", "--tensors"),
+        """\
+3 tensors, 6,208 values, 41.2% zeros; 16.6 kB, 11 kB with the smallest format for each tensor
 tensor        dtype     shape  sparsity  pattern   bytes  dense  two_four  rows   block  bitmask
 ------------  --------  -----  --------  --------  -----  -----  --------  -----  -----  -------
 embed.weight  float32   64x32  25.0%     rows 25%  8192   8192   -         6152   6152   6400
-norm.weight   float32   64     0.0%      -         256    256    -         -      257    264
 mlp.weight    bfloat16  64x64  50.0%     2:4       8192   8192   4608      8200   8193   4608
+norm.weight   float32   64     0.0%      -         256    256    -         -      257    264
 3 tensors     -         -      41.2%     -         16640  16640  13056     14608  14602  11272
-11016 bytes with the smallest format for each tensor; what a format cannot hold counts as dense
 """,
     )
 
 
+def test_names_are_in_natural_order_and_few_zeros_are_dense(folder):
+    tensors = {f"layers.{i}.weight": torch.ones(40, 40) for i in (10, 9, 1)}
+    tensors["layers.1.weight"][0, :3] = 0
+    tensors["layers.9.weight"].view(-1)[::7] = 0
+    save_file(tensors, folder / "model" / "model.safetensors")
+    rows = json.loads(run("inspect", folder / "model", "--json"))["rows"]
+    assert [(row["tensor"], row["pattern"]) for row in rows] == [
+        ("layers.1.weight", "dense"),
+        ("layers.9.weight", "unstructured 14.3%"),
+        ("layers.10.weight", "dense"),
+    ]
+    run("sparsify", folder / "model", folder / "sparse", "--pattern", "2:4")
+    for arguments in (["verify", folder / "sparse"], ["diff", folder / "model", folder / "sparse"]):
+        output = run(*arguments, "--tensors", code=arguments[0] == "diff")
+        assert re.findall(r"layers\.(\d+)", output) == ["1", "9", "10"]
+
+
 def test_inspect_as_json(folder):
     found = json.loads(run("inspect", folder / "model", "--json"))
-    assert [row["tensor"] for row in found["rows"]] == ["embed.weight", "norm.weight", "mlp.weight"]
+    assert [row["tensor"] for row in found["rows"]] == ["embed.weight", "mlp.weight", "norm.weight"]
     assert found["totals"]["bytes"] == 64 * 32 * 4 + 64 * 64 * 2 + 64 * 4
     assert found["totals"]["zeros"] == 0
 
@@ -148,10 +179,19 @@ def test_diff(folder):
     assert_expected_inline(
         run("diff", folder / "model", folder / "sparse", code=1),
         """\
+1 of 3 tensors differ
+differs in  tensors  zeros added  zeros lost  changed  such as
+----------  -------  -----------  ----------  -------  ----------
+values      1        2048         0           0        mlp.weight
+""",
+    )
+    assert_expected_inline(
+        run("diff", folder / "model", folder / "sparse", "--tensors", code=1),
+        """\
+1 of 3 tensors differ
 tensor      differs in  zeros added  zeros lost  changed  largest
 ----------  ----------  -----------  ----------  -------  -------
 mlp.weight  values      2048         0           0        -
-1 of 3 tensors differ
 """,
     )
     run("convert", folder / "sparse", folder / "small", "--to", "compressed")
@@ -202,13 +242,69 @@ def test_errors_are_one_line(folder, arguments, message):
     assert not (folder / "out").exists()
 
 
-@pytest.mark.parametrize(
-    "command", [[], ["inspect"], ["sparsify"], ["convert"], ["verify"], ["diff"]]
-)
-def test_help_has_examples(command):
-    output = run(*command, "--help")
-    assert "Examples:" in output
-    assert "fx-sparsity " + (command[0] if command else "inspect") in output
+def examples():
+    """Every example of every help text, by its line."""
+    groups = {name: command.help for name, command in commands.commands.items()}
+    for name, text in {"": commands.help, **groups}.items():
+        found = re.findall(r"^ *(fx-sparsity .*)$", text, re.M)
+        assert found
+        assert all(f"fx-sparsity {name}" in line for line in found)
+        yield from found
+
+
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory):
+    """Files of the names that examples have, of a tied model: its head is in `config.json` alone."""
+    folder, generator = tmp_path_factory.mktemp("tied"), torch.Generator().manual_seed(0)
+    for name, projection in (("model", "q_proj"), ("gpt2", "c_attn")):
+        (folder / name).mkdir()
+        tensors = {"model.embed_tokens.weight": torch.randn(64, 32, generator=generator)}
+        for i in range(2):
+            weight = torch.randn(64, 32, generator=generator)
+            tensors[f"model.layers.{i}.{projection}.weight"] = weight
+        save_file(tensors, folder / name / "model.safetensors")
+        (folder / name / "config.json").write_text('{"tie_word_embeddings": true}')
+    (folder / "model.safetensors").symlink_to(folder / "model" / "model.safetensors")
+    run(
+        "sparsify",
+        folder / "model",
+        folder / "sparse",
+        "--pattern",
+        "2:4",
+        "--name",
+        "lm_head=dense",
+    )
+    run("convert", folder / "sparse", folder / "small", "--to", "compressed")
+    recipe = re.search(
+        r"A recipe says what the flags say:\n((?: +.*\n)+)", commands.commands["sparsify"].help
+    )
+    (folder / "recipe.yaml").write_text(textwrap.dedent(recipe[1]))
+    return folder
+
+
+@pytest.mark.parametrize("line", sorted(set(examples())))
+def test_the_examples_of_the_help_run_on_a_tied_checkpoint(line, tied, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    _, command, *arguments = shlex.split(line.partition(" && ")[0].partition(" > ")[0])
+    made = {"sparsify": arguments[1:2], "convert": arguments[1:2]}.get(command, [])
+    for path in tied.iterdir():
+        if path.name not in [name.rstrip("/") for name in made]:
+            (tmp_path / path.name).symlink_to(path)
+    output = run(command, *arguments, code=int(command == "diff" and "model/" in arguments))
+    assert output
+    assert all((tmp_path / name).exists() for name in made)
+
+
+def test_the_report_of_a_checkpoint(folder):
+    run("sparsify", folder / "model", folder / "sparse", "--name", "mlp=2:4")
+    output = folder / "report.html"
+    told = run(
+        *("report", folder / "sparse", "--before", folder / "model", "--output", output),
+    )
+    assert told.endswith(f"written to {output}\n")
+    text = output.read_text()
+    for expected in ("1 of 1 hold", "no entry of the mapping speaks of it", "data:image/png"):
+        assert expected in text
 
 
 def test_as_a_process(folder):

@@ -325,23 +325,23 @@ class Expected(expecttest.TestCase):
         self.assertExpectedInline(
             str(report),
             """\
-lowered       pattern               density  kernel   gain at tokens  bytes before  after
-------------  --------------------  -------  -------  --------------  ------------  -----
-plain.weight  unstructured 71.875%  28.1%    bitmask  not measured            1024    400
+lowered       pattern             density  kernel   gain at tokens  bytes before  after
+------------  ------------------  -------  -------  --------------  ------------  -----
+plain.weight  unstructured 71.9%  28.1%    bitmask  not measured            1024    400
 
-stays dense                pattern                  density  reason
--------------------------  -----------------------  -------  ----------------------------------------------------
-own.weight                 -                        -        Doubled has a forward of its own
-hooked.weight              -                        -        it has hooks
-normed.weight              -                        -        its weight is computed anew at each call
-read.weight                unstructured 73.4375%    26.6%    the model's own code reads its weight
-unused.weight              unstructured 75.390625%  24.6%    example_inputs never reach it
-halved.weight              4:8                      25.0%    no kernel for inputs of torch.float16
-attention.out_proj.weight  -                        -        its weight is read by the module around it
-bare                       -                        100.0%   no module or node that lowering replaces holds it
-experts                    -                        100.0%   no kernel for weights of kind matmul in 3 dimensions
-conv.weight                -                        100.0%   no kernel for weights of kind conv in 3 dimensions
-attention.in_proj_weight   unstructured 76.5625%    23.4%    no module or node that lowering replaces holds it
+stays dense                pattern             density  reason
+-------------------------  ------------------  -------  ----------------------------------------------------
+own.weight                 -                   -        Doubled has a forward of its own
+hooked.weight              -                   -        it has hooks
+normed.weight              -                   -        its weight is computed anew at each call
+read.weight                unstructured 73.4%  26.6%    the model's own code reads its weight
+unused.weight              unstructured 75.4%  24.6%    example_inputs never reach it
+halved.weight              4:8                 25.0%    no kernel for inputs of torch.float16
+attention.out_proj.weight  -                   -        its weight is read by the module around it
+bare                       -                   100.0%   no module or node that lowering replaces holds it
+experts                    -                   100.0%   no kernel for weights of kind matmul in 3 dimensions
+conv.weight                -                   100.0%   no kernel for weights of kind conv in 3 dimensions
+attention.in_proj_weight   unstructured 76.6%  23.4%    no module or node that lowering replaces holds it
 
 1 of 12 weights lowered; 0.0132 MiB of weights before, 0.0126 MiB after""",
         )

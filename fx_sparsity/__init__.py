@@ -2,6 +2,7 @@
 
 from importlib.metadata import version
 
+from fx_sparsity import reporting as reporting
 from fx_sparsity.checkpoints import prune_checkpoint, sparsify_checkpoint
 from fx_sparsity.compat.torchao import SemiSparseWeightConfig, sparsify_
 from fx_sparsity.errors import FxSparsityError

@@ -45,6 +45,7 @@ def test_no_page_asks_another_server_for_anything(site):
         *("fx_sparsity.verification", "fx_sparsity.quantization", "fx_sparsity.pruning"),
         *("fx_sparsity.pruning.methods", "fx_sparsity.pruning.allocation", "fx_sparsity.kernels"),
         *("fx_sparsity.lowering", "fx_sparsity.storage", "fx_sparsity.checkpoints"),
+        "fx_sparsity.reporting",
     ],
 )
 def test_every_public_name_of_a_room_is_described(site, room):

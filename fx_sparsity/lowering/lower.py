@@ -14,6 +14,7 @@ from fx_sparsity.graph.example_inputs import ExampleInputs
 from fx_sparsity.kernels.embedding import RowPrunedEmbedding, RowPrunedEmbeddingBag
 from fx_sparsity.kernels.semi_structured import is_semi_structured, to_dense
 from fx_sparsity.lowering.dense_tables import Lookup, dense_table
+from fx_sparsity.lowering.hub_guard import allow_saving, refuse_saving
 from fx_sparsity.lowering.layers import KINDS, DenseLinear
 from fx_sparsity.lowering.lowered import ByTokens, LoweredLinear
 from fx_sparsity.lowering.places import (
@@ -158,6 +159,7 @@ def unlower(model: nn.Module) -> nn.Module:
             model = replaced(model, path, dense[id(module)])
         elif is_semi_structured(weight := getattr(module, "weight", None)):
             module.weight = nn.Parameter(to_dense(weight), requires_grad=False)
+    allow_saving(model)
     return model
 
 
@@ -223,6 +225,8 @@ def _put(
     if nodes := _of_nodes(packed):
         assert isinstance(model, fx.GraphModule)
         LowerNodes(nodes)(model)
+    if packed:
+        refuse_saving(model)
     return model
 
 

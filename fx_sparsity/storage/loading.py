@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fx_sparsity.kernels import PACKINGS
 from fx_sparsity.storage import described_state as states
 from fx_sparsity.storage.compressed_file import CompressedFile, takes
 from fx_sparsity.storage.container import FileFormatError
@@ -146,8 +147,15 @@ def check_fits(file: CompressedFile, targets: Iterable[tuple[str, Any]]) -> None
             missing.append(f"{name}: not in the file")
         elif (misfit := _misfit(file, name, meta, target)) is not None:
             misfits.append(misfit)
-    more = [f"{name}: not in the model" for name in file.keys if name not in seen]
+    beyond = [name for name in file.keys if name not in seen]
+    more = [f"{name}: not in the model" for name in beyond]
     if faults := [*missing, *more, *misfits]:
+        packed = {part for packing in PACKINGS.values() for part in packing.parts}
+        if missing and packed.intersection(name.rpartition(".")[2] for name in beyond):
+            faults.append(
+                "The file is of a lowered model. Lower this one alike before loading it, or save "
+                "what unlower(model) gives"
+            )
         raise RuntimeError(f"{file.file.path} does not fit the model:\n" + "\n".join(faults))
 
 

@@ -5,6 +5,7 @@ import warnings
 import expecttest
 import pytest
 import torch
+import transformers
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
@@ -561,3 +562,29 @@ def test_the_most_specific_rule_wins():
     assert rules.rule(("c.weight",), nn.Conv2d)[0] == "auto"
     assert rules.unused() == []
     assert policy.Policy({"x": None}).rule(("y.weight",), nn.Linear) == (None, "no rule names it")
+
+
+def test_a_lowered_model_is_not_saved_for_what_cannot_load_it(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 100}
+    config = transformers.LlamaConfig(**sizes, num_hidden_layers=1, num_attention_heads=4)
+    model, inputs = transformers.LlamaForCausalLM(config).eval(), (torch.arange(8).view(1, 8),)
+    mapping = fxs.SparsityMapping().set_object_type(nn.Linear, "2:4")
+    method = fxs.MagnitudeSparsifier()
+    fxs.prune(model, method, [inputs], mapping)
+    model, _ = fxs.squash(model, method)
+    dense = copy.deepcopy(model)
+    lowered, _ = fxs.lower(model, inputs, policy="always")
+    with pytest.raises(LoweringError, match=r"LlamaForCausalLM is lowered.*call unlower\(model\)"):
+        copy.deepcopy(lowered).save_pretrained(tmp_path / "hub")
+    assert not (tmp_path / "hub").exists()
+    fxs.save(lowered, tmp_path / "lowered.safetensors")
+    for load in (fxs.load, fxs.load_sparse):
+        with pytest.raises(RuntimeError, match="The file is of a lowered model. Lower this one"):
+            load(tmp_path / "lowered.safetensors", copy.deepcopy(dense))
+    fxs.load(tmp_path / "lowered.safetensors", lowered)
+    fxs.unlower(lowered).save_pretrained(tmp_path / "hub")
+    again = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "hub")
+    assert again.state_dict().keys() == dense.state_dict().keys()
+    for name, tensor in dense.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name

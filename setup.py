@@ -12,7 +12,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-from setuptools import setup
+import setuptools
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 from setuptools.errors import ExecError
@@ -47,16 +47,19 @@ class Build(build_py):
 
 
 class Wheel(bdist_wheel):
-    """For any Python, and for one platform if there is something compiled in it."""
-
-    def finalize_options(self) -> None:
-        """See `compiles`."""
-        super().finalize_options()
-        self.root_is_pure = not compiles()
+    """For any Python, since no library calls it."""
 
     def get_tag(self) -> tuple[str, str, str]:
-        """Python, its ABI, and the platform."""
+        """Python, its ABI, and the platform: any, if nothing is compiled."""
         return "py3", "none", super().get_tag()[2]
 
 
-setup(cmdclass={"build_py": Build, "bdist_wheel": Wheel})
+class Distribution(setuptools.Distribution):
+    """For one platform, if libraries are compiled."""
+
+    def has_ext_modules(self) -> bool:
+        """Whether there is something compiled in it."""
+        return compiles()
+
+
+setuptools.setup(distclass=Distribution, cmdclass={"build_py": Build, "bdist_wheel": Wheel})

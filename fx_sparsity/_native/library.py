@@ -122,7 +122,7 @@ class Library:
         try:
             torch.ops.load_library(path)
         except OSError as error:
-            logger.warning("%s: not what the wheel brought, because %s", self.name, error)
+            logger.warning("%s: not what the wheel brought, because %s", self.name, _line(error))
             return None
         return path
 
@@ -148,10 +148,15 @@ class Library:
             path = self.build()
             torch.ops.load_library(path)
         except (BuildError, OSError) as error:
-            cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
-            reason = f"plain torch, because {cause}".splitlines()[0]
+            reason = f"plain torch, because {_line(error)}"
             logger.warning("%s: %s", self.name, reason)
             return False, reason
         reason = f"C++ kernels from {path}"
         logger.info("%s: %s", self.name, reason)
         return True, reason
+
+
+def _line(error: Exception) -> str:
+    """What went wrong; torch says only which library it could not load, and why is its cause."""
+    cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
+    return str(cause).splitlines()[0]

@@ -36,7 +36,7 @@ class Build(build_py):
         if self.editable_mode:
             return
         if not compiles():
-            self.announce("a wheel of sources: its C++ libraries are compiled on first use", 2)
+            self.warn("a wheel of sources: its C++ libraries are compiled on first use")
             return
         command = [sys.executable, "-m", "fx_sparsity._native.wheel", str(compiled)]
         if subprocess.run(command, cwd=ROOT, check=False).returncode:

@@ -125,7 +125,7 @@ def build(folder, **variables):
 
 def compiled_in(wheel):
     names = zipfile.ZipFile(wheel).namelist()
-    return [Path(name).name for name in names if "/compiled/" in name]
+    return [Path(name).name for name in names if "/compiled/" in name and name[-1] != "/"]
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from fx_sparsity._native.instruction_sets import features
+
 
 def folders() -> list[Path]:
     """Folders that may hold compiled libraries, in order of preference.
@@ -70,29 +72,30 @@ def refusal(folder: Path) -> str:
         return f"{folder} cannot be written"
 
 
-def file_name(name: str, sources: Iterable[Path], flags: Iterable[str]) -> str:
-    """A name that changes with everything a compiled library depends on.
+def file_name(name: str, sources: Iterable[Path], depends: Iterable[str]) -> str:
+    """A name that changes with everything a compiled library depends on: its sources, and more.
 
-    Sources, flags, torch, C library and the instruction set, since machines may share a home. The
-    compiler is left out: any of them builds to the same C interface, and an image without one has
-    to find what was built ahead.
+    The compiler is left out: any of them builds to the same C interface, and an image without one
+    has to find what was built ahead.
     """
     digest = hashlib.sha256()
-    parts = [torch.__version__, *platform.libc_ver(), instruction_set(), *flags]
-    for part in [*(p.encode() for p in parts), *(s.read_bytes() for s in sorted(sources))]:
+    for part in [*(p.encode() for p in depends), *(s.read_bytes() for s in sorted(sources))]:
         digest.update(len(part).to_bytes(8, "little") + part)
     return f"{name}-{digest.hexdigest()[:16]}.so"
 
 
+def machine() -> list[str]:
+    """What a library in a cache depends on beside sources and flags.
+
+    torch, C library and the instruction set, since machines may share a home.
+    """
+    return [torch.__version__, *platform.libc_ver(), instruction_set()]
+
+
 def instruction_set() -> str:
     """What this machine's processor can execute, as the operating system lists it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    flags = next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
-    features = sorted(flags.partition(":")[2].split()) or [platform.processor()]
-    return " ".join([platform.system(), platform.machine(), *features])
+    listed = sorted(features()) or [platform.processor()]
+    return " ".join([platform.system(), platform.machine(), *listed])
 
 
 def _temporary() -> Path:

@@ -17,6 +17,8 @@ from fx_sparsity.errors import FxSparsityError
 
 _TIMEOUT = 600  # seconds
 
+_STANDARD = ["-lstdc++"] if platform.system() == "Linux" else []
+
 INCLUDE = Path(__file__).parent / "csrc" / "shared"
 """Headers that several libraries share."""
 
@@ -25,9 +27,9 @@ class BuildError(FxSparsityError, RuntimeError):
     """A library cannot be built; one line says why."""
 
 
-def flags() -> list[str]:
-    """Compiler flags for this machine."""
-    found = ["-std=c++20", "-O3", "-march=native", "-fPIC", "-shared"]
+def flags(instructions: Sequence[str] = ("-march=native",)) -> list[str]:
+    """Compiler flags, those that choose instructions among them: this machine's, unless told."""
+    found = ["-std=c++20", "-O3", *instructions, "-fPIC", "-shared"]
     if platform.machine() in ("x86_64", "AMD64"):
         found.append("-mprefer-vector-width=512")
     if platform.system() == "Darwin":
@@ -53,7 +55,7 @@ def find() -> list[str]:
 
 
 def compile_library(
-    command: Sequence[str], sources: Sequence[Path], target: Path, extra: Sequence[str] = ()
+    command: Sequence[str], sources: Sequence[Path], target: Path, options: Sequence[str]
 ) -> None:
     """Compile `sources` into the shared library `target`, which appears whole or not at all.
 
@@ -61,13 +63,15 @@ def compile_library(
         command: the compiler, see `find`.
         sources: files to compile, several at once; headers beside them and in `INCLUDE` are found.
         target: where the library goes; its folder exists.
-        extra: flags beside the usual ones.
+        options: what the compiler gets beside files and folders, see `flags`.
 
     Raises:
         BuildError: the compiler fails, hangs or cannot be started, or the folder cannot be written.
     """
     root = Path(torch.__file__).parent
-    libraries = [f"-L{root / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10"]
+    # The stable ABI is in one of torch's libraries. Others of them export parts of a libstdc++ as
+    # well, which may be gone in the next torch: the system's comes first.
+    libraries = [*_STANDARD, f"-L{root / 'lib'}", "-ltorch_cpu"]
     try:
         with (
             _locked(target.with_suffix(".lock")),
@@ -76,7 +80,7 @@ def compile_library(
             if target.exists():  # another process was faster
                 return
             unfinished = Path(folder) / target.name
-            start = [*command, *flags(), *extra, "-isystem", str(root / "include")]
+            start = [*command, *options, "-isystem", str(root / "include")]
             start += ["-I", str(INCLUDE)]
             if len(sources) > 1:
                 sources = _objects([part for part in start if part != "-shared"], sources, folder)

@@ -1,4 +1,4 @@
-"""The libraries there are, one a folder of `csrc`; each is compiled when it is first needed."""
+"""The libraries there are, one a folder of `csrc`."""
 
 import os
 from pathlib import Path
@@ -18,6 +18,11 @@ _KERNELS = ("ops", "block", "bitmask", "embedding", "expanded", "activations", "
 
 MASKS = Library("masks", [_CSRC / "masks" / "ops.cpp"])
 PRUNING = Library("pruning", [_CSRC / "pruning" / "ops.cpp"])
-KERNELS = Library("kernels", [_CSRC / "kernels" / f"{name}.cpp" for name in _KERNELS], _levels)
+KERNELS = Library(
+    "kernels",
+    [_CSRC / "kernels" / f"{name}.cpp" for name in _KERNELS],
+    _levels,
+    ["-DFX_EVERY_LEVEL"],
+)
 STORAGE = Library("storage", [_CSRC / "storage" / "ops.cpp"])
 LIBRARIES = (MASKS, PRUNING, KERNELS, STORAGE)

@@ -120,7 +120,7 @@ def embeddings(source):
 def main():
     os.environ["FX_SPARSITY_CPU"] = ""  # so that every level is compiled
     usual = compiler.flags
-    compiler.flags = lambda: [*usual(), "-fsanitize=address", "-O1"]
+    compiler.flags = lambda *given: [*usual(*given), "-fsanitize=address", "-O1"]
     assert KERNELS.ready(), KERNELS.state()
     source = random.Random(0)
     found = []

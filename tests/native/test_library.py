@@ -83,7 +83,7 @@ def test_cannot_lock(tmp_path, monkeypatch):
     """Where files cannot be locked every process builds, and the last one to finish wins."""
     monkeypatch.setitem(sys.modules, "fcntl", None)
     target = tmp_path / "tiny.so"
-    compiler.compile_library(compiler.find(), library.sources, target)
+    compiler.compile_library(compiler.find(), library.sources, target, compiler.flags())
     assert target.read_bytes()[:4] == b"\x7fELF"
     assert list(tmp_path.iterdir()) == [target]
 

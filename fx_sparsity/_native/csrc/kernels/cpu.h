@@ -1,8 +1,9 @@
 // Which instructions the kernels use: the best that the machine has, or what FX_SPARSITY_CPU names.
 //
-// The library is compiled for the machine it runs on, so that what the compiler lacks the machine
-// lacks as well. A weaker level is chosen only to test it, and compiled in only where that is meant
-// (FX_EVERY_LEVEL), since all of them take twice as long to compile.
+// The library is compiled for the machine it runs on, or is the one of a wheel that fits it best, so
+// that what was not compiled in the machine lacks as well. A weaker level is chosen only to test it,
+// and compiled in where that may be meant (FX_EVERY_LEVEL), since all of them take twice as long to
+// compile: in wheels, and where the variable is set.
 #pragma once
 
 #include <cstdlib>

@@ -7,6 +7,7 @@ pruning is by magnitude alone, without data or fine-tuning: look at what survive
 the embeddings are. Exits with 1 if the gate finds a lost zero.
 """
 
+import argparse
 import copy
 import io
 import logging
@@ -150,6 +151,10 @@ def table(title: str, *columns: str) -> Table:
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(description="Sparse and quantized in both orders.")
+    parser.add_argument("--pattern", action="append", choices=PATTERNS, help="only this one")
+    asked = parser.parse_args().pattern
+    patterns = {name: PATTERNS[name] for name in asked or PATTERNS}
     # torch.ao.quantization says at every turn that it is deprecated; torchao, that it has no CUDA.
     warnings.filterwarnings("ignore", message=".*deprecated.*")
     for noisy in ("torchao", "torch.utils._pytree"):
@@ -180,7 +185,7 @@ def main() -> int:
             "compressed MB",
         )
         moved.add_row("dense", "0.0%", "1.0000", "1.0000", megabytes(file_bytes(encoder)), "-")
-        for name, pattern in PATTERNS.items():
+        for name, pattern in patterns.items():
             progress.update(step, description=f"sparsifying: {pattern}")
             sparsifier = fxs.WeightNormSparsifier()
             mapping = fxs.SparsityMapping().set_global(pattern)
@@ -199,9 +204,9 @@ def main() -> int:
                 megabytes(file_bytes(model)),
                 megabytes(compressed_bytes(model)),
             )
-        reached = table("\n2. Sparsity reached", "weight", *PATTERNS)
+        reached = table("\n2. Sparsity reached", "weight", *patterns)
         for fqn, shares in masked.items():
-            reached.add_row(short(fqn), *(f"{shares[name]:.1%}" for name in PATTERNS))
+            reached.add_row(short(fqn), *(f"{shares[name]:.1%}" for name in patterns))
         console.print(reached, moved)
 
         # 3. Both orders of sparsifying and quantizing -------------------------------------------
@@ -229,7 +234,7 @@ def main() -> int:
                 megabytes(file_bytes(alone.model)),
                 "-",
             )
-            for (name, pattern), order in product(PATTERNS.items(), ORDERS):
+            for (name, pattern), order in product(patterns.items(), ORDERS):
                 progress.update(step, description=f"{title}: {pattern}, {order}")
                 quantized, verdict = sparsify_and_quantize(
                     encoder,
@@ -253,7 +258,7 @@ def main() -> int:
         console.print(results)
 
         for backend, title in BACKENDS.items():
-            columns = list(product(PATTERNS, ORDERS))
+            columns = list(product(patterns, ORDERS))
             gate = table(
                 f"\nThe gate, {title}: masked positions that are zero in code space",
                 "weight",

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, overload
 
 from torch import Tensor, nn
@@ -214,10 +215,10 @@ class Verification(Report, Sequence[VerifiedWeight]):
 
 
 def verify(
-    model: nn.Module | ExportedProgram,
+    model: nn.Module | ExportedProgram | str | Path,
     record: Mapping[str, MaskRecord] | None = None,
     *,
-    reference: nn.Module | ExportedProgram | None = None,
+    reference: nn.Module | ExportedProgram | str | Path | None = None,
     meant: Collection[str] | None = None,
     tolerance: float = 1.0,
 ) -> Verification:
@@ -227,7 +228,8 @@ def verify(
     float weight has to be zero itself. A tied weight is checked wherever it is stored.
 
     Args:
-        model: sparsified, and quantized or not. Not changed.
+        model: sparsified, and quantized or not; or the path of an ONNX file, see `read_onnx`. Not
+            changed.
         record: what `squash` returned, or a flow made. Without one the rows tell what there is:
             how many zeros every weight of two or more dimensions has, and the tightest pattern
             that they follow.
@@ -286,10 +288,10 @@ def _fitting(weight: StoredWeight, mask: MaskRecord) -> StoredWeight:
 
 
 def _found(
-    model: nn.Module | ExportedProgram, meant: Collection[str] | None
+    model: nn.Module | ExportedProgram | str | Path, meant: Collection[str] | None
 ) -> Iterator[VerifiedWeight]:
     """What a model holds, where nobody recorded what it should."""
-    sites = find_weights(model).by_any_name()
+    sites = {} if isinstance(model, str | Path) else find_weights(model).by_any_name()
     roles = {name: site.roles for name, site in sites.items()}
     for weight in read_weights(model):
         if weight.data.ndim < 2:

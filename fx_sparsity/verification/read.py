@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -13,6 +14,7 @@ from fx_sparsity.graph.uses import is_annotated
 from fx_sparsity.sparsifier import Mask
 from fx_sparsity.sparsifier.wrappers import plain_paths, run_by
 from fx_sparsity.verification.graph_reader import read_nodes
+from fx_sparsity.verification.onnx_file import read_onnx
 from fx_sparsity.verification.stored import Forms, OwnFormat, StoredWeight, float_weight, is_float
 
 READERS: list[Callable[[nn.Module], Iterable[StoredWeight]]] = []
@@ -24,13 +26,16 @@ _SCALING = ("quantize_", "dequantize_")
 """What reads scales and zero points, which are no weights."""
 
 
-def read_weights(model: nn.Module | ExportedProgram) -> list[StoredWeight]:
+def read_weights(model: nn.Module | ExportedProgram | str | Path) -> list[StoredWeight]:
     """How a model stores its weights now: quantized, packed by `lower`, or as floats.
 
     Args:
         model: a module, compiled or not; a GraphModule, whose weights have their names where
-            `AnnotateWeights` ran before it was quantized; or an ExportedProgram.
+            `AnnotateWeights` ran before it was quantized; an ExportedProgram; or the path of an
+            ONNX file.
     """
+    if isinstance(model, str | Path):
+        return list(read_onnx(model))
     if isinstance(model, ExportedProgram):
         model = model.module()
     while (inner := run_by(model)) is not None:

@@ -1,0 +1,170 @@
+"""What an ONNX file stores: initializers, and codes behind `DequantizeLinear`."""
+
+import ast
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+
+from fx_sparsity.errors import FxSparsityError
+from fx_sparsity.verification.stored import StoredWeight, float_weight
+
+_GENERATED = re.compile(r"val_\d+|_frozen_param\d+")
+"""Names that an exporter, or a quantizer, made up."""
+_SCOPES = "pkg.torch.onnx.name_scopes"
+"""Under which torch's exporter notes the modules around an operator, the outermost first."""
+_PASSED = ("Transpose", "Cast", "Identity")
+
+
+class OnnxError(FxSparsityError, ValueError):
+    """A file that cannot be read as ONNX, or the package for it is missing."""
+
+
+class _Reading(NamedTuple):
+    """How an operator gets at an initializer.
+
+    Attributes:
+        name: of the initializer.
+        dequantize: the node that codes go through; None where it holds floats.
+        transposed: whether an odd number of transpositions is on the way.
+    """
+
+    name: str
+    dequantize: Any
+    transposed: bool
+
+
+def read_onnx(path: str | Path) -> Iterator[StoredWeight]:
+    """Every initializer of two or more dimensions that an operator of an ONNX file reads.
+
+    A weight has the name of its initializer. Where the exporter made one up, as for a linear layer
+    whose weight it transposed, it has that of the layer's module, as `torch.onnx.export` notes it.
+    Whatever is computed from an initializer by other operators than transpositions, casts and
+    `DequantizeLinear` is not looked into. Nothing that is read can be written.
+
+    Raises:
+        OnnxError: the package onnx is missing, or the file cannot be read.
+    """
+    try:
+        import onnx
+        from google.protobuf.message import DecodeError
+    except ImportError as error:
+        raise OnnxError(f"{path}: pip install 'fx_sparsity[onnx]' to read it") from error
+    try:
+        graph = onnx.load(path).graph
+    except DecodeError as error:
+        raise OnnxError(f"{path}: no ONNX file: {error}") from error
+    held = {initializer.name: initializer for initializer in graph.initializer}
+    made_by = {output: node for node in graph.node for output in node.output}
+    seen: set[tuple[str, str]] = set()
+    for node in graph.node:
+        for place, value in enumerate(node.input):
+            reading = _walk(value, made_by, held)
+            if reading is None or len(held[reading.name].dims) < 2 or node.op_type in _PASSED:
+                continue
+            if node.op_type == "DequantizeLinear":
+                continue
+            weight = _stored(path, reading, held)
+            if _GENERATED.fullmatch(reading.name):
+                weight = _of_the_module(weight, node, place, reading.transposed)
+            if (weight.fqn, weight.where) not in seen:
+                seen.add((weight.fqn, weight.where))
+                yield weight
+
+
+def _walk(value: str, made_by: dict[str, Any], held: dict[str, Any]) -> _Reading | None:
+    """From an operator's input back to the initializer that it shows; None where there is none."""
+    dequantize, transposed = None, False
+    while value not in held:
+        node = made_by.get(value)
+        if node is None or node.op_type not in (*_PASSED, "DequantizeLinear"):
+            return None
+        if node.op_type == "DequantizeLinear":
+            dequantize = node
+        transposed ^= node.op_type == "Transpose"
+        value = node.input[0]
+    return _Reading(value, dequantize, transposed)
+
+
+def _stored(path: str | Path, reading: _Reading, held: dict[str, Any]) -> StoredWeight:
+    """What an initializer holds, under its own name."""
+    name, node = reading.name, reading.dequantize
+    tensor, dtype, codes = _tensor(path, held[name])
+    if node is None:
+        return replace(float_weight(name, name, tensor), write=_refuse)
+    settings = {attribute.name: attribute.i for attribute in node.attribute}
+    axis, size = settings.get("axis", 1) % tensor.ndim, settings.get("block_size", 0)
+    parameters = [_tensor(path, held[other])[0] for other in node.input[1:] if other in held]
+    expanded = [_along(parameter, tensor, axis, size) for parameter in parameters]
+    scheme = f"groups of {size}" if size else f"per-channel affine, axis {axis}"
+    return StoredWeight(
+        name,
+        name,
+        dtype,
+        scheme if parameters and parameters[0].ndim else "per-tensor affine",
+        tensor,
+        _refuse,
+        expanded[0] if expanded else None,
+        expanded[1] if len(expanded) > 1 else torch.zeros((), dtype=tensor.dtype),
+        codes,
+        obstacle="" if expanded else "its scales are no initializers",
+    )
+
+
+def _tensor(path: str | Path, initializer: Any) -> tuple[Tensor, str, tuple[int, int] | None]:
+    """(values or codes, name of the dtype, range of codes) of an initializer."""
+    from onnx import TensorProto, numpy_helper
+
+    array = numpy_helper.to_array(initializer)
+    if initializer.data_type in (TensorProto.INT4, TensorProto.UINT4):
+        signed = initializer.data_type == TensorProto.INT4
+        codes = torch.from_numpy(array.astype("int8" if signed else "uint8"))
+        return codes, "int4" if signed else "uint4", (-8, 7) if signed else (0, 15)
+    if initializer.data_type == TensorProto.BFLOAT16:
+        return torch.from_numpy(array.view("int16")).view(torch.bfloat16), "bfloat16", None
+    try:
+        tensor = torch.from_numpy(array)
+    except TypeError as error:
+        raise OnnxError(f"{path}: {initializer.name}: cannot be read: {error}") from error
+    limits = None if tensor.is_floating_point() else torch.iinfo(tensor.dtype)
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return tensor, dtype, None if limits is None else (limits.min, limits.max)
+
+
+def _along(parameter: Tensor, codes: Tensor, axis: int, size: int) -> Tensor:
+    """A scale or zero point of `DequantizeLinear`, broadcastable against the codes."""
+    if parameter.ndim == 0:
+        return parameter
+    if size:
+        return parameter.repeat_interleave(size, axis).narrow(axis, 0, codes.shape[axis])
+    return parameter.view([-1 if dim == axis else 1 for dim in range(codes.ndim)])
+
+
+def _of_the_module(weight: StoredWeight, node: Any, place: int, transposed: bool) -> StoredWeight:
+    """A weight whose initializer has a made-up name, as the module has it that computes with it."""
+    noted = {entry.key: entry.value for entry in node.metadata_props}
+    scopes = ast.literal_eval(noted.get(_SCOPES, "[]"))
+    module = scopes[-2] if len(scopes) > 1 else ""
+    settings = {attribute.name: attribute.i for attribute in node.attribute}
+    right = node.op_type == "MatMul" or (node.op_type == "Gemm" and not settings.get("transB"))
+    # A linear layer has [out, in], and the right factor of its product is [in, out].
+    if place == 1 and right != transposed and weight.data.ndim == 2:
+        weight = replace(
+            weight,
+            data=weight.data.T.contiguous(),
+            scale=_turned(weight.scale),
+            zero_point=_turned(weight.zero_point),
+        )
+    return replace(weight, fqn=f"{module}.weight".removeprefix("."))
+
+
+def _turned(parameter: Tensor | None) -> Tensor | None:
+    return parameter if parameter is None or parameter.ndim < 2 else parameter.T
+
+
+def _refuse(values: Tensor) -> NoReturn:
+    raise OnnxError("an ONNX file is read, not written")

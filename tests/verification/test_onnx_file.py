@@ -1,0 +1,131 @@
+"""ONNX files that torch writes hold every zero; a runtime of its own gives what torch gives."""
+
+import sys
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import nn
+
+import fx_sparsity as fxs
+from fx_sparsity.quantization import sparsify_and_quantize
+from fx_sparsity.quantization.pt2e import default_quantizer
+from fx_sparsity.verification import read_weights
+from fx_sparsity.verification.onnx_file import OnnxError
+
+INPUTS = (torch.arange(28).remainder(11).view(4, 7),)
+MAPPING = fxs.SparsityMapping().set_global("unstructured 50%").set_module_name("first", "2:4")
+
+
+class Tagger(nn.Module):
+    """A table tied to the head, a layer that is quantized and one that is not."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.first = nn.Embedding(50, 32), nn.Linear(32, 32)
+        self.conv = nn.Conv1d(32, 32, 3, padding=1)
+        self.head = nn.Linear(32, 50, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, tokens):
+        hidden = torch.relu(self.first(self.table(tokens)))
+        return self.head(self.conv(hidden.transpose(1, 2)).transpose(1, 2))
+
+
+@pytest.fixture(scope="module", params=["float", "sparsify_first", "quantize_first"])
+def file(request, tmp_path_factory):
+    """(path, record, what torch gives, kinds of the weights)."""
+    torch.manual_seed(0)
+    model, sparsifier = Tagger().eval(), fxs.WeightNormSparsifier()
+    if request.param == "float":
+        model = fxs.prepare(model, sparsifier, INPUTS, MAPPING)
+        sparsifier.step()
+        model, record = fxs.squash(model, sparsifier)
+        dtypes = {"table.weight": ["float32"] * 2, "first.weight": ["float32"]}
+    else:
+        quantizer = default_quantizer(dynamic=False)
+        model, verification = sparsify_and_quantize(
+            *(model, sparsifier, INPUTS),
+            order=request.param,
+            backend="pt2e",
+            mapping=MAPPING,
+            config=quantizer,
+        )
+        record = verification.record
+        dtypes = {"table.weight": ["uint8", "int8"], "first.weight": ["int8"]}
+    path = tmp_path_factory.mktemp("onnx") / "tagger.onnx"
+    torch.onnx.export(model, INPUTS, path, dynamo=True, verbose=False)
+    return path, record, model(*INPUTS), dtypes | {"conv.weight": ["float32"]}
+
+
+def test_every_zero_is_in_the_file(file):
+    path, record, _, dtypes = file
+    verification = fxs.verify(path, record).raise_if_lost()
+    assert {row.share for row in verification.rows} == {1.0}
+    found = {fqn: [] for fqn in record}
+    for row in verification.rows:
+        found[row.fqn].append(row.dtype)
+    if dtypes["first.weight"] == ["float32"]:  # a tied weight may be one initializer
+        assert set(found.pop("table.weight")) == {"float32"}
+        dtypes = {k: v for k, v in dtypes.items() if k != "table.weight"}
+    assert found == dtypes
+
+
+def test_a_lost_zero_is_seen(file, tmp_path):
+    path, record, _, _ = file
+    for stored in read_weights(path):
+        model = onnx.load(path)
+        (initializer,) = (i for i in model.graph.initializer if i.name == stored.where)
+        array = numpy_helper.to_array(initializer).copy()
+        zeros = stored.zeros() if array.shape == tuple(stored.data.shape) else stored.zeros().T
+        array[tuple(zeros.nonzero()[0])] += 1
+        initializer.CopyFrom(numpy_helper.from_array(array, stored.where))
+        onnx.save(model, tmp_path / "broken.onnx")
+        assert not fxs.verify(tmp_path / "broken.onnx", record).ok, stored.where
+
+
+def test_the_runtime_gives_what_torch_gives(file):
+    path, _, expected, _ = file
+    session = onnxruntime.InferenceSession(path)
+    (given,) = session.run(None, {session.get_inputs()[0].name: INPUTS[0].numpy()})
+    torch.testing.assert_close(torch.from_numpy(given), expected.detach(), rtol=1e-3, atol=2e-2)
+
+
+def test_four_bits_in_groups(tmp_path):
+    codes = np.arange(-8, 8, dtype=np.int8).repeat(4).reshape(4, 16)
+    scales = np.array([[1, 2], [3, 4], [5, 6], [7, 8]], np.float32)
+    nodes = [
+        helper.make_node("DequantizeLinear", ["w", "s"], ["d"], axis=1, block_size=8),
+        helper.make_node("Gemm", ["x", "d"], ["y"], transB=1),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "one layer",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 16])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 4])],
+        [
+            helper.make_tensor("w", TensorProto.INT4, codes.shape, codes.reshape(-1)),
+            numpy_helper.from_array(scales, "s"),
+        ],
+    )
+    path = tmp_path / "four.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)]), path)
+    (weight,) = read_weights(path)
+    assert (weight.fqn, weight.dtype, weight.scheme) == ("w", "int4", "groups of 8")
+    x = torch.eye(16)
+    session = onnxruntime.InferenceSession(path)
+    rows = [session.run(None, {"x": row.view(1, 16).numpy()})[0] for row in x]
+    assert np.array_equal(np.concatenate(rows), weight.dequantize().T.numpy())
+    assert int(weight.zeros().sum()) == 4
+
+
+def test_what_is_no_onnx_file(tmp_path, monkeypatch):
+    (tmp_path / "text.onnx").write_text("no such thing")
+    with pytest.raises(OnnxError, match=r"text.onnx: no ONNX file"):
+        fxs.verify(tmp_path / "text.onnx")
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(OnnxError, match=r"pip install 'fx_sparsity\[onnx\]'"):
+        fxs.verify(tmp_path / "text.onnx")

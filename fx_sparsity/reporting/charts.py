@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from html import escape
 
-from fx_sparsity.markup import Html
+from fx_sparsity.markup import Html, paragraph
 from fx_sparsity.pruning.sparsity_plan import Point, SparsityPlan
 from fx_sparsity.reports import Bytes
 
-_WIDTH, _HEIGHT, _MARGIN = 560, 240, 56
+_WIDTH, _HEIGHT, _MARGIN = 560, 224, 56
 
 
 def front_chart(plan: SparsityPlan) -> Html:
@@ -35,8 +35,11 @@ def front_chart(plan: SparsityPlan) -> Html:
         f"{min(point.effect for point in points):.3g}</text>"
         f'<text x="{_MARGIN}" y="{bottom + 18}">{Bytes(points[0].bytes)}</text>'
         f'<text x="{_WIDTH - 8}" y="{bottom + 18}" text-anchor="end">{Bytes(last.bytes)}</text>'
-        f'<text x="{_MARGIN}" y="{bottom + 38}">effect on the output, predicted, against bytes; '
-        f"filled: {escape(plan.name)} measured, the largest: chosen</text></svg>"
+        "</svg>"
+        + paragraph(
+            "Up: the predicted effect on the output. Right: bytes. "
+            f"Filled: {plan.name} was measured. Largest: what was chosen."
+        )
     )
 
 

@@ -7,7 +7,7 @@ from fx_sparsity.markup import Html, paragraph
 from fx_sparsity.pruning.sparsity_plan import Point, SparsityPlan
 from fx_sparsity.reports import Bytes
 
-_WIDTH, _HEIGHT, _MARGIN = 560, 224, 56
+_WIDTH, _HEIGHT, _MARGIN, _FOOT = 560, 200, 56, 28
 
 
 def front_chart(plan: SparsityPlan) -> Html:
@@ -18,13 +18,13 @@ def front_chart(plan: SparsityPlan) -> Html:
     """
     points = sorted(plan.front.rows, key=lambda point: point.bytes)
     across = _scaled([point.bytes for point in points], _MARGIN, _WIDTH - 12)
-    down = _scaled([point.effect for point in points], _HEIGHT - _MARGIN, 12)
+    down = _scaled([point.effect for point in points], _HEIGHT - _FOOT, 12)
     line = " ".join(f"{x:.1f},{y:.1f}" for x, y in zip(across, down, strict=True))
     dots = "".join(
         _dot(plan, point, x, y) for point, x, y in zip(points, across, down, strict=True)
     )
     last, most = points[-1], max(point.effect for point in points)
-    bottom = _HEIGHT - _MARGIN
+    bottom = _HEIGHT - _FOOT
     return Html(
         f'<svg class="chart" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
         'aria-label="Bytes of each choice against its predicted effect">'

@@ -323,7 +323,7 @@ def diff(a: Path, b: Path, tensors: bool, as_json: bool) -> None:
 @click.option("--before", type=SOURCE, metavar="PATH", help="What it was made of, to compare with.")
 @click.option("--roles", multiple=True, metavar="REGEX=ROLES", help="Roles of axes: in,out.")
 def report(path: Path, output: Path, before: Path | None, roles: tuple[str, ...]) -> None:
-    """Write one HTML file to look at: zeros, patterns and bytes, and a picture of every weight.
+    """Write one HTML file to look at: zeros, patterns, bytes, and where each weight is zero.
 
     What `sparsity.json` states is checked, too. The file needs nothing else, and is overwritten.
 

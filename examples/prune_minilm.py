@@ -146,14 +146,14 @@ def main() -> int:
     times = milliseconds(timed, one)
     for name, (cosine, spearman, size) in scores.items():
         text = f"{times[name]:.1f}" if name in times else ""
-        results.add_row(name, cosine, spearman, f"{size / 2**20:.1f}", text)
+        results.add_row(name, cosine, spearman, f"{size / 1e6:.1f}", text)
 
     console.print(results)
     errors = table("\nHow far blocks are from the dense ones", "block", "pruned", "rebuilt")
     for block in report.blocks:
         errors.add_row(block.path, f"{block.before:.3f}", f"{block.after:.3f}")
     console.print(errors)
-    before, after = lowered.bytes_before / 2**20, lowered.bytes_after / 2**20
+    before, after = lowered.bytes_before / 1e6, lowered.bytes_after / 1e6
     console.print(
         f"\n{len(lowered.lowered)} of {len(lowered)} weights on sparse kernels: "
         f"{before:.1f} MB in memory before, {after:.1f} after"

@@ -136,7 +136,7 @@ def compressed_bytes(model: nn.Module) -> int:
 
 
 def megabytes(count: int) -> str:
-    return f"{count / 2**20:.1f}"
+    return f"{count / 1e6:.1f}"
 
 
 def short(fqn: str) -> str:

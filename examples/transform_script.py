@@ -47,7 +47,7 @@ def main() -> None:
         path = Path(folder) / "ranker.safetensors"
         fxs.save(model, path)
         dense = sum(p.nbytes for p in model.parameters())
-        print(f"dense {dense / 2**20:.1f} MB, file {path.stat().st_size / 2**20:.1f} MB")
+        print(f"dense {dense / 1e6:.1f} MB, file {path.stat().st_size / 1e6:.1f} MB")
 
         loaded = Ranker().eval()
         fxs.load(path, loaded)

@@ -94,7 +94,7 @@ def _mapping_flags(command: Callable[..., Any]) -> Callable[..., Any]:
     "3 files or settings that cannot be used.",
 )
 def commands() -> None:
-    r"""Sparsity in safetensors files and checkpoints, without the model's code.
+    """Sparsity in safetensors files and checkpoints, without the model's code.
 
     A PATH is a file, or a folder as model hubs publish them. A PATTERN is one such as "2:4",
     "unstructured 50%", "block:16x16 50%", "rows 25%", or "dense".
@@ -116,7 +116,7 @@ def commands() -> None:
 @_tensors_flag
 @_json_flag
 def inspect(path: Path, roles: tuple[str, ...], tensors: bool, as_json: bool) -> None:
-    r"""Show how sparse a file or a checkpoint is, and what it takes.
+    """Show how sparse a file or a checkpoint is, and what it takes.
 
     Tensors are put together by the tightest pattern that their zeros follow; a weight with less
     than 1% of zeros is called dense. With --tensors each has its row, with the bytes that it takes
@@ -158,7 +158,7 @@ def inspect(path: Path, roles: tuple[str, ...], tensors: bool, as_json: bool) ->
 def sparsify(
     source: Path, target: Path, recipe: Path | None, tensors: bool, as_json: bool, **flags: Any
 ) -> None:
-    r"""Set the smallest weights of a checkpoint to zero, in the patterns asked for.
+    """Set the smallest weights of a checkpoint to zero, in the patterns asked for.
 
     The output has the same shards and all other files. Memory holds up to three of the largest
     tensor. What was interrupted goes on when called again.
@@ -215,7 +215,7 @@ def sparsify(
 @click.option("--to", "layout", type=click.Choice(LAYOUTS), default="dense", show_default=True)
 @_json_flag
 def convert_command(source: Path, target: Path, layout: Any, as_json: bool) -> None:
-    r"""Write a file or a checkpoint anew in another layout.
+    """Write a file or a checkpoint anew in another layout.
 
     `dense` is what every runtime reads; `compressed` is what fxs.save writes, each tensor in its
     smallest format; sparse-bitmask and sparse-24-bitmask are those of compressed-tensors.
@@ -241,7 +241,7 @@ def convert_command(source: Path, target: Path, layout: Any, as_json: bool) -> N
 def verify_command(
     path: Path, recipe: Path | None, tensors: bool, as_json: bool, **flags: Any
 ) -> None:
-    r"""Check that patterns hold and that files are whole; exit code 1 where not.
+    """Check that patterns hold and that files are whole; exit code 1 where not.
 
     Patterns are those stated by flags or a recipe, or else by the checkpoint itself, in the
     sparsity.json that `sparsify` and `prune_checkpoint` leave. Files are checked as far as they
@@ -294,7 +294,7 @@ def verify_command(
 @_tensors_flag
 @_json_flag
 def diff(a: Path, b: Path, tensors: bool, as_json: bool) -> None:
-    r"""Show how the tensors of two checkpoints differ; exit code 1 where some do.
+    """Show how the tensors of two checkpoints differ; exit code 1 where some do.
 
     Of tensors in both: elements that became zero, that are zero no more, and other changes; with
     --tensors for each, with the largest difference.
@@ -323,7 +323,7 @@ def diff(a: Path, b: Path, tensors: bool, as_json: bool) -> None:
 @click.option("--before", type=SOURCE, metavar="PATH", help="What it was made of, to compare with.")
 @click.option("--roles", multiple=True, metavar="REGEX=ROLES", help="Roles of axes: in,out.")
 def report(path: Path, output: Path, before: Path | None, roles: tuple[str, ...]) -> None:
-    r"""Write one HTML file to look at: zeros, patterns and bytes, and a picture of every weight.
+    """Write one HTML file to look at: zeros, patterns, bytes, and where each weight is zero.
 
     What `sparsity.json` states is checked, too. The file needs nothing else, and is overwritten.
 

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from html import escape
 
-from fx_sparsity.markup import Html
+from fx_sparsity.markup import Html, paragraph
 from fx_sparsity.pruning.sparsity_plan import Point, SparsityPlan
 from fx_sparsity.reports import Bytes
 
-_WIDTH, _HEIGHT, _MARGIN = 560, 240, 56
+_WIDTH, _HEIGHT, _MARGIN, _FOOT = 560, 200, 56, 28
 
 
 def front_chart(plan: SparsityPlan) -> Html:
@@ -18,13 +18,13 @@ def front_chart(plan: SparsityPlan) -> Html:
     """
     points = sorted(plan.front.rows, key=lambda point: point.bytes)
     across = _scaled([point.bytes for point in points], _MARGIN, _WIDTH - 12)
-    down = _scaled([point.effect for point in points], _HEIGHT - _MARGIN, 12)
+    down = _scaled([point.effect for point in points], _HEIGHT - _FOOT, 12)
     line = " ".join(f"{x:.1f},{y:.1f}" for x, y in zip(across, down, strict=True))
     dots = "".join(
         _dot(plan, point, x, y) for point, x, y in zip(points, across, down, strict=True)
     )
     last, most = points[-1], max(point.effect for point in points)
-    bottom = _HEIGHT - _MARGIN
+    bottom = _HEIGHT - _FOOT
     return Html(
         f'<svg class="chart" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
         'aria-label="Bytes of each choice against its predicted effect">'
@@ -35,8 +35,11 @@ def front_chart(plan: SparsityPlan) -> Html:
         f"{min(point.effect for point in points):.3g}</text>"
         f'<text x="{_MARGIN}" y="{bottom + 18}">{Bytes(points[0].bytes)}</text>'
         f'<text x="{_WIDTH - 8}" y="{bottom + 18}" text-anchor="end">{Bytes(last.bytes)}</text>'
-        f'<text x="{_MARGIN}" y="{bottom + 38}">effect on the output, predicted, against bytes; '
-        f"filled: {escape(plan.name)} measured, the largest: chosen</text></svg>"
+        "</svg>"
+        + paragraph(
+            "Up: the predicted effect on the output. Right: bytes. "
+            f"Filled: {plan.name} was measured. Largest: what was chosen."
+        )
     )
 
 

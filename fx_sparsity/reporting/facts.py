@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import singledispatch
 from typing import Any, NamedTuple
@@ -88,7 +88,7 @@ def _(part: Facts) -> Facts:
 @facts.register
 def _(part: Tabular) -> Facts:
     """Any other report: its own tables."""
-    tables = [html_table(t.header, t.rows, sortable=True) for t in part.tables]
+    tables = [_sortable(table.header, table.rows) for table in part.tables]
     content = Html("".join([paragraph(part.summary), *tables]))
     return Facts(sections=(Section(type(part).__name__, content),))
 
@@ -130,7 +130,7 @@ def _(part: PruningReport) -> Facts:
     }
     blocks = [(b.path or "the model", b.before, b.after, b.held_out, b.note) for b in part.blocks]
     header = ("block", "error when pruned", "when rebuilt", "batches held out", "notes")
-    rebuilt = Section("How far blocks are from the dense ones", html_table(header, blocks, True))
+    rebuilt = Section("How far blocks are from the dense ones", _sortable(header, blocks))
     return Facts(
         columns=columns,
         reasons={DENSE: part.dense},
@@ -211,8 +211,8 @@ def _(part: SparsityPlan) -> Facts:
     if point.milliseconds is not None:
         headline["milliseconds of layers"] = Change(dense.milliseconds, point.milliseconds)
     (choices,) = part.front.tables
-    shown = html_table(choices.header, choices.rows, sortable=True)
-    front = Section("What else there was", Html(front_chart(part) + shown))
+    shown = _sortable(choices.header, choices.rows)
+    front = Section("What the search chose from", Html(front_chart(part) + shown))
     return Facts(
         headline=headline,
         columns={
@@ -273,8 +273,8 @@ def _(part: Inspection) -> Facts:
             "pattern": {row.fqn: row.pattern for row in part.rows},
             "bytes": {row.fqn: Bytes(row.bytes) for row in part.rows},
             "smallest": {row.fqn: Bytes(row.smallest) for row in part.rows},
-            **({"stated": {r.fqn: r.stated for r in stated}} if stated else {}),
-            **({"verdict": {r.fqn: r.verdict for r in stated}} if stated else {}),
+            "stated otherwise": {r.fqn: r.stated for r in stated if r.stated != r.pattern},
+            "verdict": {r.fqn: r.verdict for r in stated},
         },
     )
 
@@ -295,20 +295,32 @@ class Compared:
 def _(part: Compared) -> Facts:
     before, after = part.before, part.after
     told = facts(after)
+    columns = dict(told.columns)
+    columns["bytes after"] = columns.pop("bytes")
     return Facts(
         headline={
-            "values that are not zero": Change(
-                before.elements - before.zeros, after.elements - after.zeros
-            ),
             **told.headline,
             "zeros": Change(before.sparsity, after.sparsity),
             "bytes": Change(before.bytes, after.bytes),
         },
         columns={
-            **told.columns,
+            **columns,
             "sparsity before": {row.fqn: row.sparsity for row in before.rows},
             "bytes before": {row.fqn: Bytes(row.bytes) for row in before.rows},
         },
+    )
+
+
+def says(cells: Iterable[object]) -> bool:
+    """Whether a column has something in it."""
+    return any(cell is not None and cell != "" for cell in cells)
+
+
+def _sortable(header: Sequence[str], rows: Sequence[Sequence[object]]) -> Html:
+    """A table without the columns that say nothing."""
+    kept = [i for i in range(len(header)) if says(row[i] for row in rows)]
+    return html_table(
+        [header[i] for i in kept], [[row[i] for i in kept] for row in rows], sortable=True
     )
 
 

@@ -11,15 +11,15 @@ from pathlib import Path
 
 from fx_sparsity.markup import Html, Keyed, folded, html_table, paragraph, to_html
 from fx_sparsity.reporting.density import Density
-from fx_sparsity.reporting.facts import Facts, facts
+from fx_sparsity.reporting.facts import Facts, facts, says
 from fx_sparsity.reporting.png import png_uri
 from fx_sparsity.reports import Share
 
 _EXAMPLES = 3
 """Weights whose pictures are shown large."""
 _FIRST = (
-    *("pattern", "sparsity", "error", "error held out", "kernel", "gain at tokens"),
-    *("bytes before", "bytes after", "verdict"),
+    *("pattern", "sparsity before", "sparsity", "error", "error held out", "kernel"),
+    *("gain at tokens", "bytes before", "bytes after", "verdict"),
 )
 """Columns that come before all others, as far as they are there."""
 _LONG = 40
@@ -202,9 +202,11 @@ def _layers(columns: Mapping[str, Mapping[str, object]], pictures: Mapping[str, 
     if not names:
         return Html("")
     titles = [*(title for title in _FIRST if title in columns), *columns]
-    shown = {title: _barred(columns[title]) for title in titles if _says(columns[title])}
-    if pictures:
-        drawn: dict[str, object] = {fqn: Keyed(_picture(p), p.zeros) for fqn, p in pictures.items()}
+    shown = {title: _barred(columns[title]) for title in titles if says(columns[title].values())}
+    drawn: dict[str, object] = {
+        fqn: Keyed(_picture(p), p.zeros) for fqn, p in pictures.items() if p.zeros
+    }
+    if drawn:
         shown = {"where not zero": drawn, **shown}
     rows = [(_code(fqn), *(_broken(cells.get(fqn)) for cells in shown.values())) for fqn in names]
     search = (
@@ -213,11 +215,6 @@ def _layers(columns: Mapping[str, Mapping[str, object]], pictures: Mapping[str, 
     )
     content = html_table(("weight", *shown), rows, sortable=True)
     return _section("Weight by weight", Html(f'{search}<div class="scroll">{content}</div>'))
-
-
-def _says(cells: Mapping[str, object]) -> bool:
-    """Whether a column has something in it."""
-    return any(cell is not None and cell != "" for cell in cells.values())
 
 
 def _broken(cell: object) -> object:

@@ -295,6 +295,11 @@ def test_the_examples_of_the_help_run_on_a_tied_checkpoint(line, tied, tmp_path,
     assert all((tmp_path / name).exists() for name in made)
 
 
+def test_help_shows_each_example_on_a_line_of_its_own():
+    shown = [line.strip() for line in run("--help").splitlines()]
+    assert {"Examples:", "fx-sparsity verify sparse/"} <= set(shown)
+
+
 def test_the_report_of_a_checkpoint(folder):
     run("sparsify", folder / "model", folder / "sparse", "--name", "mlp=2:4")
     output = folder / "report.html"

@@ -299,8 +299,8 @@ def tables(results: dict[Cell, str]) -> str:
     def mark(result: str) -> str:
         if result in _MARKS:
             return _MARKS[result]
-        reason = result.removeprefix("refused: ")
-        return f"no [{reasons.setdefault(reason, len(reasons) + 1)}]"
+        reason = re.sub(r"^refused: BackendError: (\S+\.weight: )?", "", result)
+        return f"**no**&nbsp;[{reasons.setdefault(reason, len(reasons) + 1)}]"
 
     layers = ["| sparsify first, 2:4 | " + " | ".join(LAYERS) + " |"]
     layers.append("| --- " * (len(LAYERS) + 1) + "|")

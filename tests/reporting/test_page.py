@@ -160,6 +160,13 @@ def test_the_figures_are_those_of_the_parts(parts, tmp_path):
     assert page.column("which")["excluded by name 'head'"][0] == "head.weight"
 
 
+def test_columns_that_say_nothing_are_left_out(parts, tmp_path):
+    page = written(tmp_path, parts["plan"], parts["sensitivity"])
+    titles = [{text for text, _ in header} for header, *_ in page.tables]
+    assert {"ms"} & set(parts["sensitivity"].tables[0].header)
+    assert not any({"ms"} & found for found in titles)
+
+
 def test_titles_of_the_layers_are_buttons_that_sort(parts, tmp_path):
     page = written(tmp_path, parts["pruned"])
     header, *rows = page.tables[0]

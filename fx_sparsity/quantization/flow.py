@@ -1,6 +1,7 @@
 """The flows: a model in, a sparse quantized model and the proof out, in either order."""
 
 import copy
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -34,6 +35,8 @@ from fx_sparsity.sparsifier import BaseSparsifier, MaskError, SparsityRecord
 from fx_sparsity.verification.gate import Verification, read_weights, verify
 from fx_sparsity.verification.read import by_name
 from fx_sparsity.verification.stored import StoredWeight
+
+logger = logging.getLogger("fx_sparsity")
 
 Order = Literal["sparsify_first", "quantize_first", "interleaved", "qat"]
 """When masks come, next to the quantizer's prepare and convert; see `sparsify_and_quantize`."""
@@ -131,7 +134,7 @@ def sparsify_and_quantize(
             prepared = chosen.prepare(model, example_inputs, weights, qat=True, **options)
             record = _mask_prepared(prepared, sparsifier, weights, configs, calibrate)
             result, meant = chosen.convert(prepared, example_inputs)
-            return result, verify(result, record, meant=meant)
+            return result, _told(verify(result, record, meant=meant))
         alone = quantized(model) if reference is None else reference
         if order == "sparsify_first":
             sparse = mask_weights(copy.deepcopy(model), sparsifier, weights, configs)
@@ -145,7 +148,22 @@ def sparsify_and_quantize(
         else:
             result = copy.deepcopy(alone.model)
             record = sparsify_codes(result, sparsifier, weights, mapping)
-        return result, verify(result, record, reference=alone.model, meant=alone.meant)
+        return result, _told(verify(result, record, reference=alone.model, meant=alone.meant))
+
+
+def _told(verification: Verification) -> Verification:
+    """Say which masked weights are not quantized: nothing else of the flow would."""
+    if left := [row.fqn for row in verification if row.left_in_float]:
+        more = f" and {len(left) - 3} others" if len(left) > 3 else ""
+        logger.warning(
+            "%d of %d masked weights stay in float, for the quantizer takes no such use of them: "
+            "%s%s",
+            len(left),
+            len(verification),
+            ", ".join(left[:3]),
+            more,
+        )
+    return verification
 
 
 def _resolve(mapping: MappingLike, weights: WeightMap) -> Assignment:

@@ -83,6 +83,11 @@ class VerifiedWeight:
         return self.zero_in_code / self.wanted if self.wanted else 1.0
 
     @property
+    def left_in_float(self) -> bool:
+        """Whether a quantizer was never meant to take it, and did not."""
+        return self.meant is False and not self.quantized
+
+    @property
     def faults(self) -> tuple[str, ...]:
         """What is wrong, in words; empty where all is well."""
         if not self.where:
@@ -195,7 +200,7 @@ class Verification(Report, Sequence[VerifiedWeight]):
                 f"{row.zero_in_code} ({row.share:.1%})",
                 row.extra,
                 row.max_change,
-                "; ".join(row.faults) or "ok",
+                "; ".join(row.faults) or ("ok, in float" if row.left_in_float else "ok"),
             )
             for row in self.rows
         ]
@@ -205,8 +210,9 @@ class Verification(Report, Sequence[VerifiedWeight]):
     def summary(self) -> str:
         """How many weights are as they should be."""
         well = sum(not row.faults for row in self.rows)
+        left = sum(row.left_in_float for row in self.rows)
         return (
-            f"{well} of {len(self.rows)} weights ok; "
+            f"{well} of {len(self.rows)} weights ok{f', {left} left in float' if left else ''}; "
             f"{self.share:.1%} of what was masked is zero in code space"
         )
 

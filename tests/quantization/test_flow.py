@@ -3,6 +3,7 @@ from itertools import product
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 import fx_sparsity as fxs
@@ -292,3 +293,22 @@ def test_partial_mappings_leave_the_rest_as_it_was(backend, order):
     first = {w.fqn: w.data for w in read_weights(quantized)}["0.weight"]
     before = {w.fqn: w.data for w in read_weights(alone.model)}["0.weight"]
     assert torch.equal(first, before)
+
+
+@pytest.mark.parametrize("order", ["sparsify_first", "quantize_first"])
+def test_what_stays_in_float_is_told(order, caplog):
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=50, n_positions=16)
+    model, inputs = transformers.GPT2LMHeadModel(config).eval(), (torch.arange(8).view(1, 8),)
+    mapping = fxs.SparsityMapping().set_module_name_regex(".*(c_attn|c_fc)", "unstructured 50%")
+    _, verification = sparsify_and_quantize(
+        *(model, fxs.WeightNormSparsifier(), inputs),
+        order=order,
+        backend="torchao",
+        mapping=mapping,
+    )
+    assert all(row.left_in_float and not row.faults for row in verification)
+    assert str(verification).count("ok, in float") == len(verification) == 2
+    assert "2 left in float" in verification.summary
+    assert "2 of 2 masked weights stay in float" in caplog.text
+    assert "transformer.h.0.attn.c_attn.weight" in caplog.text

@@ -22,7 +22,7 @@ from fx_sparsity.checkpoints import (
     stated_reasons,
 )
 from fx_sparsity.cli.differences import differences
-from fx_sparsity.cli.display import grouped, say, show
+from fx_sparsity.cli.display import grouped, printable, say, show
 from fx_sparsity.cli.inspect_rows import by_pattern, tensor_row, totals_of
 from fx_sparsity.cli.recipe import RecipeError, mapping_of, read_recipe, roles_of
 from fx_sparsity.masks import tiling_holds
@@ -58,7 +58,7 @@ class _Commands(click.Group):
         except BrokenPipeError:
             raise  # whoever reads has enough, which click knows
         except (ValueError, OSError, TypeError, MemoryError) as error:
-            click.echo(f"Error: {str(error) or type(error).__name__}", err=True)
+            click.echo(printable(f"Error: {str(error) or type(error).__name__}"), err=True)
             raise SystemExit(BAD_INPUT) from error
 
 

@@ -16,6 +16,7 @@ from torch import nn
 
 import fx_sparsity as fxs
 from fx_sparsity.cli.commands import commands
+from fx_sparsity.cli.display import show
 
 
 def run(*arguments, code=0):
@@ -305,6 +306,20 @@ def test_the_report_of_a_checkpoint(folder):
     text = output.read_text()
     for expected in ("1 of 1 hold", "no entry of the mapping speaks of it", "data:image/png"):
         assert expected in text
+
+
+def test_names_of_a_hostile_file(tmp_path, capsys, monkeypatch):
+    names = ["[/bold].weight", "[red]x[/red].weight", "a\nb.weight", "\x1b[31m.weight"]
+    save_file({name: torch.ones(4, 4) for name in names}, tmp_path / "w.safetensors")
+    piped = run("inspect", tmp_path / "w.safetensors", "--tensors")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    show([{"tensor": name} for name in names], as_json=False)  # the table of a terminal
+    for output in (piped, capsys.readouterr().out):
+        for name in (*names[:2], "a\\nb.weight", "\\x1b[31m.weight"):
+            assert name in output
+        assert "\x1b" not in output.replace("\x1b[1m", "").replace("\x1b[0m", "")  # bold titles
+    name = "\x1b[31m.weight=2:5"
+    assert "\x1b" not in run("verify", tmp_path / "w.safetensors", "--name", name, code=3)
 
 
 def test_as_a_process(folder):

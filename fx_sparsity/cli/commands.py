@@ -12,6 +12,7 @@ from torch import Tensor
 from fx_sparsity.checkpoints import (
     LAYOUTS,
     Checkpoint,
+    CheckpointError,
     assign,
     convert,
     find_checkpoint_weights,
@@ -334,6 +335,8 @@ def report(path: Path, output: Path, before: Path | None, roles: tuple[str, ...]
       fx-sparsity report model.safetensors
     """
     source, axes = Checkpoint(path), roles_of(read_recipe(None, {"roles": roles}))
+    original = None if before is None else Checkpoint(before)
+    _check_output(output, [source, *([] if original is None else [original])])
     pictures: dict[str, Density] = {}
 
     def look(name: str, zero: Tensor, roles: Sequence[Role]) -> None:
@@ -341,7 +344,7 @@ def report(path: Path, output: Path, before: Path | None, roles: tuple[str, ...]
             pictures[name] = density_of(zero, roles)
 
     found = inspect_checkpoint(source, axes, stated=True, look=look)
-    compared = None if before is None else inspect_checkpoint(Checkpoint(before), axes)
+    compared = None if original is None else inspect_checkpoint(original, axes)
     write_html(
         output,
         found if compared is None else Compared(compared, found),
@@ -351,6 +354,17 @@ def report(path: Path, output: Path, before: Path | None, roles: tuple[str, ...]
         reproduce=shlex.join(["fx-sparsity", "report", *map(str, _said(path, before, roles))]),
     )
     say(f"{found.summary}\nwritten to {output}", as_json=False)
+
+
+def _check_output(output: Path, read: Sequence[Checkpoint]) -> None:
+    """Raise where a report would overwrite what it tells of; an earlier report beside it may go."""
+    held = {
+        (checkpoint.folder / name).resolve()
+        for checkpoint in read
+        for name in (*checkpoint.shards, checkpoint.index or "", *checkpoint.others)
+    }
+    if output.resolve() in held and output.suffix != ".html":
+        raise CheckpointError(f"{output}: a file of the checkpoint; choose another --output")
 
 
 def _said(path: Path, before: Path | None, roles: Sequence[str]) -> list[object]:

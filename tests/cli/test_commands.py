@@ -308,6 +308,18 @@ def test_the_report_of_a_checkpoint(folder):
         assert expected in text
 
 
+@pytest.mark.parametrize("name", ["model/model.safetensors", "sparse/config.json"])
+def test_a_report_does_not_overwrite_what_it_tells_of(folder, name):
+    run("sparsify", folder / "model", folder / "sparse", "--name", "mlp=2:4")
+    before = (folder / name).read_bytes()
+    paths = (folder / "sparse", "--before", folder / "model")
+    told = run("report", *paths, "--output", folder / name, code=3)
+    assert "a file of the checkpoint; choose another --output" in told
+    assert (folder / name).read_bytes() == before
+    for _ in range(2):  # a report beside the weights may be made anew
+        run("report", *paths, "--output", folder / "sparse" / "report.html")
+
+
 def test_names_of_a_hostile_file(tmp_path, capsys, monkeypatch):
     names = ["[/bold].weight", "[red]x[/red].weight", "a\nb.weight", "\x1b[31m.weight"]
     save_file({name: torch.ones(4, 4) for name in names}, tmp_path / "w.safetensors")

@@ -229,13 +229,17 @@ def test_convert_to_compressed_tensors_and_back(folder):
         (["sparsify", "{}/model", "{}/model", "--pattern", "2:4"], "is the source"),
         (["sparsify", "{}/model", "{}/out", "--pattern", "3:5"], "embed.weight: pattern 3:5 needs"),
         (["sparsify", "{}/model", "{}/out", "--recipe", "{}/bad.yaml"], "expected pattern"),
+        (["verify", "{}/model", "--recipe", "{}/5.yaml"], "expected quotation marks around 5"),
         (["inspect", "{}/model", "--roles", "mlp=up,down"], "expected some of out, in"),
+        (["inspect", "{}/model", "--roles", "((=in,out"], "roles '((': missing ), unterminated"),
+        (["inspect", "{}/model", "--roles", "mlp"], "--roles: expected REGEX=ROLES, found 'mlp'"),
         (["inspect", "{}/bad.yaml"], "not a safetensors file"),
         (["verify", "{}/bad.yaml"], "not a safetensors file"),
     ],
 )
 def test_errors_are_one_line(folder, arguments, message):
     (folder / "bad.yaml").write_text("patern: 2:4\n")
+    (folder / "5.yaml").write_text('name: {5: "2:4"}\n')
     arguments = [a.format(folder) for a in arguments]
     output = run(*arguments, code=2 if message == "does not exist" else 3)
     assert message in output

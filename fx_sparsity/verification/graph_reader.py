@@ -10,7 +10,13 @@ from torch import Tensor, fx
 from fx_sparsity.graph.calls import bind, is_view, operator_name
 from fx_sparsity.graph.operators import SAME_VALUES
 from fx_sparsity.graph.sources import Source, module_source
-from fx_sparsity.graph.uses import SeenWeight, is_annotated, seen_weights, weight_arguments
+from fx_sparsity.graph.uses import (
+    SeenWeight,
+    is_annotated,
+    noted_weights,
+    seen_weights,
+    weight_arguments,
+)
 from fx_sparsity.verification.stored import StoredWeight, float_weight
 
 
@@ -29,7 +35,8 @@ def read_value(source: Source, weight: SeenWeight, node: fx.Node) -> StoredWeigh
         if name.startswith("dequantize"):
             dequantize = node
         elif is_view(node):
-            viewed_since = viewed_since or dequantize is None
+            # What has notes of weights is no view of the model, but part of a decomposed consumer.
+            viewed_since = viewed_since or (dequantize is None and not noted_weights(node))
         elif name not in SAME_VALUES and not name.startswith("quantize"):
             obstacle = f"read through {name}"
         if not node.all_input_nodes:

@@ -12,6 +12,7 @@ from torch import Tensor
 from fx_sparsity.checkpoints import (
     LAYOUTS,
     Checkpoint,
+    CheckpointError,
     assign,
     convert,
     find_checkpoint_weights,
@@ -22,7 +23,7 @@ from fx_sparsity.checkpoints import (
     stated_reasons,
 )
 from fx_sparsity.cli.differences import differences
-from fx_sparsity.cli.display import grouped, say, show
+from fx_sparsity.cli.display import grouped, printable, say, show
 from fx_sparsity.cli.inspect_rows import by_pattern, tensor_row, totals_of
 from fx_sparsity.cli.recipe import RecipeError, mapping_of, read_recipe, roles_of
 from fx_sparsity.masks import tiling_holds
@@ -58,7 +59,7 @@ class _Commands(click.Group):
         except BrokenPipeError:
             raise  # whoever reads has enough, which click knows
         except (ValueError, OSError, TypeError, MemoryError) as error:
-            click.echo(f"Error: {str(error) or type(error).__name__}", err=True)
+            click.echo(printable(f"Error: {str(error) or type(error).__name__}"), err=True)
             raise SystemExit(BAD_INPUT) from error
 
 
@@ -334,6 +335,8 @@ def report(path: Path, output: Path, before: Path | None, roles: tuple[str, ...]
       fx-sparsity report model.safetensors
     """
     source, axes = Checkpoint(path), roles_of(read_recipe(None, {"roles": roles}))
+    original = None if before is None else Checkpoint(before)
+    _check_output(output, [source, *([] if original is None else [original])])
     pictures: dict[str, Density] = {}
 
     def look(name: str, zero: Tensor, roles: Sequence[Role]) -> None:
@@ -341,7 +344,7 @@ def report(path: Path, output: Path, before: Path | None, roles: tuple[str, ...]
             pictures[name] = density_of(zero, roles)
 
     found = inspect_checkpoint(source, axes, stated=True, look=look)
-    compared = None if before is None else inspect_checkpoint(Checkpoint(before), axes)
+    compared = None if original is None else inspect_checkpoint(original, axes)
     write_html(
         output,
         found if compared is None else Compared(compared, found),
@@ -351,6 +354,17 @@ def report(path: Path, output: Path, before: Path | None, roles: tuple[str, ...]
         reproduce=shlex.join(["fx-sparsity", "report", *map(str, _said(path, before, roles))]),
     )
     say(f"{found.summary}\nwritten to {output}", as_json=False)
+
+
+def _check_output(output: Path, read: Sequence[Checkpoint]) -> None:
+    """Raise where a report would overwrite what it tells of; an earlier report beside it may go."""
+    held = {
+        (checkpoint.folder / name).resolve()
+        for checkpoint in read
+        for name in (*checkpoint.shards, checkpoint.index or "", *checkpoint.others)
+    }
+    if output.resolve() in held and output.suffix != ".html":
+        raise CheckpointError(f"{output}: a file of the checkpoint; choose another --output")
 
 
 def _said(path: Path, before: Path | None, roles: Sequence[str]) -> list[object]:

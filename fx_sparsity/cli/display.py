@@ -9,6 +9,7 @@ from typing import Any
 import click
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from fx_sparsity.reports import Share, format_table
 
@@ -46,7 +47,7 @@ def show(
     for i, line in enumerate(cells):
         if totals is not None and i == len(cells) - 1:
             table.add_section()
-        table.add_row(*line)
+        table.add_row(*map(Text, line))  # what looks like markup of rich in a name is none
     Console().print(table)
 
 
@@ -77,7 +78,15 @@ def grouped(
 def say(text: str, *, as_json: bool) -> None:
     """Print a sentence; nothing beside JSON."""
     if not as_json:
-        click.echo(text)
+        click.echo(printable(text))
+
+
+def printable(text: str) -> str:
+    """Text in which control characters, which would act on a terminal, are escaped; not new lines.
+
+    Names come from files, which anybody may have made.
+    """
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
 def _text(value: Any) -> str:
@@ -85,4 +94,4 @@ def _text(value: Any) -> str:
         return "-"
     if isinstance(value, float):
         return str(Share(value))
-    return str(value)
+    return printable(str(value)).replace("\n", "\\n")

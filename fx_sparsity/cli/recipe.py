@@ -47,10 +47,13 @@ def read_recipe(path: Path | None, flags: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(value, dict) != (key in _PAIRS):
             kind = "a mapping" if key in _PAIRS else "one value"
             raise RecipeError(f"{path}: {key}: expected {kind}, found {value!r}")
+        for name in value if key in _PAIRS else ():
+            if not isinstance(name, str):
+                raise RecipeError(f"{path}: {key}: expected quotation marks around {name!r}")
     recipe = dict(found)
     for key, value in flags.items():
         if key in _PAIRS:
-            recipe[key] = {**recipe.get(key, {}), **dict(map(_pair, value))}
+            recipe[key] = {**recipe.get(key, {}), **dict(_pair(key, text) for text in value)}
         elif value is not None:
             recipe[key] = value
     return recipe
@@ -81,10 +84,14 @@ def roles_of(recipe: Mapping[str, Any]) -> dict[str, Sequence[Role]]:
     """Regular expression -> roles.
 
     Raises:
-        RecipeError: an unknown role.
+        RecipeError: an expression that cannot be read, or an unknown role.
     """
     found: dict[str, Sequence[Role]] = {}
     for regex, text in recipe.get("roles", {}).items():
+        try:
+            re.compile(regex)
+        except re.error as error:
+            raise RecipeError(f"roles {regex!r}: {error}") from error
         names = text if isinstance(text, list) else str(text).split(",")
         named: dict[str, Role] = {role: role for role in ROLES}
         roles = [named.get(str(name).strip()) for name in names]
@@ -94,10 +101,11 @@ def roles_of(recipe: Mapping[str, Any]) -> dict[str, Sequence[Role]]:
     return found
 
 
-def _pair(text: str) -> tuple[str, str]:
+def _pair(key: str, text: str) -> tuple[str, str]:
     left, equals, right = text.rpartition("=")
     if not equals:
-        raise RecipeError(f"expected NAME=PATTERN, found {text!r}")
+        expected = "REGEX=ROLES" if key == "roles" else "NAME=PATTERN"
+        raise RecipeError(f"--{key}: expected {expected}, found {text!r}")
     return left, right
 
 

@@ -1,6 +1,6 @@
 """`save_pretrained` of a lowered model: it would write packed weights, which nothing could load."""
 
-from types import MethodType
+from functools import partial
 from typing import Any, NoReturn
 
 from torch import nn
@@ -14,13 +14,13 @@ def refuse_saving(model: nn.Module) -> None:
     """Have every module that saves itself to a hub's format refuse to."""
     for module in model.modules():
         if callable(getattr(type(module), _SAVE, None)):
-            vars(module)[_SAVE] = MethodType(_refuse, module)
+            vars(module)[_SAVE] = partial(_refuse, module)  # which, other than a method, pickles
 
 
 def allow_saving(model: nn.Module) -> None:
     """Undo `refuse_saving`."""
     for module in model.modules():
-        if getattr(vars(module).get(_SAVE), "__func__", None) is _refuse:
+        if getattr(vars(module).get(_SAVE), "func", None) is _refuse:
             del vars(module)[_SAVE]
 
 

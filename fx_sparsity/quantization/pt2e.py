@@ -240,7 +240,11 @@ def name_codes(model: fx.GraphModule) -> fx.GraphModule:
     return model
 
 
-_SUFFIXES = {"input": "", "scales": "_scale", "zero_points": "_zero_point"}
+_SUFFIXES = {
+    "input": "",
+    **dict.fromkeys(("scale", "scales"), "_scale"),
+    **dict.fromkeys(("zero_point", "zero_points"), "_zero_point"),
+}
 """Argument of a dequantization -> what the name of its tensor ends in."""
 
 

@@ -14,7 +14,7 @@ from fx_sparsity.sparsifier.averaging import follow_masks
 from fx_sparsity.sparsifier.core import SparsifierCore
 from fx_sparsity.sparsifier.hub import guard, unguard
 from fx_sparsity.sparsifier.mask import Mask
-from fx_sparsity.sparsifier.mask_state import load_entry, save_entry
+from fx_sparsity.sparsifier.mask_state import Origin, load_entry, save_entry
 from fx_sparsity.sparsifier.placement import (
     MASKED,
     OF_ONE_MODEL,
@@ -45,7 +45,7 @@ from fx_sparsity.sparsifier.utils import (
     swap_module,
 )
 
-_Entry = tuple[Tensor, bool, dict[str, Any]]
+_Entry = tuple[Tensor, bool, dict[str, Any], Origin]
 """What is kept of one weight: its mask, whether it is squashed, and counters."""
 
 
@@ -241,7 +241,12 @@ class BaseSparsifier(SparsifierCore):
         if self.model is not None:
             raise MaskError("the sparsifier is bound to a model already; copy it to bind the copy")
         entries = {
-            name: (target.mask.mask, target.squashed, self.state[name].counters)
+            name: (
+                target.mask.mask,
+                target.squashed,
+                self.state[name].counters,
+                Origin(target.given, target.asked),
+            )
             for name, target in self._targets.items()
         }
         self._bind(model, self.groups, entries)
@@ -390,16 +395,17 @@ class BaseSparsifier(SparsifierCore):
         groups = {group["tensor_fqn"]: dict(group) for group in copy.deepcopy(state_dict["groups"])}
         entries = {}
         for name, entry in state_dict["state"].items():
-            mask, squashed, counters = load_entry(entry)
+            mask, squashed, counters, origin = load_entry(entry)
             if mask is None or name not in groups:
                 what = "mask" if mask is None else "group"
                 raise MaskError(f"error loading {name}: the state has no {what} for it")
-            entries[name] = (mask, squashed, copy.deepcopy(counters))
+            entries[name] = (mask, squashed, copy.deepcopy(counters), origin)
         if not strict:
             for name, target in self._targets.items():
                 if name not in entries:
                     counters = self.state[name].counters
-                    entries[name] = (target.mask.mask, target.squashed, counters)
+                    origin = Origin(target.given, target.asked)
+                    entries[name] = (target.mask.mask, target.squashed, counters, origin)
                     groups[name] = self.config_of(name)
             if self.model is not None:
                 held = self.model
@@ -408,13 +414,15 @@ class BaseSparsifier(SparsifierCore):
         if self.model is not None:
             self._bind(self.model, ordered, entries)
             return
-        if absent := [name for name, (mask, _, _) in entries.items() if mask.is_meta]:
+        if absent := [name for name, (mask, *_) in entries.items() if mask.is_meta]:
             raise MaskError(
                 f"error loading {absent[0]}: its mask has no data, it is on the meta device"
             )
         self._targets, self.state, self.groups = {}, {}, ordered
-        for name, (mask, squashed, counters) in entries.items():
-            self._register(Target(name, [], Mask(mask), squashed=squashed), counters)
+        for name, (mask, squashed, counters, origin) in entries.items():
+            target = Target(name, [], Mask(mask), squashed=squashed)
+            target.given, target.asked = origin
+            self._register(target, counters)
 
     def _bind(
         self, model: nn.Module, groups: Sequence[Mapping[str, Any]], entries: Mapping[str, _Entry]
@@ -423,14 +431,14 @@ class BaseSparsifier(SparsifierCore):
         owners = owners_by_identity(model)
         found = {
             name: self._find_target(model, owners, name, mask, squashed)
-            for name, (mask, squashed, _) in entries.items()
+            for name, (mask, squashed, *_) in entries.items()
         }
         attach_all([target for target, fresh in found.values() if fresh])
         for name in [name for name in self._targets if name not in entries]:
             self._forget(name)
         self._targets, self.state = {}, {}
         for name, (target, _) in found.items():
-            mask, squashed, counters = entries[name]
+            mask, squashed, counters, (target.given, target.asked) = entries[name]
             target.mask.restore(mask)
             if squashed and not target.squashed:
                 target.squash()

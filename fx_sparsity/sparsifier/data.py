@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fx_sparsity.sparsifier.core import SparsifierCore
 from fx_sparsity.sparsifier.mask import Mask
-from fx_sparsity.sparsifier.mask_state import load_entry, save_entry
+from fx_sparsity.sparsifier.mask_state import Origin, load_entry, save_entry
 from fx_sparsity.sparsifier.target import MaskError, Target, check_maskable
 
 Data = Tensor | nn.Parameter | nn.Embedding | nn.EmbeddingBag
@@ -233,6 +233,7 @@ class BaseDataSparsifier(SparsifierCore):
 
     def _hold_entry(self, entry: "_Entry", tensor: Tensor) -> None:
         target = self._hold(entry.name, tensor, Mask(entry.mask.to(tensor.device)), entry.squashed)
+        target.given, target.asked = entry.origin
         self._register(target, entry.counters)
         self.data_groups[entry.name] = copy.deepcopy(entry.config)
 
@@ -277,6 +278,7 @@ class _Entry:
     mask: Tensor
     squashed: bool
     counters: dict[str, Any]
+    origin: Origin
 
 
 def _parse(state_dict: Mapping[str, Any]) -> Iterator[_Entry]:
@@ -295,14 +297,14 @@ def _parse(state_dict: Mapping[str, Any]) -> Iterator[_Entry]:
             raise ValueError(f"error loading {name}: the state has no {what} for it")
         if not data.is_floating_point():
             raise ValueError(f"error loading {name}: expected floating data, found {data.dtype}")
-        mask, _, counters = load_entry(saved)
+        mask, _, counters, origin = load_entry(saved)
         mask = torch.ones_like(data) if mask is None else mask
         if mask.shape != data.shape:
             raise ValueError(
                 f"error loading {name}: expected a mask of shape {tuple(data.shape)}, "
                 f"found {tuple(mask.shape)}"
             )
-        yield _Entry(name, data, config, mask, attribute in container, counters)
+        yield _Entry(name, data, config, mask, attribute in container, counters, origin)
 
 
 _TAKEN = frozenset(dir(nn.Module())) | frozenset(dir(nn.ModuleDict()))

@@ -100,6 +100,7 @@ class Target:
         for module, attribute in self.owners:
             if mask_on(module, attribute) is not self.mask:
                 continue  # taken off through another sparsifier that shares it
+            _give_own_class(module)
             parametrize.remove_parametrizations(module, attribute, leave_parametrized=False)
             refuse_plain_keys(module)
             _put_before(module, attribute, self._followers.pop((id(module), attribute), []))
@@ -131,6 +132,16 @@ class Target:
         self.mask.bake(self.original)
         self.detach()
         self.squashed = True
+
+
+def _give_own_class(module: nn.Module) -> None:
+    """Part a parametrized module from its copies.
+
+    A deep copy shares the class that torch made for the module, whose property it deletes when a
+    parametrization goes: the others could not be called any more.
+    """
+    made = type(module)
+    module.__class__ = type(made.__name__, made.__bases__, dict(vars(made)))
 
 
 def _put_before(module: nn.Module, attribute: str, followers: Sequence[str]) -> None:

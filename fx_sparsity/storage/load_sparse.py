@@ -13,6 +13,7 @@ from torch import nn
 from fx_sparsity.kernels import SparseLinear
 from fx_sparsity.kernels.packings import packing_for
 from fx_sparsity.lowering.dense_tables import ROWS, Lookup
+from fx_sparsity.lowering.hub_guard import refuse_saving
 from fx_sparsity.lowering.layers import DenseLinear
 from fx_sparsity.lowering.lowered import LoweredLinear
 from fx_sparsity.lowering.places import ModulePlace, module_places
@@ -129,6 +130,8 @@ def load_sparse(path: str | Path, model: nn.Module, *, check: bool = False) -> L
     fill_modules(file, model, but={inner for place in made for inner in place.module.modules()})
     for place, packed in made.items():
         place.put(model, packed.train(place.module.training))
+    if made:
+        refuse_saving(model)
     return LoadReport(tuple(rows))
 
 

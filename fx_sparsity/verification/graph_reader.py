@@ -1,6 +1,6 @@
 """What a node of a graph receives as a weight: float values, or codes behind a dequantization."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +10,13 @@ from torch import Tensor, fx
 from fx_sparsity.graph.calls import bind, is_view, operator_name
 from fx_sparsity.graph.operators import SAME_VALUES
 from fx_sparsity.graph.sources import Source, module_source
-from fx_sparsity.graph.uses import SeenWeight, is_annotated, seen_weights, weight_arguments
+from fx_sparsity.graph.uses import (
+    SeenWeight,
+    is_annotated,
+    noted_weights,
+    seen_weights,
+    weight_arguments,
+)
 from fx_sparsity.verification.stored import StoredWeight, float_weight
 
 
@@ -29,7 +35,8 @@ def read_value(source: Source, weight: SeenWeight, node: fx.Node) -> StoredWeigh
         if name.startswith("dequantize"):
             dequantize = node
         elif is_view(node):
-            viewed_since = viewed_since or dequantize is None
+            # What has notes of weights is no view of the model, but part of a decomposed consumer.
+            viewed_since = viewed_since or (dequantize is None and not noted_weights(node))
         elif name not in SAME_VALUES and not name.startswith("quantize"):
             obstacle = f"read through {name}"
         if not node.all_input_nodes:
@@ -45,25 +52,11 @@ def read_value(source: Source, weight: SeenWeight, node: fx.Node) -> StoredWeigh
         obstacle = obstacle or f"stored in shape {tuple(tensor.shape)}, expected {expected}"
     if dequantize is None:
         return replace(float_weight(weight.fqn, where, tensor), obstacle=obstacle)
-
-    def constant(value: Any) -> Tensor:
-        if isinstance(value, fx.Node):
-            held = source(value)
-            assert held is not None  # a quantizer's constant, held by the graph
-            return held[1]
-        return torch.tensor(value)
-
-    args = bind(dequantize)
-    if operator_name(dequantize) == "dequantize_per_channel":
-        axis = args["axis"]
-        shape = [-1 if dim == axis else 1 for dim in range(tensor.ndim)]
-        scale, zero_point = constant(args["scales"]).view(shape), constant(args["zero_points"])
-        zero_point = zero_point.view(shape)
-        kind = "float" if zero_point.is_floating_point() else "integer"
-        scheme = f"per-channel affine ({kind} zero point), axis {axis}"
-    else:
-        scale, zero_point = constant(args["scale"]), constant(args["zero_point"])
-        scheme = "per-tensor affine"
+    scaling = _scaling(source, dequantize, tensor)
+    if scaling is None:
+        obstacle = obstacle or "its scale is computed when the model runs"
+        return replace(float_weight(weight.fqn, where, tensor), obstacle=obstacle)
+    scale, zero_point, scheme = scaling
 
     @torch.no_grad()
     def write(codes: Tensor) -> None:
@@ -78,10 +71,64 @@ def read_value(source: Source, weight: SeenWeight, node: fx.Node) -> StoredWeigh
         write,
         scale,
         zero_point,
-        (int(args["quant_min"]), int(args["quant_max"])),
+        _code_range(bind(dequantize), tensor.dtype),
         view,
         obstacle,
     )
+
+
+def _scaling(
+    source: Source, dequantize: fx.Node, tensor: Tensor
+) -> tuple[Tensor, Tensor, str] | None:
+    """Scale and zero point, broadcastable against the codes, and what to call them.
+
+    Returns:
+        None where the model does not hold them.
+    """
+    name, args = operator_name(dequantize), bind(dequantize)
+    ending = "s" if name == "dequantize_per_channel" else ""
+    scale, zero_point = (
+        _constant(source, args[f"{key}{ending}"]) for key in ("scale", "zero_point")
+    )
+    if scale is None or zero_point is None:
+        return None
+    if name == "dequantize_per_channel":
+        axis = args["axis"]
+        shape = [-1 if dim == axis else 1 for dim in range(tensor.ndim)]
+        scale, zero_point = scale.view(shape), zero_point.view(shape)
+        kind = "float" if zero_point.is_floating_point() else "integer"
+        return scale, zero_point, f"per-channel affine ({kind} zero point), axis {axis}"
+    if name == "dequantize_affine":
+        blocks = args["block_size"]
+        scale, zero_point = (_spread(v, tensor.shape, blocks) for v in (scale, zero_point))
+        return scale, zero_point, f"affine, blocks of {'x'.join(map(str, blocks))}"
+    return scale, zero_point, "per-tensor affine"
+
+
+def _constant(source: Source, value: Any) -> Tensor | None:
+    """A number, or a tensor that the graph holds; 0 where none is given."""
+    if isinstance(value, fx.Node):
+        held = source(value)
+        return None if held is None else held[1]
+    return torch.tensor(0 if value is None else value)
+
+
+def _code_range(args: Mapping[str, Any], dtype: torch.dtype) -> tuple[int, int]:
+    """Smallest and largest code; all of the type where a dequantization does not say."""
+    kind = torch.finfo(dtype) if dtype.is_floating_point else torch.iinfo(dtype)
+    low, high = args.get("quant_min"), args.get("quant_max")
+    return int(kind.min if low is None else low), int(kind.max if high is None else high)
+
+
+def _spread(values: Tensor, shape: Sequence[int], blocks: Sequence[int]) -> Tensor:
+    """One value for each block, or one for all, as one for each element."""
+    if values.numel() == 1:
+        return values.reshape(())
+    counts = [size // block for size, block in zip(shape, blocks, strict=True)]
+    values = values.reshape(counts)
+    for axis, block in enumerate(blocks):
+        values = values.repeat_interleave(block, axis)
+    return values
 
 
 def read_nodes(model: fx.GraphModule) -> Iterator[StoredWeight]:

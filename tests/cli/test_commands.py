@@ -16,6 +16,7 @@ from torch import nn
 
 import fx_sparsity as fxs
 from fx_sparsity.cli.commands import commands
+from fx_sparsity.cli.display import show
 
 
 def run(*arguments, code=0):
@@ -228,13 +229,17 @@ def test_convert_to_compressed_tensors_and_back(folder):
         (["sparsify", "{}/model", "{}/model", "--pattern", "2:4"], "is the source"),
         (["sparsify", "{}/model", "{}/out", "--pattern", "3:5"], "embed.weight: pattern 3:5 needs"),
         (["sparsify", "{}/model", "{}/out", "--recipe", "{}/bad.yaml"], "expected pattern"),
+        (["verify", "{}/model", "--recipe", "{}/5.yaml"], "expected quotation marks around 5"),
         (["inspect", "{}/model", "--roles", "mlp=up,down"], "expected some of out, in"),
+        (["inspect", "{}/model", "--roles", "((=in,out"], "roles '((': missing ), unterminated"),
+        (["inspect", "{}/model", "--roles", "mlp"], "--roles: expected REGEX=ROLES, found 'mlp'"),
         (["inspect", "{}/bad.yaml"], "not a safetensors file"),
         (["verify", "{}/bad.yaml"], "not a safetensors file"),
     ],
 )
 def test_errors_are_one_line(folder, arguments, message):
     (folder / "bad.yaml").write_text("patern: 2:4\n")
+    (folder / "5.yaml").write_text('name: {5: "2:4"}\n')
     arguments = [a.format(folder) for a in arguments]
     output = run(*arguments, code=2 if message == "does not exist" else 3)
     assert message in output
@@ -310,6 +315,32 @@ def test_the_report_of_a_checkpoint(folder):
     text = output.read_text()
     for expected in ("1 of 1 hold", "no entry of the mapping speaks of it", "data:image/png"):
         assert expected in text
+
+
+@pytest.mark.parametrize("name", ["model/model.safetensors", "sparse/config.json"])
+def test_a_report_does_not_overwrite_what_it_tells_of(folder, name):
+    run("sparsify", folder / "model", folder / "sparse", "--name", "mlp=2:4")
+    before = (folder / name).read_bytes()
+    paths = (folder / "sparse", "--before", folder / "model")
+    told = run("report", *paths, "--output", folder / name, code=3)
+    assert "a file of the checkpoint; choose another --output" in told
+    assert (folder / name).read_bytes() == before
+    for _ in range(2):  # a report beside the weights may be made anew
+        run("report", *paths, "--output", folder / "sparse" / "report.html")
+
+
+def test_names_of_a_hostile_file(tmp_path, capsys, monkeypatch):
+    names = ["[/bold].weight", "[red]x[/red].weight", "a\nb.weight", "\x1b[31m.weight"]
+    save_file({name: torch.ones(4, 4) for name in names}, tmp_path / "w.safetensors")
+    piped = run("inspect", tmp_path / "w.safetensors", "--tensors")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    show([{"tensor": name} for name in names], as_json=False)  # the table of a terminal
+    for output in (piped, capsys.readouterr().out):
+        for name in (*names[:2], "a\\nb.weight", "\\x1b[31m.weight"):
+            assert name in output
+        assert "\x1b" not in output.replace("\x1b[1m", "").replace("\x1b[0m", "")  # bold titles
+    name = "\x1b[31m.weight=2:5"
+    assert "\x1b" not in run("verify", tmp_path / "w.safetensors", "--name", name, code=3)
 
 
 def test_as_a_process(folder):

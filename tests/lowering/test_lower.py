@@ -1,5 +1,6 @@
 import copy
 import json
+import pickle
 import warnings
 
 import expecttest
@@ -577,6 +578,13 @@ def test_a_lowered_model_is_not_saved_for_what_cannot_load_it(tmp_path):
     lowered, _ = fxs.lower(model, inputs, policy="always")
     with pytest.raises(LoweringError, match=r"LlamaForCausalLM is lowered.*call unlower\(model\)"):
         copy.deepcopy(lowered).save_pretrained(tmp_path / "hub")
+    with pytest.raises(LoweringError, match="LlamaForCausalLM is lowered"):
+        pickle.loads(pickle.dumps(lowered)).save_pretrained(tmp_path / "hub")
+    fxs.save(dense, tmp_path / "dense.safetensors")
+    sparse = copy.deepcopy(dense)
+    fxs.load_sparse(tmp_path / "dense.safetensors", sparse)
+    with pytest.raises(LoweringError, match="LlamaForCausalLM is lowered"):
+        sparse.save_pretrained(tmp_path / "hub")
     assert not (tmp_path / "hub").exists()
     fxs.save(lowered, tmp_path / "lowered.safetensors")
     for load in (fxs.load, fxs.load_sparse):

@@ -4,13 +4,24 @@ import copy
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.ao import quantization as tq
 from torch.ao.quantization import quantize_fx
 from torch.nn import functional as F
 from torch.nn.utils import prune
+from torchao.quantization.granularity import PerAxis, PerGroup, PerTensor
+from torchao.quantization.pt2e._affine_quantization import AffineQuantizedMinMaxObserver
+from torchao.quantization.pt2e.observer import PlaceholderObserver
+from torchao.quantization.pt2e.quantizer import (
+    QuantizationAnnotation,
+    QuantizationSpec,
+    Quantizer,
+)
+from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
+from torchao.quantization.quant_primitives import MappingType
 
 import fx_sparsity as fxs
+from fx_sparsity.graph.calls import operator_name
 from fx_sparsity.quantization import (
     BACKENDS,
     BackendError,
@@ -463,3 +474,65 @@ def test_stubs_keep_what_the_configuration_says():
     # Of the two, x86 is the one whose activations have a reduced range.
     assert not prepared.enter.activation_post_process.reduce_range
     assert prepared.plus.activation_post_process.reduce_range
+
+
+class WeightsOnly(Quantizer):
+    """The weights of linears, observed in one way."""
+
+    def __init__(self, dtype=torch.int8, **spec):
+        self.spec = QuantizationSpec(dtype=dtype, **spec)
+
+    def annotate(self, model):
+        for node in model.graph.find_nodes(
+            op="call_function", target=torch.ops.aten.linear.default
+        ):
+            node.meta[Q_ANNOTATION_KEY] = QuantizationAnnotation(
+                input_qspec_map={node.args[1]: self.spec}, _annotated=True
+            )
+        return model
+
+    def validate(self, model):
+        pass
+
+
+def quantize_weights(**spec):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 16)).eval()
+    return sparsify_and_quantize(
+        model,
+        fxs.WeightNormSparsifier(),
+        (torch.randn(2, 32),),
+        order="sparsify_first",
+        backend="pt2e",
+        mapping="2:4",
+        config=WeightsOnly(**spec),
+    )
+
+
+@pytest.mark.parametrize("granularity", [PerGroup(8), PerAxis(0), PerTensor()])
+def test_affine_scales_of_any_granularity_are_read(granularity):
+    observer = AffineQuantizedMinMaxObserver.with_args(
+        mapping_type=MappingType.ASYMMETRIC,
+        target_dtype=torch.int8,
+        granularity=granularity,
+        eps=1e-6,
+        scale_dtype=torch.float32,
+        zero_point_dtype=torch.int32,
+    )
+    model, verification = quantize_weights(observer_or_fake_quant_ctr=observer)
+    verification.raise_if_lost()
+    (stored,) = [weight for weight in read_weights(model) if weight.fqn == "0.weight"]
+    (node,) = [n for n in model.graph.nodes if operator_name(n) == "dequantize_affine"]
+    args = [model.get_buffer(arg.target) if isinstance(arg, fx.Node) else arg for arg in node.args]
+    torch.testing.assert_close(stored.dequantize(), node.target(*args, **node.kwargs))
+    broken = stored.data.clone()
+    broken[stored.zeros()] += 1
+    stored.write(broken)
+    assert not fxs.verify(model, verification.record).ok
+
+
+def test_scales_that_are_computed_at_run_time_prove_nothing():
+    observer = PlaceholderObserver.with_args(is_dynamic=True)
+    spec = {"qscheme": torch.per_tensor_affine, "quant_min": -128, "quant_max": 127}
+    _, verification = quantize_weights(observer_or_fake_quant_ctr=observer, is_dynamic=True, **spec)
+    assert "its scale is computed when the model runs" in verification.rows[0].faults

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+import fx_sparsity as fxs
 from fx_sparsity import BaseSparsifier, WeightNormSparsifier
 from fx_sparsity.masks import ScoreError
 from fx_sparsity.patterns import PatternError
@@ -210,6 +211,19 @@ def test_unknown_norms_and_names_raise():
         WeightNormSparsifier(norm="L3")
     with pytest.raises(ValueError, match="does not exist: 'x'"):
         WeightNormSparsifier().get_mask("x")
+
+
+def test_a_copy_that_is_squashed_leaves_the_original_as_it_is():
+    model, sparsifier = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 8)), WeightNormSparsifier()
+    fxs.prepare(model, sparsifier, (torch.randn(2, 16),), "2:4")
+    sparsifier.step()
+    copied, others = copy.deepcopy((model, sparsifier))
+    fxs.squash(copied, others)
+    x = torch.randn(2, 16)
+    assert torch.equal(model(x), copied(x))
+    sparsifier.step()
+    fxs.squash(model, sparsifier)
+    assert torch.equal(model(x), copied(x))
 
 
 def test_model_and_sparsifier_copied_together_stay_bound():

@@ -1,4 +1,6 @@
+import copy
 import json
+import pickle
 
 import pytest
 import torch
@@ -6,10 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
+from torch.nn.utils import prune
 
 import fx_sparsity as fxs
 from fx_sparsity import SparsityRecord, WeightNormSparsifier, save
 from fx_sparsity.masks.bits import pack_bits, unpack_bits
+from fx_sparsity.sparsifier import take_over_pruned
 from fx_sparsity.sparsifier.record import RecordError, record_metadata
 from fx_sparsity.storage import SafetensorsFile
 from tests.models import make
@@ -154,6 +158,26 @@ def test_a_schedule_that_is_ahead_of_the_masks():
         sparsifier.step()
         schedule.step()
     assert sparsifier.config_of("0.weight")["sparsity_level"] == pytest.approx(0.8)
+    restored = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 8))
+    resumed = fxs.WeightNormSparsifier()
+    fxs.prepare(restored, resumed, (torch.randn(2, 16),), "2:4")
+    resumed.step()
+    resumed.load_state_dict(sparsifier.state_dict())
+    unpickled = pickle.loads(pickle.dumps(sparsifier))
+    unpickled.attach(dense := nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 8)))
+    copied = copy.deepcopy((model, sparsifier))
+    for held, holder in (restored, resumed), (dense, unpickled), copied, (model, sparsifier):
+        held, record = fxs.squash(held, holder)
+        assert record["0.weight"].level == pytest.approx(0.6)
+        fxs.verify(held, record).raise_if_lost()
+
+
+def test_a_given_mask_stays_one_in_copies():
+    """No pattern is claimed for what came from elsewhere."""
+    model, sparsifier = nn.Sequential(nn.Linear(16, 16)), fxs.WeightNormSparsifier()
+    prune.random_unstructured(model[0], "weight", 0.3)
+    take_over_pruned(model, sparsifier)
+    model, sparsifier = copy.deepcopy((model, sparsifier))
     model, record = fxs.squash(model, sparsifier)
-    assert record["0.weight"].level == pytest.approx(0.6)
+    assert record["0.weight"].pattern is None
     fxs.verify(model, record).raise_if_lost()

@@ -56,6 +56,37 @@ def test_it_is_verified_after_a_reload(saved, decomposed):
     assert [row.fqn for row in after.rows].count("table.weight") == 2
 
 
+def test_parts_and_transposes_are_verified_when_decomposed():
+    class Split(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.packed = nn.Parameter(torch.randn(16, 16))
+            self.stored_as_in_out = nn.Parameter(torch.randn(16, 16))
+
+        def forward(self, x):
+            query, key = self.packed.chunk(2)
+            x = torch.cat([nn.functional.linear(x, query), nn.functional.linear(x, key)], 1)
+            return nn.functional.linear(x, self.stored_as_in_out.t())
+
+    inputs = (torch.randn(2, 16),)
+    quantized, verification = sparsify_and_quantize(
+        Split().eval(),
+        fxs.WeightNormSparsifier(),
+        inputs,
+        order="sparsify_first",
+        backend="pt2e",
+        mapping="2:4",
+    )
+    verification.raise_if_lost()
+    program = torch.export.export(quantized, inputs).run_decompositions()
+    fxs.verify(program, verification.record).raise_if_lost()
+    for name, tensor in program.state_dict.items():
+        if tensor.ndim > 1:
+            tensor += 1
+            assert not fxs.verify(program, verification.record).ok, name
+            tensor -= 1
+
+
 def test_codes_have_the_names_of_their_weights(saved):
     path, _ = saved
     state = torch.export.load(path).state_dict

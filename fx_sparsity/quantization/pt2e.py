@@ -229,10 +229,11 @@ def name_codes(model: fx.GraphModule) -> fx.GraphModule:
 
     Convert numbers them. What is exported, packaged or written for another runtime keeps names, and
     little else. A name that is taken stays: where a weight is stored twice, the first copy has it.
+    Codes of a part of a weight, or of one that was transposed first, keep their number.
     """
     for node in model.graph.nodes:
         for weight, value in weight_arguments(node):
-            if operator_name(value).startswith("dequantize"):
+            if weight.is_whole and operator_name(value).startswith("dequantize"):
                 for arg, held in bind(value).items():
                     if isinstance(held, fx.Node) and held.op == "get_attr":
                         _rename(model, str(held.target), weight.fqn + _SUFFIXES[arg])

@@ -80,6 +80,8 @@ def test_parts_and_transposes_are_verified_when_decomposed():
     verification.raise_if_lost()
     program = torch.export.export(quantized, inputs).run_decompositions()
     fxs.verify(program, verification.record).raise_if_lost()
+    # Codes that are not the weight as it was do not have its name.
+    assert {"packed", "stored_as_in_out"}.isdisjoint(program.state_dict)
     for name, tensor in program.state_dict.items():
         if tensor.ndim > 1:
             tensor += 1

@@ -73,13 +73,13 @@ class DenseTable:
     def candidates(self) -> tuple[dict[str, Lookup], list[str]]:
         """The table in each packing that fits, by its name; and why the others do not."""
         if (refusal := self.refusal(ROWS)) is not None:
-            return {}, [refusal]
+            return {}, [f"{ROWS}: {refusal}"]
         return {ROWS: self.pack(ROWS)}, []
 
     def refusal(self, packing: str) -> str | None:
         """Why a packing, which is `"rows"`, does not serve it; None if it does."""
         pruned = bool(self.zeros.all(1).any())
-        return None if pruned else f"{packing}: none of its rows is zero throughout"
+        return None if pruned else "none of its rows is zero throughout"
 
     def pack(self, packing: str, tied: object = None) -> Lookup:
         """The same lookups in a table without its zero rows.

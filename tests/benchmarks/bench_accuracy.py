@@ -149,7 +149,9 @@ def measure_language_model(options: Options, pattern: str) -> tuple[list[str], l
         fxs.prune(model, sparsifier, batches, mapping, reconstruction=rebuilt)
         seconds, busy = time.perf_counter() - start, time.process_time() - busy
         fxs.squash(model, sparsifier)
-        return {"losses": losses(model, held), "seconds": seconds, "busy": busy}
+        steps = 0 if rebuilt is None else rebuilt.steps
+        held_out = losses(model, held)
+        return {"losses": held_out, "seconds": seconds, "busy": busy, "steps": steps}
 
     whole = Options("smollm2", options.state, None).once("dense", dense)
     plain = options.once("ALPS", lambda: pruned(None))
@@ -171,7 +173,8 @@ def measure_language_model(options: Options, pattern: str) -> tuple[list[str], l
         if share > bar:
             missed.append(f"{options.name}, {name}: {share:.2f} of the gap is left, bar {bar}")
     times = [f"{run['seconds']:.0f} ({run['busy']:.0f} of all cores)" for run in (plain, rebuilt)]
-    lines.append(f"seconds: ALPS {times[0]}, rebuilt {times[1]}")
+    steps = rebuilt["steps"]
+    lines.append(f"seconds: ALPS {times[0]}, rebuilt {times[1]} in {steps} steps a block")
     return lines, missed
 
 
@@ -247,7 +250,7 @@ def sparse_first() -> tuple[CalibratedSparsifier, Refinement]:
 
 EACH = 24
 """Calibration sequences of each domain."""
-REBUILT = Reconstruction(steps=576, learning_rate=2e-3, autocast=torch.bfloat16)
+REBUILT = Reconstruction(steps=512, learning_rate=2e-3, autocast=torch.bfloat16)
 
 
 def calibration(texts: list[Domain], encode: Callable[[str], list[int]]) -> list[dict[str, Tensor]]:

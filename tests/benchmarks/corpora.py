@@ -12,6 +12,7 @@ import re
 import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from pydoc_data import topics
 
@@ -98,6 +99,7 @@ class Domain:
     evaluation: str
 
 
+@cache
 def domains() -> list[Domain]:
     """Reference pages, docstrings and source code; and a licence that is never calibrated on."""
     seen: set[str] = set()

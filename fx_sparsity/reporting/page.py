@@ -55,16 +55,19 @@ def write_html(
 
     Raises:
         TypeError: a part of an unknown kind.
-        ValueError: there is no part.
+        ValueError: there is no part, or a figure of the headline is a tuple of other than two.
         OSError: the file cannot be written.
 
-    Example:
+    Examples:
         >>> weights = fxs.find_weights(nn.Linear(8, 8))
         >>> write_html("report.html", weights, headline={"accuracy": (0.91, 0.90)}).name
         'report.html'
     """
     if not parts:
         raise ValueError("parts: expected what a verb returned, found nothing to report")
+    for name, figure in (headline or {}).items():
+        if isinstance(figure, tuple) and len(figure) != 2:
+            raise ValueError(f"headline: {name}: expected (before, after), found {figure!r}")
     page = _page(title, dict(headline or {}), [facts(part) for part in parts], reproduce)
     path = Path(path)
     path.write_text(page, encoding="utf-8")

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import fx_sparsity as fxs
-from fx_sparsity.graph import Assignment
+from fx_sparsity.graph import Assignment, WeightMap
 from fx_sparsity.masks.bits import pack_bits
 from fx_sparsity.pruning import Budget, Evaluation, search, sensitivity
 from fx_sparsity.reporting import Bytes, Facts, densities, facts, write_html
@@ -225,6 +225,8 @@ def test_the_example_runs(tmp_path, monkeypatch):
 def test_what_cannot_be_reported():
     with pytest.raises(ValueError, match="found nothing to report"):
         write_html("never.html")
+    with pytest.raises(ValueError, match=r"headline: loss: expected \(before, after\)"):
+        write_html("never.html", WeightMap(()), headline={"loss": (1, 2, 3)})
     with pytest.raises(TypeError, match="found Linear"):
         facts(nn.Linear(1, 1))
 

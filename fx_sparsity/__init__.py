@@ -1,8 +1,9 @@
 """Find, mask, quantize and prove weight sparsity in any PyTorch model, from its graph."""
 
+from importlib import import_module
 from importlib.metadata import version
+from types import ModuleType
 
-from fx_sparsity import reporting as reporting
 from fx_sparsity.checkpoints import prune_checkpoint, sparsify_checkpoint
 from fx_sparsity.compat.torchao import SemiSparseWeightConfig, sparsify_
 from fx_sparsity.errors import FxSparsityError
@@ -74,3 +75,10 @@ __all__ = [
     "unprepare",
     "verify",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    """`reporting` is imported when it is first asked for: importing the package stays quick."""
+    if name == "reporting":
+        return import_module("fx_sparsity.reporting")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

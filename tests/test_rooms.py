@@ -137,3 +137,8 @@ def test_importing_takes_no_compiler_along():
     after = fresh("import sys, fx_sparsity; print(*sys.modules)")
     assert heavy & set(after) <= heavy & set(before)
     assert "torch._dynamo" not in after
+
+
+def test_reporting_is_imported_when_it_is_asked_for():
+    code = "import sys, fx_sparsity as fxs; print('fx_sparsity.reporting' in sys.modules)"
+    assert fresh(f"{code}; print(callable(fxs.reporting.write_html))") == ["False", "True"]

@@ -63,6 +63,19 @@ inline __m512i float_bits16(const Half* p) {
   return _mm512_castps_si512(_mm512_cvtph_ps(half));
 }
 
+inline __m256 float8(const float* p) {
+  return _mm256_loadu_ps(p);
+}
+
+inline __m256 float8(const BFloat* p) {
+  const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+}
+
+inline __m256 float8(const Half* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+
 template <bool Signed>
 inline __m512i ordered16(__m512i bits) {
   if constexpr (!Signed) return _mm512_and_si512(bits, _mm512_set1_epi32(0x7fffffff));

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstring>
 #include <memory>
+#include <numeric>
 #include <optional>
 #include <vector>
 
@@ -18,16 +19,20 @@ namespace fx {
 constexpr int64_t kChunk = 1 << 15;  // elements that a thread takes at a time
 constexpr int64_t kSample = 1 << 15;
 constexpr int64_t kDigits = 1 << 16;  // values of either half of a key
+constexpr int kBinBits = 11;
+constexpr int64_t kBins = 1 << kBinBits;  // that keys of a range are sorted into
 
 inline int64_t chunks_of(int64_t n) {
   return (n + kChunk - 1) / kChunk;
 }
 
-// What goes: every key below `key`, and the first `ties` of the `equal` keys that equal it.
+// What goes: every key below `key`, and the first `ties` of the `equal` keys that equal it. How many
+// of those each chunk has, where that is known already.
 struct Threshold {
   uint32_t key;
   int64_t ties;
   int64_t equal;
+  std::vector<int64_t> equal_per_chunk = {};
 };
 
 // What goes, once it is known where the last of the ties stands: equal keys before index `cut`.
@@ -38,10 +43,28 @@ struct Cut {
   bool drops(uint32_t other, int64_t i) const { return other < key || (other == key && i < index); }
 };
 
+// A range of keys, cut into at most kBins bins of equal width.
+struct Bins {
+  uint32_t low;
+  int shift;
+
+  Bins(uint32_t low, uint32_t high)
+      : low(low), shift(std::max(0, int(std::bit_width(high - low)) - kBinBits)) {}
+  uint32_t operator()(uint32_t key) const { return (key - low) >> shift; }
+};
+
+// The bin that holds the k-th of `counts`; `k` becomes its rank within that bin.
+template <class Counts>
+int64_t bin_of_rank(const Counts& counts, int64_t& k) {
+  int64_t bin = 0;
+  for (; int64_t(counts[bin]) < k; bin++) k -= counts[bin];
+  return bin;
+}
+
 // The threshold that drops `k` >= 1 of `n` keys in memory; they are reordered. Each round sorts the
-// keys into 2048 bins over the range that is left, and goes on in the bin that holds the k-th.
+// keys into bins over the range that is left, and goes on in the bin that holds the k-th.
 inline Threshold threshold_of_buffer(uint32_t* keys, int64_t n, int64_t k) {
-  uint32_t counts[2048];
+  uint32_t counts[kBins];
   while (true) {
     uint32_t low = keys[0], high = keys[0];
     for (int64_t i = 0; i < n; i++) {
@@ -49,16 +72,15 @@ inline Threshold threshold_of_buffer(uint32_t* keys, int64_t n, int64_t k) {
       high = std::max(high, keys[i]);
     }
     if (low == high) return {low, k, n};
-    const int shift = std::max(0, int(std::bit_width(high - low)) - 11);
-    std::fill_n(counts, ((high - low) >> shift) + 1, 0u);
-    for (int64_t i = 0; i < n; i++) counts[(keys[i] - low) >> shift]++;
-    uint32_t bin = 0;
-    for (; counts[bin] < k; bin++) k -= counts[bin];
+    const Bins bins(low, high);
+    std::fill_n(counts, bins(high) + 1, 0u);
+    for (int64_t i = 0; i < n; i++) counts[bins(keys[i])]++;
+    const uint32_t bin = bin_of_rank(counts, k);
     int64_t left = 0;
     for (int64_t i = 0; i < n; i++) {
       const uint32_t key = keys[i];
       keys[left] = key;
-      left += ((key - low) >> shift) == bin;
+      left += bins(key) == bin;
     }
     n = left;
   }
@@ -87,21 +109,14 @@ void count_digits(Source source, int64_t n, int64_t prefix, int64_t* counts) {
   for (int64_t d = 0; d < kDigits; d++) counts[d] += shared[d].load(std::memory_order_relaxed);
 }
 
-// The digit that holds the k-th of `counts`; `k` becomes its rank within that digit.
-inline int64_t digit_of_rank(const std::vector<int64_t>& counts, int64_t& k) {
-  int64_t digit = 0;
-  for (; counts[digit] < k; digit++) k -= counts[digit];
-  return digit;
-}
-
 template <class Source>
 Threshold threshold_by_counting(Source source, int64_t n, int64_t k) {
   std::vector<int64_t> counts(kDigits, 0);
   count_digits(source, n, -1, counts.data());
-  const int64_t upper = digit_of_rank(counts, k);
+  const int64_t upper = bin_of_rank(counts, k);
   std::fill(counts.begin(), counts.end(), 0);
   count_digits(source, n, upper, counts.data());
-  const int64_t lower = digit_of_rank(counts, k);
+  const int64_t lower = bin_of_rank(counts, k);
   return {uint32_t(upper << 16 | lower), k, counts[lower]};
 }
 
@@ -130,20 +145,23 @@ int64_t gather_between(
   int64_t found = 0, less = 0, i = begin;
   uint32_t strange = 0;
 #if FX_AVX512
-  const __m512i lows = _mm512_set1_epi32(int32_t(low));
+  const __m512i lows = _mm512_set1_epi32(int32_t(low)), ones = _mm512_set1_epi32(1);
   const __m512i widths = _mm512_set1_epi32(int32_t(high - low));
   const __m512i leasts = _mm512_set1_epi32(int32_t(least));
   const __m512i spans = _mm512_set1_epi32(int32_t(span));
+  __m512i counts = _mm512_setzero_si512();
   for (; i + 16 <= end; i += 16) {
     const __m512i keys = source.sixteen(i);
-    strange |= _mm512_cmpgt_epu32_mask(_mm512_sub_epi32(keys, leasts), spans);
-    less += __builtin_popcount(_mm512_cmplt_epu32_mask(keys, lows));
-    const __mmask16 in = _mm512_cmple_epu32_mask(_mm512_sub_epi32(keys, lows), widths);
-    if (in) {
-      _mm512_storeu_si512(out + found, _mm512_maskz_compress_epi32(in, keys));
-      found += __builtin_popcount(in);
+    if constexpr (span != UINT32_MAX) {
+      strange |= _mm512_cmpgt_epu32_mask(_mm512_sub_epi32(keys, leasts), spans);
     }
+    const __mmask16 under = _mm512_cmplt_epu32_mask(keys, lows);
+    counts = _mm512_mask_add_epi32(counts, under, counts, ones);
+    const __mmask16 in = _mm512_cmple_epu32_mask(_mm512_sub_epi32(keys, lows), widths);
+    _mm512_storeu_si512(out + found, _mm512_maskz_compress_epi32(in, keys));
+    found += __builtin_popcount(in);
   }
+  less = _mm512_reduce_add_epi32(counts);
 #endif
   for (; i < end; i++) {
     const uint32_t key = source[i];
@@ -165,24 +183,24 @@ struct Bracket {
 
 template <class Source>
 Bracket bracket_of(Source source, int64_t n, int64_t k) {
-  std::vector<uint32_t> sample(kSample);
+  std::vector<uint32_t> sample(kSample), copy;
   const double stride = double(n) / kSample, share = double(k) / double(n);
   const double spread = 4 * std::sqrt(kSample * share * (1 - share)) + 2;
   const int64_t first = int64_t(share * kSample - spread);
   const int64_t last = int64_t(share * kSample + spread);
-  const auto key_of_rank = [&](int64_t rank) {
-    for (int64_t i = 0; i < kSample; i++) sample[i] = source[int64_t(double(i) * stride)];
-    return threshold_of_buffer(sample.data(), kSample, rank).key;
-  };
+  for (int64_t i = 0; i < kSample; i++) sample[i] = source[int64_t(double(i) * stride)];
+  copy = sample;
   Bracket bracket;
-  if (first > 0) bracket.low = key_of_rank(first);
-  if (last < kSample) bracket.high = key_of_rank(last);
+  if (first > 0) bracket.low = threshold_of_buffer(copy.data(), kSample, first).key;
+  if (last < kSample) bracket.high = threshold_of_buffer(sample.data(), kSample, last).key;
   return bracket;
 }
 
-// The keys of a bracket, and how many lie below it. Given up where they are more than an eighth.
+// The keys of a bracket by chunks, how many each of its bins has, and how many keys lie below it.
+// Given up where a chunk has more than an eighth of its keys there.
 struct Candidates {
-  std::vector<uint32_t> keys;
+  std::vector<std::vector<uint32_t>> chunks;
+  std::vector<int64_t> counts;
   int64_t below = 0;
   bool complete = true;
   bool nan = false;
@@ -190,28 +208,52 @@ struct Candidates {
 
 template <class Source>
 Candidates candidates_of(Source source, int64_t n, Bracket bracket) {
+  const Bins bins(bracket.low, bracket.high);
   std::vector<std::vector<uint32_t>> found(chunks_of(n));
+  std::vector<std::atomic<int64_t>> counts(kBins);
   std::atomic<int64_t> below{0};
   std::atomic<bool> crowded{false}, nan{false};
   torch::stable::parallel_for(0, chunks_of(n), 1, [&](int64_t begin, int64_t end) {
-    std::vector<uint32_t> buffer(kChunk + 16);
+    const auto buffer = std::make_unique_for_overwrite<uint32_t[]>(kChunk + 16);
+    std::vector<uint32_t> own(kBins, 0);
     int64_t less = 0;
     bool strange = false;
     for (int64_t c = begin; c < end && !crowded.load(std::memory_order_relaxed); c++) {
       const int64_t stop = std::min(n, (c + 1) * kChunk);
       const int64_t count = gather_between(
-          source, c * kChunk, stop, bracket.low, bracket.high, buffer.data(), less, strange);
+          source, c * kChunk, stop, bracket.low, bracket.high, buffer.get(), less, strange);
       if (count > kChunk / 8) crowded.store(true, std::memory_order_relaxed);
-      found[c].assign(buffer.data(), buffer.data() + count);
+      found[c].assign(buffer.get(), buffer.get() + count);
+      for (int64_t i = 0; i < count; i++) own[bins(buffer[i])]++;
     }
     below += less;
+    for (int64_t b = 0; b < kBins; b++) {
+      if (own[b]) counts[b].fetch_add(own[b], std::memory_order_relaxed);
+    }
     if (strange) nan.store(true, std::memory_order_relaxed);
   });
-  Candidates candidates{{}, below, !crowded, nan};
-  for (const auto& part : found) {
-    candidates.keys.insert(candidates.keys.end(), part.begin(), part.end());
+  return {std::move(found), {counts.begin(), counts.end()}, below, !crowded, nan};
+}
+
+// The threshold that drops the `rank` smallest candidates, where there are as many.
+inline std::optional<Threshold> threshold_among(
+    const Candidates& candidates, Bracket bracket, int64_t rank) {
+  const auto& counts = candidates.counts;
+  if (rank < 1 || rank > std::accumulate(counts.begin(), counts.end(), int64_t(0))) return {};
+  const Bins bins(bracket.low, bracket.high);
+  const uint32_t bin = bin_of_rank(counts, rank);
+  std::vector<uint32_t> keys;
+  keys.reserve(counts[bin]);
+  for (const auto& chunk : candidates.chunks) {
+    for (const uint32_t key : chunk) {
+      if (bins(key) == bin) keys.push_back(key);
+    }
   }
-  return candidates;
+  Threshold threshold = threshold_of_buffer(keys.data(), int64_t(keys.size()), rank);
+  for (const auto& chunk : candidates.chunks) {
+    threshold.equal_per_chunk.push_back(std::count(chunk.begin(), chunk.end(), threshold.key));
+  }
+  return threshold;
 }
 
 // The threshold that drops the `k` smallest of `n` keys, 0 < k <= n. A sample brackets it, and one
@@ -225,13 +267,14 @@ std::optional<Threshold> threshold_of(Source source, int64_t n, int64_t k) {
     for (int64_t i = 0; i < n; i++) all[i] = source[i];
     return threshold_of_buffer(all.data(), n, k);
   }
-  Candidates candidates = candidates_of(source, n, bracket_of(source, n, k));
+  const Bracket bracket = bracket_of(source, n, k);
+  const Candidates candidates = candidates_of(source, n, bracket);
   if (candidates.nan || (!candidates.complete && any_nan(source, n))) return std::nullopt;
-  const int64_t rank = k - candidates.below, count = int64_t(candidates.keys.size());
-  if (candidates.complete && rank >= 1 && rank <= count) {
-    return threshold_of_buffer(candidates.keys.data(), count, rank);
+  std::optional<Threshold> threshold;
+  if (candidates.complete) {
+    threshold = threshold_among(candidates, bracket, k - candidates.below);
   }
-  return threshold_by_counting(source, n, k);
+  return threshold ? threshold : threshold_by_counting(source, n, k);
 }
 
 // How many keys of each chunk equal `key`.
@@ -268,9 +311,10 @@ std::optional<Cut> cut_smallest(Source source, int64_t n, int64_t k) {
   }
   const auto threshold = threshold_of(source, n, k);
   if (!threshold) return std::nullopt;
-  const auto [key, ties, equal] = *threshold;
+  const auto& [key, ties, equal, per_chunk] = *threshold;
   if (ties == equal) return Cut{key, n};
-  return cut_at(source, equal_per_chunk(source, n, key), key, ties);
+  return cut_at(
+      source, per_chunk.empty() ? equal_per_chunk(source, n, key) : per_chunk, key, ties);
 }
 
 // Write the mask of [begin, end): `one` is kept, zero goes.

@@ -190,7 +190,9 @@ def test_files(rec, tmp_path):
     fxs.save(model, path)
     again = make(rec)
     fxs.load(path, model=again)
-    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters()))
+    assert all(
+        torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True)
+    )
     with parameters_on_meta():
         lean = DLRM(rec).eval()
     report = fxs.load_sparse(path, lean)

@@ -201,7 +201,7 @@ def _contiguous_indices(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """An expanded index, such as BERT's token types, is copied.
 
-    The float module calls it `input`, as torchrec's collections do, and the quantized one `indices`.
+    The float module calls it `input`, as torchrec does, and the quantized one `indices`.
     """
     del module
     given = (*args, kwargs.pop("input")) if "input" in kwargs else args

@@ -38,6 +38,12 @@ class NodePlace(GraphPlace):
         return (self.form.x,)
 
     @property
+    def weight(self) -> fx.Node:
+        """See `GraphPlace`."""
+        node: fx.Node = bind(self.node)[self.form.weight]
+        return node
+
+    @property
     def transposed(self) -> bool:
         """See `Place`."""
         return self.form.transposed

@@ -112,6 +112,11 @@ class GraphPlace(Place):
         """Names of the arguments that what takes its place is called with."""
 
     @property
+    @abstractmethod
+    def weight(self) -> fx.Node:
+        """The argument that is the weight."""
+
+    @property
     def result(self) -> fx.Node | None:
         """The node that stands for what it computes; None where more is read of it."""
         return self.node

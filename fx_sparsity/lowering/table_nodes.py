@@ -32,6 +32,13 @@ def looked_up(args: Mapping[str, Any]) -> Any:
     return args.get("indices", args.get("input"))
 
 
+def held_by(source: Source, value: fx.Node) -> tuple[str, Tensor] | None:
+    """Name and tensor of the weight that an argument is made of; None where no model holds it."""
+    while (held := source(value)) is None and value.all_input_nodes:
+        value = value.all_input_nodes[0]
+    return held
+
+
 @dataclass(eq=False)
 class TableNode(GraphPlace):
     """A node that looks up in a table."""
@@ -46,8 +53,7 @@ class TableNode(GraphPlace):
             source: see `GraphPlace`.
             attributes: the others of the place.
         """
-        while (held := source(value)) is None and value.all_input_nodes:
-            value = value.all_input_nodes[0]
+        held = held_by(source, value)
         tensor = attributes["seen"] if held is None else held[1]
         bag = OPERATORS[operator_name(attributes["node"])].kind == _BAG
         owner = nn.EmbeddingBag if bag else nn.Embedding
@@ -59,6 +65,12 @@ class TableNode(GraphPlace):
         indices = "indices" if "indices" in bind(self.node) else "input"
         bag = self.owner is nn.EmbeddingBag
         return (indices, "offsets", "per_sample_weights") if bag else (indices,)
+
+    @property
+    def weight(self) -> fx.Node:
+        """See `GraphPlace`."""
+        node: fx.Node = bind(self.node)["weight"]
+        return node
 
     @property
     def result(self) -> fx.Node | None:
@@ -76,7 +88,7 @@ class TableNode(GraphPlace):
             return "more of its results is read than the bags"
         if args.get("max_norm") is not None:
             return "its rows are rescaled at each call"
-        stored = read_value(self.source, self.seen, args["weight"])
+        stored = read_value(self.source, self.seen, self.weight)
         if stored.obstacle:
             return stored.obstacle
         if stored.data.ndim != 2 or not self.seen.is_whole:

@@ -1,6 +1,8 @@
 """A recommender of torchrec's parts, or of ones shaped like these, from discovery to a file."""
 
 import copy
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,10 +25,10 @@ MAPPING = (
     .set_object_type(nn.Embedding, "rows 50%")
 )
 
-pytestmark = pytest.mark.parametrize("rec", PARTS, indirect=True)
+TUTORIAL = Path(__file__).parents[1] / "docs" / "tutorials" / "recommender.md"
 
 
-@pytest.fixture
+@pytest.fixture(params=PARTS)
 def rec(request):
     return parts(request.param)
 
@@ -203,3 +205,15 @@ def test_files(rec, tmp_path):
     }
     fxs.verify(lean, record).raise_if_lost()
     assert_alike(lean, model, rec)
+
+
+if "torchrec" in PARTS:
+
+    def test_the_block_of_the_tutorial_that_needs_torchrec(capsys):
+        page = TUTORIAL.read_text()
+        (found,) = re.findall(
+            r"^```console\n(import.*?)^```\n\n```text\n(.*?)^```", page, re.M | re.S
+        )
+        code, shown = found
+        exec(compile(code, str(TUTORIAL), "exec"), {"__name__": "recommender"})
+        assert capsys.readouterr().out == shown

@@ -7,6 +7,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional
 
 from fx_sparsity.graph.calls import bind, operator_name
 from fx_sparsity.graph.operators import OPERATORS
@@ -75,7 +76,7 @@ class TableNode(GraphPlace):
     @property
     def result(self) -> fx.Node | None:
         """See `GraphPlace`: ATen's bags give a tuple, whose first element counts."""
-        if self.owner is nn.Embedding or not isinstance(self.node.target, torch._ops.OpOverload):
+        if self.owner is nn.Embedding or self.node.target is functional.embedding_bag:
             return self.node
         read = [user for user in self.node.users if user.users]
         first = [u for u in read if u.target is operator.getitem and u.args[1] == 0]
@@ -93,6 +94,8 @@ class TableNode(GraphPlace):
             return stored.obstacle
         if stored.data.ndim != 2 or not self.seen.is_whole:
             return "it looks up in a part of its weight, or in what was made of it"
+        if not stored.quantized and not stored.data.is_floating_point():
+            return f"no kernel for {stored.dtype}"
         value = result.meta.get("val", result.meta.get("example_value"))
         dtype = value.dtype if isinstance(value, Tensor) else torch.float32
         if stored.quantized and dtype not in RESULTS:
@@ -111,7 +114,7 @@ class TableNode(GraphPlace):
         rows, columns = weight.shape
         if self.owner is nn.Embedding:
             return nn.Embedding(rows, columns, _weight=weight)
-        function = not isinstance(self.node.target, torch._ops.OpOverload)
+        function = self.node.target is functional.embedding_bag
         mode, padding = args.get("mode", "mean" if function else 0), args.get("padding_idx")
         if operator_name(self.node).startswith("_") and padding == -1:
             padding = None  # ATen's inner operators have no other word for it

@@ -1,8 +1,8 @@
 """The one editor of ExportedPrograms: graph, signature and state change together, in a copy."""
 
 import copy
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -86,34 +86,49 @@ def remove_masks(program: ExportedProgram) -> ExportedProgram:
     return _rebuilt(program, gm, kept, state, constants)
 
 
-def replace_nodes(
-    program: ExportedProgram, calls: Mapping[str, tuple[str, nn.Module, str]]
-) -> ExportedProgram:
+class NodeCall(NamedTuple):
+    """A module to compute what a node does. It mutates nothing.
+
+    Attributes:
+        path: FQN for the module's tensors.
+        module: takes tensors or None, and gives a tensor.
+        arguments: names of the node's arguments that it takes.
+        result: name of the node that stands for what it gives: the node itself, or an element of
+            it. Nothing else is read of the node.
+    """
+
+    path: str
+    module: nn.Module
+    arguments: tuple[str, ...]
+    result: str
+
+
+def replace_nodes(program: ExportedProgram, calls: Mapping[str, NodeCall]) -> ExportedProgram:
     """Compute what nodes compute by modules instead, whose tensors become buffers of the program.
 
     Parameters and buffers that only these nodes have read are gone.
 
     Args:
         program: not changed.
-        calls: name of a node -> FQN for the module's tensors, the module, and the argument of the
-            node that is its one input. The module gives what the node gives, and mutates nothing.
+        calls: name of a node -> what takes its place.
     """
     gm = _copied_graph(program)
     state = dict(program.state_dict)
     specs = list(program.graph_signature.input_specs)
     nodes = {node.name: node for node in gm.graph.nodes}
-    for name, (path, module, argument_name) in calls.items():
-        node = nodes[name]
-        x = bind(node)[argument_name]  # by now another node, where a call before has replaced it
+    for name, (path, module, arguments, result_name) in calls.items():
+        node, replaced = nodes[name], nodes[result_name]
+        bound = bind(node)  # by now other nodes, where a call before has replaced them
+        given = [bound.get(argument) for argument in arguments]
         tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-        body = _traced(module, x.meta["val"], tensors)
+        body = _traced(module, given, tensors)
         first = next(n for n in gm.graph.nodes if n.op != "placeholder")
         inner: dict[fx.Node, fx.Node] = {}
-        inputs = iter([x, *[None] * len(tensors)])
+        inputs = iter(value for value in given if isinstance(value, fx.Node))
         names = iter(tensors)
         for inside in body.graph.nodes:
-            if inside.op == "placeholder" and (given := next(inputs)) is not None:
-                inner[inside] = given
+            if inside.op == "placeholder" and (held := next(inputs, None)) is not None:
+                inner[inside] = held
             elif inside.op == "placeholder":
                 attribute = f"{path}.{next(names)}"
                 tensor = tensors[attribute.removeprefix(f"{path}.")].detach()
@@ -129,27 +144,34 @@ def replace_nodes(
             elif inside.op == "output":
                 (returned,) = inside.args[0]
                 result = inner[returned]
-                result.meta = dict(node.meta)
-                node.replace_all_uses_with(result)
+                result.meta = dict(replaced.meta)
+                replaced.replace_all_uses_with(result)
             else:
                 with gm.graph.inserting_before(node):
                     inner[inside] = gm.graph.node_copy(inside, inner.__getitem__)
-        gm.graph.erase_node(node)
-        result.name = name  # by which the signature knows it if it is returned
+        for unread in (*node.users, node):
+            gm.graph.erase_node(unread)
+        result.name = result_name  # by which the signature knows it if it is returned
     gm.graph.eliminate_dead_code()
     return _without_unread(program, gm, specs, state)
 
 
-def _traced(module: nn.Module, x: Tensor, tensors: Mapping[str, Tensor]) -> fx.GraphModule:
-    """The operators of a module, in a graph that takes its input and then its tensors."""
-    mode = x.fake_mode  # type: ignore[attr-defined]
+def _traced(
+    module: nn.Module, given: Sequence[fx.Node | None], tensors: Mapping[str, Tensor]
+) -> fx.GraphModule:
+    """The operators of a module, in a graph that takes its inputs and then its tensors."""
+    values = [value.meta["val"] for value in given if value is not None]
+    mode = values[0].fake_mode
     fakes = [mode.from_tensor(tensor.detach(), static_shapes=True) for tensor in tensors.values()]
 
-    def call(x: Tensor, *held: Tensor) -> tuple[Tensor]:
-        return (functional_call(module, dict(zip(tensors, held, strict=True)), (x,)),)
+    def call(*all_tensors: Tensor) -> tuple[Tensor]:
+        inputs, held = all_tensors[: len(values)], all_tensors[len(values) :]
+        each = iter(inputs)
+        args = tuple(None if value is None else next(each) for value in given)
+        return (functional_call(module, dict(zip(tensors, held, strict=True)), args),)
 
     with mode:
-        return make_fx(call)(x, *fakes)
+        return make_fx(call)(*values, *fakes)
 
 
 def _after_state(specs: list[InputSpec]) -> int:

@@ -27,8 +27,10 @@ RESULTS = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 NO_PADDING = -1
 """The `padding_idx` of an operator that has none."""
 
-_LOOKUP = "fx_sparsity::row_pruned_embedding"
-_BAG = "fx_sparsity::row_pruned_embedding_bag"
+LOOKUP, BAG = "row_pruned_embedding", "row_pruned_embedding_bag"
+"""Names of the operators in `torch.ops.fx_sparsity`."""
+
+_LOOKUP, _BAG = f"fx_sparsity::{LOOKUP}", f"fx_sparsity::{BAG}"
 
 _TABLE = "Tensor rows, Tensor? affine, Tensor remap, int columns, str dtype"
 torch.library.define(_LOOKUP, f"(Tensor indices, {_TABLE}) -> Tensor")

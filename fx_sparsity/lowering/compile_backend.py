@@ -20,12 +20,15 @@ from fx_sparsity.graph import MappingLike, SparsityMapping, WeightSite, find_wei
 from fx_sparsity.graph.compiled import compiled_callable, inductor, real_tensors
 from fx_sparsity.graph.sources import Source, compiled_source
 from fx_sparsity.graph.uses import canonical_fqn
+from fx_sparsity.lowering.dense_tables import Lookup
+from fx_sparsity.lowering.graph_places import NodePlace, places_by
 from fx_sparsity.lowering.layers import DenseLinear
 from fx_sparsity.lowering.lowered import LoweredLinear
+from fx_sparsity.lowering.places import GraphPlace
 from fx_sparsity.lowering.plan import Bytes, Planned, choose, layer_rows, no_kernel
 from fx_sparsity.lowering.policy import AUTO, LoweringError, Policy, Rules, checked_tokens
 from fx_sparsity.lowering.report import LoweredWeight, LoweringReport
-from fx_sparsity.lowering.rewrite import LowerNodes, NodePlace, places_by
+from fx_sparsity.lowering.rewrite import LowerNodes
 from fx_sparsity.lowering.selection import Selection
 from fx_sparsity.masks.bits import pack_bits, unpack_bits
 from fx_sparsity.masks.engine import compute_mask
@@ -219,10 +222,9 @@ def _lowered(
             return None
         return found[0], masked.get(*found)
 
-    planned = choose(
-        list(places_by(graph, sparse)), Policy(options.policy), checked_tokens(options.tokens)
-    )
-    packed: dict[NodePlace, LoweredLinear] = {}
+    linear = [place for place in places_by(graph, sparse) if isinstance(place, NodePlace)]
+    planned = choose(linear, Policy(options.policy), checked_tokens(options.tokens))
+    packed: dict[GraphPlace, LoweredLinear | Lookup] = {}
     for plan in planned:
         if plan.choice.packing is not None:
             fqn = plan.place.fqn

@@ -81,20 +81,28 @@ class DenseTable:
         pruned = bool(self.zeros.all(1).any())
         return None if pruned else "none of its rows is zero throughout"
 
-    def pack(self, packing: str, tied: object = None) -> Lookup:
+    @property
+    def norms(self) -> tuple[float, float] | None:
+        """The type and the most of the norm of a row, where lookups rescale rows."""
+        most: Any = getattr(self.module, "max_norm", None)
+        return None if most is None else (float(self.module.norm_type), most)  # type: ignore[arg-type]
+
+    def pack(self, packing: str, tied: Lookup | None = None) -> Lookup:
         """The same lookups in a table without its zero rows.
 
         Args:
             packing: `"rows"`.
-            tied: not used: the tables of two modules are not shared.
+            tied: packed of the same weight and norms, to share its table.
         """
         source: Any = self.module
         bag = isinstance(source, nn.EmbeddingBag | nnq.EmbeddingBag)
         kind: Any = RowPrunedEmbeddingBag if bag else RowPrunedEmbedding
+        options = {name: getattr(source, name) for name in ("padding_idx", *_BAG * bag)}
+        if tied is not None:
+            return kind(tied.table, tied.dtype, **options)
         if not isinstance(source, CodedWeight):
             return kind.from_dense(source)
         codes = source._weight_codes
-        options = {name: getattr(source, name) for name in ("padding_idx", *_BAG * bag)}
         return kind.from_codes(
             codes.codes, codes.scale, codes.zero_point, dtype=codes.dtype, **options
         )

@@ -14,10 +14,12 @@ from fx_sparsity.graph.example_inputs import ExampleInputs
 from fx_sparsity.kernels.embedding import RowPrunedEmbedding, RowPrunedEmbeddingBag
 from fx_sparsity.kernels.semi_structured import is_semi_structured, to_dense
 from fx_sparsity.lowering.dense_tables import Lookup, dense_table
+from fx_sparsity.lowering.graph_places import node_places, program_places
 from fx_sparsity.lowering.hub_guard import allow_saving, refuse_saving
 from fx_sparsity.lowering.layers import KINDS, DenseLinear
 from fx_sparsity.lowering.lowered import ByTokens, LoweredLinear
 from fx_sparsity.lowering.places import (
+    GraphPlace,
     ModulePlace,
     Place,
     module_places,
@@ -28,13 +30,7 @@ from fx_sparsity.lowering.places import (
 from fx_sparsity.lowering.plan import Bytes, Planned, choose, layer_rows, other_rows, pack_all, ties
 from fx_sparsity.lowering.policy import AUTO, LoweringError, Policy, Rules, checked_tokens
 from fx_sparsity.lowering.report import LoweringReport
-from fx_sparsity.lowering.rewrite import (
-    LowerNodes,
-    NodePlace,
-    lower_program,
-    node_places,
-    program_places,
-)
+from fx_sparsity.lowering.rewrite import LowerNodes, lower_program
 from fx_sparsity.sparsifier.mask import masked_weights
 from fx_sparsity.sparsifier.record import MaskRecord
 from fx_sparsity.verification.gate import verify
@@ -55,9 +51,9 @@ def lower(
     """Put sparse kernels in the place of layers where they pay; for inference.
 
     Linear layers are replaced: `nn.Linear`, the `Conv1D` of transformers, those that torchao or
-    `torch.ao` have quantized to 8 bits, and in graphs the nodes that compute them; and embeddings
-    and bags with rows of zeros, quantized or not. On CUDA linear layers with 2:4 weights are, in
-    float16, bfloat16, and int8 or float8 with quantized activations. Call it before
+    `torch.ao` have quantized to 8 bits; embeddings and bags with rows of zeros, quantized or not;
+    and in graphs the nodes that compute any of these. On CUDA linear layers with 2:4 weights are,
+    in float16, bfloat16, and int8 or float8 with quantized activations. Call it before
     `torch.compile`, `torch.export` and AOTInductor, which take what it returns.
 
     Whatever is raised, nothing was changed.
@@ -230,12 +226,10 @@ def _put(
     return model
 
 
-def _of_nodes(packed: Mapping[Place, LoweredLinear | Lookup]) -> dict[NodePlace, LoweredLinear]:
-    return {
-        place: new
-        for place, new in packed.items()
-        if isinstance(place, NodePlace) and isinstance(new, LoweredLinear)
-    }
+def _of_nodes(
+    packed: Mapping[Place, LoweredLinear | Lookup],
+) -> dict[GraphPlace, LoweredLinear | Lookup]:
+    return {place: new for place, new in packed.items() if isinstance(place, GraphPlace)}
 
 
 def _check_used(rules: Policy) -> None:

@@ -13,16 +13,19 @@ from torch.export import ExportedProgram
 from fx_sparsity.graph.calls import bind
 from fx_sparsity.graph.sources import module_source
 from fx_sparsity.kernels.embedding import RowPrunedEmbedding, RowPrunedEmbeddingBag
+from fx_sparsity.kernels.embedding_ops import BAG, LOOKUP
 from fx_sparsity.kernels.linear import SparseLinear
 from fx_sparsity.kernels.ops import NAMESPACE
 from fx_sparsity.kernels.packed_module import PackedModule
 from fx_sparsity.kernels.packings import PACKINGS, Packing, PackingError
+from fx_sparsity.kernels.row_table import RowTable
 from fx_sparsity.lowering.lowered import LoweredLinear
 from fx_sparsity.lowering.rewrite import KERNELS
 from fx_sparsity.verification.read import READERS
 from fx_sparsity.verification.stored import StoredWeight
 
 _BY_OPERATOR = {f"{NAMESPACE}.{p.operator}": p for p in PACKINGS.values()}
+_LOOKUPS = {f"{NAMESPACE}.{name}.default" for name in (LOOKUP, BAG)}
 _AGAIN = re.compile(r"__\d+$")
 """What `LowerNodes` adds to the name of a weight that has several nodes."""
 
@@ -33,9 +36,12 @@ def read_packed(model: nn.Module) -> Iterator[StoredWeight]:
         if isinstance(module, SparseLinear):
             yield _linear(path, module)
         elif isinstance(module, RowPrunedEmbedding | RowPrunedEmbeddingBag):
-            yield _table(path, module)
+            names = [f"{path}.{name}".removeprefix(".") for name in module._buffers]
+            yield _table(path, module.table, module.dtype, names)
     if isinstance(model, fx.GraphModule):
         for node in model.graph.nodes:
+            if str(node.target) in _LOOKUPS and (table := _read_table(model, node)) is not None:
+                yield _table(*table)
             packing = _BY_OPERATOR.get(str(node.target))
             if packing is not None and (read := _read_node(model, node, packing)) is not None:
                 codes = packing.unpack(read.parts, read.shape, read.parts["values"].dtype)
@@ -64,6 +70,9 @@ def check_packed(model: nn.Module | ExportedProgram) -> None:
     if not isinstance(module, fx.GraphModule):
         return
     for node in module.graph.nodes:
+        if str(node.target) in _LOOKUPS and (table := _read_table(module, node)) is not None:
+            with _naming(_weight_of(table[0])):
+                table[1].check()
         packing = _BY_OPERATOR.get(str(node.target))
         if packing is not None and (read := _read_node(module, node, packing)) is not None:
             with _naming(_weight_of(read.path)):
@@ -92,17 +101,16 @@ def _linear(path: str, layer: SparseLinear) -> StoredWeight:
     return replace(stored, roles=("in", "out"), **turned)
 
 
-def _table(path: str, table: RowPrunedEmbedding | RowPrunedEmbeddingBag) -> StoredWeight:
+def _table(path: str, table: RowTable, dtype: torch.dtype, names: list[str]) -> StoredWeight:
     """Codes are read as their values, which are exactly zero where the code says zero."""
-    names = [f"{path}.{name}".removeprefix(".") for name in table._buffers]
-    values = table.dense_weight()
+    indices = torch.arange(table.remap.numel(), device=table.remap.device)
+    values = table.look_up(indices, dtype)
     one = None if values.dtype == table.rows.dtype else values.new_ones(1, 1)
     fqn = _weight_of(path)
-    dtype = str(table.rows.dtype).removeprefix("torch.")
     return StoredWeight(
         fqn,
         fqn,
-        dtype,
+        str(table.rows.dtype).removeprefix("torch."),
         "packed without zero rows",
         values,
         _refuses(fqn),
@@ -142,6 +150,21 @@ def _read_node(model: fx.GraphModule, node: fx.Node, packing: Packing) -> _Read 
         None if scaled is None else scaled[1],
         [name for name, _ in (*held.values(), *filter(None, [scaled]))],
     )
+
+
+def _read_table(
+    model: fx.GraphModule, node: fx.Node
+) -> tuple[str, RowTable, torch.dtype, list[str]] | None:
+    """Path, table, dtype and names of what a lookup reads; None where the graph has none of it."""
+    source, args = module_source(model), bind(node)
+    found = {name: source(args[name]) for name in ("rows", "affine", "remap") if args[name]}
+    held = {name: tensor for name, tensor in found.items() if tensor is not None}
+    if len(held) < len(found):
+        return None
+    names = [fqn for fqn, _ in held.values()]
+    parts: dict[str, Any] = {"affine": None} | {name: tensor for name, (_, tensor) in held.items()}
+    table = RowTable(**parts, columns=args["columns"])
+    return names[0].rpartition(".")[0], table, getattr(torch, args["dtype"]), names
 
 
 def _stored(

@@ -1,4 +1,4 @@
-"""Where a model holds linear layers that may be lowered: modules, and nodes of graphs."""
+"""Where a model holds layers that may be lowered: modules, and nodes of graphs."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fx_sparsity.graph.example_inputs import ExampleInputs, InputError, run_undisturbed
+from fx_sparsity.graph.sources import Source
 from fx_sparsity.graph.uses import SeenWeight
 from fx_sparsity.lowering.dense_tables import DenseTable, Lookup, holds_table, read_table
 from fx_sparsity.lowering.layers import KINDS, DenseLinear, computed_or_hooked, kind_of, read_module
@@ -89,6 +90,36 @@ class Place(ABC):
             names, _ = self.tensor.__tensor_flatten__()
             return sum(getattr(self.tensor, name).nbytes for name in names)
         return self.tensor.nbytes
+
+
+@dataclass(eq=False)
+class GraphPlace(Place):
+    """A node of a graph.
+
+    Attributes:
+        node: the node.
+        seen: what it sees of the weight.
+        source: tells the tensors that nodes stand for.
+    """
+
+    node: fx.Node = field(kw_only=True)
+    seen: SeenWeight = field(kw_only=True)
+    source: Source = field(kw_only=True)
+
+    @property
+    @abstractmethod
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the arguments that what takes its place is called with."""
+
+    @property
+    @abstractmethod
+    def weight(self) -> fx.Node:
+        """The argument that is the weight."""
+
+    @property
+    def result(self) -> fx.Node | None:
+        """The node that stands for what it computes; None where more is read of it."""
+        return self.node
 
 
 @dataclass(eq=False)

@@ -77,18 +77,18 @@ def choose(
 def pack_all(planned: Iterable[Planned]) -> dict[Place, LoweredLinear | Lookup]:
     """The packed form of each layer that gets one; what sees the same of one weight shares it."""
     packed: dict[Place, LoweredLinear | Lookup] = {}
-    first: dict[tuple[object, ...], LoweredLinear] = {}
+    first: dict[tuple[object, ...], Any] = {}
     for plan in planned:
         if plan.layer is not None and plan.choice.packing is not None:
-            place = plan.place
-            key = id(place.tensor), place.transposed, place.view, plan.choice.packing
+            place, layer = plan.place, plan.layer
+            seen = layer.norms if isinstance(layer, DenseTable) else (place.transposed, place.view)
+            key = id(place.tensor), seen, plan.choice.packing
             new = plan.choice.packed
             if new is None or key in first:
-                new = plan.layer.pack(plan.choice.packing, first.get(key))
-            packed[plan.place] = new
+                new = layer.pack(plan.choice.packing, first.get(key))
+            packed[place] = first[key] = new
             if isinstance(new, LoweredLinear):
-                new.transposed, new.view = plan.place.transposed, plan.place.view
-                first[key] = new
+                new.transposed, new.view = place.transposed, place.view
     return packed
 
 

@@ -39,6 +39,11 @@ def checked_tokens(tokens: Sequence[int] | None) -> tuple[int, ...] | None:
     return tuple(sorted(set(tokens)))
 
 
+def not_smaller(packing: str, nbytes: int, dense: int) -> str:
+    """Why a layer stays dense that takes so many bytes in its smallest packing."""
+    return f"not sparse enough: {packing} takes {nbytes} bytes, dense {dense}"
+
+
 @dataclass(frozen=True)
 class Choice:
     """What becomes of one weight.
@@ -147,8 +152,7 @@ class Policy:
         smaller = [name for name in names if fitting[name].nbytes < layer.nbytes]
         if not smaller:
             least = fitting[names[0]].nbytes
-            reason = f"not sparse enough: {names[0]} takes {least} bytes, dense {layer.nbytes}"
-            return Choice(None, reason=reason)
+            return Choice(None, reason=not_smaller(names[0], least, layer.nbytes))
         if rule == ALWAYS:
             return Choice(smaller[0], packed=fitting[smaller[0]])
         if layer.device.type == "cuda" and layer.mode:

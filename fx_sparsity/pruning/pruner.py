@@ -279,6 +279,8 @@ def _data_notes(plan: Plan, stats: Statistics) -> list[str]:
     fewest, size = int(stats.tokens.min()), plan.form.width
     if stats.gram is not None and fewest < size and not _few(plan, stats):
         return [f"{fewest} inputs for {size} columns: the Gram matrix is singular"]
+    if plan.table and stats.squares is not None and (unseen := int((stats.squares == 0).sum())):
+        return [f"{unseen} of {size} rows were never looked up: they go first"]
     return []
 
 

@@ -8,21 +8,27 @@ from pathlib import Path
 
 import torch
 import torch.ao.nn.quantized as nnq
-from torch import nn
+from torch import fx, nn
 
 from fx_sparsity.kernels import SparseLinear
 from fx_sparsity.kernels.packings import packing_for
-from fx_sparsity.lowering.dense_tables import ROWS, Lookup
+from fx_sparsity.lowering.dense_tables import ROWS, DenseTable, Lookup
+from fx_sparsity.lowering.graph_places import node_places
 from fx_sparsity.lowering.hub_guard import refuse_saving
 from fx_sparsity.lowering.layers import DenseLinear
 from fx_sparsity.lowering.lowered import LoweredLinear
-from fx_sparsity.lowering.places import ModulePlace, module_places
+from fx_sparsity.lowering.places import GraphPlace, ModulePlace, module_places
+from fx_sparsity.lowering.plan import Planned, pack_all
+from fx_sparsity.lowering.policy import Choice, not_smaller
+from fx_sparsity.lowering.rewrite import LowerNodes
+from fx_sparsity.lowering.table_nodes import TableNode, held_by
 from fx_sparsity.quantization.codes import CodedWeight
 from fx_sparsity.reports import Table, WeightReport
 from fx_sparsity.storage.compressed_file import CompressedFile
 from fx_sparsity.storage.container import elements_of
 from fx_sparsity.storage.loading import check_fits, check_sums
 from fx_sparsity.storage.module_state import fill_modules, own_states
+from fx_sparsity.verification.stored import is_float
 
 _PACKINGS = {"two_four": ("nm", "bitmask"), "block": ("block", "bitmask")}
 """Format of a matrix in a file -> packings of the kernels to try; `bitmask` for all others."""
@@ -80,7 +86,9 @@ def load_sparse(path: str | Path, model: nn.Module, *, check: bool = False) -> L
     that torchao or `torch.ao` have quantized to 8 bits are, too, as `lower` would replace them; and
     `unlower` puts dense modules back. Of these modules one at a time is dense in memory, besides
     what the model holds: nothing, where its parameters are on the meta device
-    (`parameters_on_meta`). Whether compressed weights are faster is not asked here.
+    (`parameters_on_meta`). What a GraphModule reads itself, such as all that pt2e has quantized, is
+    loaded dense and packed then. A table stays dense where that takes no more bytes; whether
+    compressed weights are faster is not asked here.
 
     Args:
         path: of the file.
@@ -126,11 +134,17 @@ def load_sparse(path: str | Path, model: nn.Module, *, check: bool = False) -> L
                 made[place] = packed
                 rows.append(LoadedWeight(place.fqn, _class_of(packed)))
     known = {name for names in weights.values() for name in names}
-    rows += _others(file, model, matrices, known)
     fill_modules(file, model, but={inner for place in made for inner in place.module.modules()})
     for place, packed in made.items():
         place.put(model, packed.train(place.module.training))
-    if made:
+    nodes: dict[GraphPlace, LoweredLinear | Lookup] = {}
+    if isinstance(model, fx.GraphModule):
+        found, nodes = _pack_nodes(file, model, matrices)
+        rows += found.values()
+        known |= found.keys()
+        LowerNodes(nodes)(model)
+    rows += _others(file, model, matrices, known)
+    if made or nodes:
         refuse_saving(model)
     return LoadReport(tuple(rows))
 
@@ -196,6 +210,14 @@ def _packed(file: CompressedFile, place: ModulePlace, form: str) -> LoweredLinea
         return layer
     if reason := place.against(layer):
         return reason
+    packed = _pack(layer, form)
+    if isinstance(packed, LoweredLinear):
+        packed.original, packed.transposed = filled.original(), place.transposed
+    return packed
+
+
+def _pack(layer: DenseLinear | DenseTable, form: str) -> LoweredLinear | Lookup | str:
+    """A layer in the packing that goes with its format in the file; or why it stays dense."""
     packings = [ROWS]
     if isinstance(layer, DenseLinear):
         packings = [packing_for(name, layer.device) for name in _PACKINGS.get(form, ("bitmask",))]
@@ -207,9 +229,47 @@ def _packed(file: CompressedFile, place: ModulePlace, form: str) -> LoweredLinea
         packed = layer.pack(fitting)
     except ValueError as error:  # such as scales that are not finite
         return str(error)
-    if isinstance(packed, LoweredLinear):
-        packed.original, packed.transposed = filled.original(), place.transposed
+    if isinstance(layer, DenseTable) and packed.nbytes >= layer.nbytes:  # the remap takes some
+        return not_smaller(fitting, packed.nbytes, layer.nbytes)
     return packed
+
+
+def _pack_nodes(
+    file: CompressedFile, model: fx.GraphModule, matrices: Mapping[str, str]
+) -> tuple[dict[str, LoadedWeight], dict[GraphPlace, LoweredLinear | Lookup]]:
+    """Pack what a graph reads itself.
+
+    Args:
+        file: that holds it.
+        model: with what the file holds.
+        matrices: entry of the state -> tensor.
+
+    Returns:
+        Tensor in the file -> what becomes of it; and what takes the place of which node.
+    """
+    rows: dict[str, LoadedWeight] = {}
+    planned: list[Planned] = []
+    for place in node_places(model):
+        held = held_by(place.source, place.weight)
+        name = None if held is None else matrices.get(held[0])
+        if held is None or name is None:
+            continue
+        coded = isinstance(place, TableNode) and not is_float(held[1])
+        if file.form(name) == "dense" and not coded:
+            continue
+        layer = place.look()
+        if isinstance(layer, str):
+            rows[name] = LoadedWeight(place.fqn, None, layer)
+            continue
+        packed = place.against(layer) or _pack(layer, file.form(name))
+        if isinstance(packed, str):
+            rows[name] = LoadedWeight(place.fqn, None, packed)
+        else:
+            rows.setdefault(name, LoadedWeight(place.fqn, _class_of(packed)))
+            packing = packed.packing if isinstance(packed, SparseLinear) else ROWS
+            planned.append(Planned(place, layer, Choice(packing, packed=packed)))
+    places = pack_all(planned)
+    return rows, {p: new for p, new in places.items() if isinstance(p, GraphPlace)}
 
 
 def _others(

@@ -453,3 +453,45 @@ def test_quantized_weights_on_the_meta_device_are_refused(tmp_path):
     fxs.save(nn.Sequential(torchao_table()), tmp_path / "f")
     with pytest.raises(RuntimeError, match="0.weight/qdata: on the meta device"):
         fxs.load_sparse(tmp_path / "f", nn.Sequential(torchao_table()).to("meta"))
+
+
+@torch.no_grad()
+def test_a_table_that_would_be_larger_stays_dense(tmp_path):
+    model = nn.Sequential(nn.EmbeddingBag(64, 4), nn.Linear(4, 4))
+    model[0].weight[:16] = 0  # saves 256 bytes, and the map to the others takes as many
+    fxs.save(model, tmp_path / "f")
+    other = nn.Sequential(nn.EmbeddingBag(64, 4), nn.Linear(4, 4))
+    reason = "not sparse enough: rows takes 1024 bytes, dense 1024"
+    assert loaded(fxs.load_sparse(tmp_path / "f", other)) == {"0.weight": f"dense: {reason}"}
+    assert fxs.lower(model, policy="always")[1].dense["0.weight"] == reason
+    assert torch.equal(other[0].weight, model[0].weight)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("backend", ["pt2e", None])
+@torch.no_grad()
+def test_what_a_graph_reads_itself_is_packed(tmp_path, backend):
+    def made(seed):
+        torch.manual_seed(seed)
+        scorer = Scorer().eval()
+        if backend is None:
+            sparsifier = fxs.WeightNormSparsifier()
+            fxs.prepare(scorer, sparsifier, (BASKETS,), MAPPING)
+            sparsifier.step()
+            scorer, record = fxs.squash(scorer, sparsifier)
+            return torch.export.export(scorer, (BASKETS,)).module(), record
+        model, proof = fxs.sparsify_and_quantize(
+            *(scorer, fxs.WeightNormSparsifier(), (BASKETS,)),
+            order="sparsify_first",
+            backend=backend,
+            mapping=MAPPING,
+        )
+        return model, proof.record
+
+    (model, record), (other, _) = made(0), made(1)
+    fxs.save(model, tmp_path / "f")
+    report = fxs.load_sparse(tmp_path / "f", other)
+    assert loaded(report) == dict.fromkeys(LINEARS, "SparseLinear") | TABLES
+    fxs.verify(other, record).raise_if_lost()
+    torch.testing.assert_close(other(BASKETS), model(BASKETS))
+    torch.testing.assert_close(fxs.unlower(other)(BASKETS), model(BASKETS))

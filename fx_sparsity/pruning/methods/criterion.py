@@ -121,6 +121,10 @@ class WandaSparsifier(CriterionSparsifier):
     Unstructured patterns are ranked within each output row, as in the paper, and still prune
     `round(level * elements)` in all: where that is no multiple of the rows, the first rows lose one
     more. Every other pattern ranks as it always does.
+
+    Inputs that calibration never met, such as rows of a table that nobody looked up, have a norm of
+    zero. They count a ten-thousandth of the least norm that there is instead, so that they go
+    first, and among themselves by magnitude.
     """
 
     def __init__(self) -> None:
@@ -174,8 +178,16 @@ def _magnitude(weight: Tensor, stats: Statistics) -> Tensor:
     return weight.abs()
 
 
+_UNSEEN_SHARE = 1e-8
+"""Of the least sum of squares that was seen: what counts for inputs that were all zero."""
+
+
 def _wanda(weight: Tensor, stats: Statistics) -> Tensor:
-    return weight.abs() * required(stats, "squares").sqrt().unsqueeze(1)
+    """Rows of a table that were never looked up would all score 0, and ties go by position."""
+    squares = required(stats, "squares")
+    seen = squares[squares > 0]
+    least = float(seen.min()) * _UNSEEN_SHARE if len(seen) else 1.0
+    return weight.abs() * squares.clamp(min=least).sqrt().unsqueeze(1)
 
 
 def _gradient(weight: Tensor, stats: Statistics) -> Tensor:

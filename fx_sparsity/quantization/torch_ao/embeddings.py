@@ -193,12 +193,19 @@ def match_float_forward(quantized: nn.Module, source: Embedding) -> None:
         quantized.register_forward_pre_hook(_flatten_bags, with_kwargs=True)
         quantized.register_forward_hook(_reduce_bags, with_kwargs=True)
     else:
-        quantized.register_forward_pre_hook(_contiguous_indices)
+        quantized.register_forward_pre_hook(_contiguous_indices, with_kwargs=True)
 
 
-def _contiguous_indices(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """An expanded index, such as BERT's token types, is copied."""
-    return tuple(a.contiguous() if isinstance(a, Tensor) else a for a in args)
+def _contiguous_indices(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """An expanded index, such as BERT's token types, is copied.
+
+    The float module calls it `input`, as torchrec does, and the quantized one `indices`.
+    """
+    del module
+    given = (*args, kwargs.pop("input")) if "input" in kwargs else args
+    return tuple(a.contiguous() if isinstance(a, Tensor) else a for a in given), kwargs
 
 
 def _flatten_bags(

@@ -72,6 +72,24 @@ def test_wanda_prunes_exactly_the_level_and_rows_alike(shape, level, seed):
     assert bool((kept >= gone).all())
 
 
+@pytest.mark.parametrize("pattern", ["unstructured", "channels"])
+def test_what_calibration_never_met_goes_first_and_by_magnitude(pattern):
+    weight, stats = layer(8, 32)
+    unseen = torch.randperm(32, generator=torch.Generator().manual_seed(0))[:12]
+    stats.squares[:, unseen] = 0
+    fewer, more = (
+        WandaSparsifier().solve(weight, stats, tiling_of(pattern, weight), share / 32).mask
+        for share in (6, 20)
+    )
+    assert not more[..., unseen].any()
+    assert fewer[..., stats.squares[0] > 0].all()
+    magnitude = weight[..., unseen].abs()
+    if pattern == "channels":
+        magnitude = magnitude.sum(1, keepdim=True).expand_as(magnitude)
+    kept = fewer[..., unseen]
+    assert (magnitude.where(kept, torch.inf).amin(2) > magnitude.where(~kept, 0).amax(2)).all()
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     st.tuples(st.integers(2, 4), st.integers(1, 6), st.integers(1, 6)),

@@ -13,8 +13,11 @@ from fx_sparsity.graph.calls import operator_name
 from fx_sparsity.graph.uses import is_annotated
 from fx_sparsity.sparsifier import Mask
 from fx_sparsity.sparsifier.wrappers import plain_paths, run_by
+from fx_sparsity.verification.aoti_constants import Package
 from fx_sparsity.verification.graph_reader import read_nodes
 from fx_sparsity.verification.onnx_file import read_onnx
+from fx_sparsity.verification.package_weights import package_weights, skeleton
+from fx_sparsity.verification.pt2_file import is_archive, read_pt2
 from fx_sparsity.verification.stored import Forms, OwnFormat, StoredWeight, float_weight, is_float
 
 READERS: list[Callable[[nn.Module], Iterable[StoredWeight]]] = []
@@ -31,11 +34,16 @@ def read_weights(model: nn.Module | ExportedProgram | str | Path) -> list[Stored
 
     Args:
         model: a module, compiled or not; a GraphModule, whose weights have their names where
-            `AnnotateWeights` ran before it was quantized; an ExportedProgram; or the path of an
-            ONNX file.
+            `AnnotateWeights` ran before it was quantized; an ExportedProgram; or the path of a
+            `.pt2` file, see `read_pt2`, or of an ONNX file.
     """
     if isinstance(model, str | Path):
-        return list(read_onnx(model))
+        if not is_archive(model):
+            return list(read_onnx(model))
+        held = read_pt2(model)
+        if isinstance(held, Package):
+            return _read_package(held)
+        model = held.module(check_guards=False)  # that come from the file, and would be run
     if isinstance(model, ExportedProgram):
         model = model.module()
     while (inner := run_by(model)) is not None:
@@ -66,6 +74,14 @@ def read_weights(model: nn.Module | ExportedProgram | str | Path) -> list[Stored
     calls = tuple(f"{node.target}." for node in model.graph.find_nodes(op="call_module"))
     stored += [replace(weight, incidental=True) for weight in rest if weight.where in reads]
     return stored + [weight for weight in rest if weight.where.startswith(calls)]
+
+
+def _read_package(package: Package) -> list[StoredWeight]:
+    """The weights of a package: what readers know of its calls, and the other constants."""
+    graph = skeleton(package)
+    called = [weight for read in READERS for weight in read(graph)]
+    known = {name for weight in called for name in (weight.where, *weight.made_of)}
+    return called + [weight for weight in package_weights(package) if weight.where not in known]
 
 
 def _computed_with(model: nn.Module, weight: StoredWeight) -> StoredWeight:

@@ -1,0 +1,141 @@
+"""A `.pt2` file: an exported program, or a package of AOTInductor. Nothing of it is run.
+
+`torch.export.load` trusts a file. What it would run of one, which pickles and expressions of sizes
+can make it do, is looked for before it is called.
+"""
+
+import io
+import json
+import re
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+
+from fx_sparsity.verification.aoti_constants import Package, Pt2Error, read_package
+
+_MODEL = "models/model.json"
+_COMPILED = "data/aotinductor/"
+_SIZES = re.compile(
+    r"([a-z]\d+|Mod|PythonMod|FloorDiv|CeilDiv|CleanDiv|Max|Min|\d+|[-+*/()<>=!, ])*"
+)
+"""Expressions of sizes that torch makes; it hands them to `eval`."""
+
+
+def is_archive(path: str | Path) -> bool:
+    """Whether a file is a zip archive, as a `.pt2` file is, whatever its name.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    with Path(path).open("rb") as file:
+        return file.read(4) == b"PK\3\4"
+
+
+def read_pt2(path: str | Path) -> ExportedProgram | Package:
+    """What a `.pt2` file holds.
+
+    Raises:
+        Pt2Error: it was written by another torch, is damaged, holds several models, or what would
+            have to be run to read it; one line says which, and what to do.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            files = _contents(archive)
+        if any(name.startswith(_COMPILED) for name in files):
+            return _package(files)
+        if _MODEL not in files:
+            raise Pt2Error("no package of torch.export.save or AOTInductor")
+        _refuse_what_runs(files)
+        _refuse_other_versions(files)
+        return torch.export.load(path)
+    except Pt2Error as error:
+        raise Pt2Error(f"{path}: {error}") from error
+    except (zipfile.BadZipFile, UnpicklingError, UnicodeError, NotImplementedError) as error:
+        raise Pt2Error(f"{path}: damaged: {_line(error)}") from error
+    except (ValueError, TypeError, LookupError, RuntimeError, AttributeError) as error:
+        hint = "import torchao.quantization.pt2e, where it was quantized by it"
+        raise Pt2Error(f"{path}: cannot be read: {_line(error)} ({hint})") from error
+
+
+def _contents(archive: zipfile.ZipFile) -> dict[str, bytes]:
+    """Path within the package -> content."""
+    packed = [entry for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
+    if packed:
+        raise Pt2Error(f"{packed[0].filename} is compressed, which torch never does")
+    return {name.partition("/")[2]: archive.read(name) for name in archive.namelist()}
+
+
+def _package(files: dict[str, bytes]) -> Package:
+    models: dict[str, dict[str, bytes]] = {}
+    for name, content in files.items():
+        if name.startswith(_COMPILED):
+            model, _, file = name.removeprefix(_COMPILED).partition("/")
+            models.setdefault(model, {})[file] = content
+    if len(models) != 1:
+        raise Pt2Error(f"holds the models {', '.join(models)}: package each by itself to verify it")
+    weights = {
+        name.removeprefix("data/weights/"): content
+        for name, content in files.items()
+        if name.startswith("data/weights/")
+    }
+    return read_package(*models.values(), weights)
+
+
+def _refuse_what_runs(files: dict[str, bytes]) -> None:
+    """Raise where `torch.export.load` would run what the file brings."""
+    trusted = "if you trust it, verify(torch.export.load(path), record)"
+    for name in (
+        "data/weights/model_weights_config.json",
+        "data/constants/model_constants_config.json",
+    ):
+        for fqn, payload in json.loads(files.get(name, b'{"config": {}}'))["config"].items():
+            if payload["use_pickle"] or not payload["path_name"].startswith(("weight_", "tensor_")):
+                raise Pt2Error(f"{fqn} is pickled, and could run anything: {trusted}")
+    if old := [
+        name for name in files if name in ("data/weights/model.pt", "data/constants/model.pt")
+    ]:
+        raise Pt2Error(f"{old[0]} is of an older torch, and pickled: {trusted}")
+    if inputs := files.get("data/sample_inputs/model.pt"):
+        try:
+            torch.load(io.BytesIO(inputs), weights_only=True)
+        except UnpicklingError as error:
+            raise Pt2Error(f"its example inputs could run anything: {trusted}") from error
+    for expression in _expressions(json.loads(files[_MODEL])):
+        if not _SIZES.fullmatch(expression):
+            raise Pt2Error(f"{expression!r} is no expression of sizes, and would be run: {trusted}")
+
+
+def _expressions(value: Any) -> Iterator[str]:
+    """Every expression of sizes in a serialised program."""
+    if isinstance(value, dict):
+        if isinstance(text := value.get("expr_str"), str):
+            yield text
+        yield from value.get("range_constraints") or ()
+        for inner in value.values():
+            yield from _expressions(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _expressions(inner)
+
+
+def _refuse_other_versions(files: dict[str, bytes]) -> None:
+    """Raise where this torch cannot read the program, by the version of its schema."""
+    from torch._export.serde.schema import SCHEMA_VERSION  # there is no public name
+
+    program = json.loads(files[_MODEL])
+    found = program["schema_version"]
+    if found["major"] != SCHEMA_VERSION[0]:
+        raise Pt2Error(
+            f"saved by torch {program.get('torch_version', 'of an unknown version')}, which torch "
+            f"{torch.__version__} cannot read: verify it there, or export the model again"
+        )
+
+
+def _line(error: Exception) -> str:
+    """The first line of what went wrong."""
+    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -17,12 +17,14 @@ from fx_sparsity.kernels.linear import SparseLinear
 from fx_sparsity.kernels.ops import NAMESPACE
 from fx_sparsity.kernels.packed_module import PackedModule
 from fx_sparsity.kernels.packings import PACKINGS, Packing, PackingError
+from fx_sparsity.kernels.row_table import RowTable
 from fx_sparsity.lowering.lowered import LoweredLinear
 from fx_sparsity.lowering.rewrite import KERNELS
 from fx_sparsity.verification.read import READERS
 from fx_sparsity.verification.stored import StoredWeight
 
 _BY_OPERATOR = {f"{NAMESPACE}.{p.operator}": p for p in PACKINGS.values()}
+_LOOKUPS = {f"{NAMESPACE}.row_pruned_embedding{of}.default" for of in ("", "_bag")}
 _AGAIN = re.compile(r"__\d+$")
 """What `LowerNodes` adds to the name of a weight that has several nodes."""
 
@@ -33,9 +35,12 @@ def read_packed(model: nn.Module) -> Iterator[StoredWeight]:
         if isinstance(module, SparseLinear):
             yield _linear(path, module)
         elif isinstance(module, RowPrunedEmbedding | RowPrunedEmbeddingBag):
-            yield _table(path, module)
+            names = [f"{path}.{name}".removeprefix(".") for name in module._buffers]
+            yield _table(_weight_of(path), module.table, names, module.dtype)
     if isinstance(model, fx.GraphModule):
         for node in model.graph.nodes:
+            if str(node.target) in _LOOKUPS and (found := _read_lookup(model, node)) is not None:
+                yield _table(_weight_of(found[1][0].rpartition(".")[0]), *found)
             packing = _BY_OPERATOR.get(str(node.target))
             if packing is None:
                 continue
@@ -68,6 +73,9 @@ def check_packed(model: nn.Module | ExportedProgram) -> None:
     if not isinstance(module, fx.GraphModule):
         return
     for node in module.graph.nodes:
+        if str(node.target) in _LOOKUPS and (found := _read_lookup(module, node)) is not None:
+            with _naming(_weight_of(found[1][0].rpartition(".")[0])):
+                found[0].check()
         packing = _BY_OPERATOR.get(str(node.target))
         if packing is not None and (read := _read_node(module, node, packing)) is not None:
             with _naming(_weight_of(read.path)):
@@ -96,17 +104,14 @@ def _linear(path: str, layer: SparseLinear) -> StoredWeight:
     return replace(stored, roles=("in", "out"), **turned)
 
 
-def _table(path: str, table: RowPrunedEmbedding | RowPrunedEmbeddingBag) -> StoredWeight:
+def _table(fqn: str, table: RowTable, names: list[str], dtype: torch.dtype) -> StoredWeight:
     """Codes are read as their values, which are exactly zero where the code says zero."""
-    names = [f"{path}.{name}".removeprefix(".") for name in table._buffers]
-    values = table.dense_weight()
+    values = table.look_up(torch.arange(len(table.remap), device=table.remap.device), dtype)
     one = None if values.dtype == table.rows.dtype else values.new_ones(1, 1)
-    fqn = _weight_of(path)
-    dtype = str(table.rows.dtype).removeprefix("torch.")
     return StoredWeight(
         fqn,
         fqn,
-        dtype,
+        str(table.rows.dtype).removeprefix("torch."),
         "packed without zero rows",
         values,
         _refuses(fqn),
@@ -115,6 +120,25 @@ def _table(path: str, table: RowPrunedEmbedding | RowPrunedEmbeddingBag) -> Stor
         roles=("row", "dim"),
         made_of=tuple(names),
     )
+
+
+def _read_lookup(
+    model: fx.GraphModule, node: fx.Node
+) -> tuple[RowTable, list[str], torch.dtype] | None:
+    """The table that an operator reads, names of its tensors, and the dtype of what it gives.
+
+    Returns:
+        None where some of it is computed, and not held by the graph.
+    """
+    source, args = module_source(model), bind(node)
+    given = [args[name] for name in ("rows", "affine", "remap") if args[name] is not None]
+    held = [found for part in given if (found := source(part)) is not None]
+    if len(held) < len(given):
+        return None
+    tensors = [tensor for _, tensor in held]
+    affine = tensors[1] if len(tensors) > 2 else None
+    table = RowTable(tensors[0], affine, tensors[-1], args["columns"])
+    return table, [name for name, _ in held], getattr(torch, args["dtype"])
 
 
 @dataclass(frozen=True)

@@ -137,7 +137,9 @@ def _of_parts(fqn: str, first: str, held: Mapping[str, Constant]) -> StoredWeigh
     if not first.endswith("0"):
         live = f"{first.removesuffix('original')}0.mask" in held
         return _unknown(
-            fqn, codes, "its mask is still live: squash before export" if live else "it is computed"
+            fqn,
+            codes,
+            "its mask is still live: squash before you export" if live else "it is computed",
         )
     rest = [held[name].tensor for i in (1, 2, 3) if (name := f"{path}{i}") in held]
     scale, zero_point = (*rest, None, None)[:2]

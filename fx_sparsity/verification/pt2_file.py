@@ -83,7 +83,8 @@ def _package(files: dict[str, bytes]) -> Package:
         for name, content in files.items()
         if name.startswith("data/weights/")
     }
-    return read_package(*models.values(), weights)
+    (model_files,) = models.values()
+    return read_package(model_files, weights)
 
 
 def _refuse_what_runs(files: dict[str, bytes]) -> None:

@@ -12,8 +12,9 @@ from torch.nn.utils import parametrize
 from fx_sparsity.graph.calls import operator_name
 from fx_sparsity.graph.uses import is_annotated
 from fx_sparsity.sparsifier import Mask
+from fx_sparsity.sparsifier.mask import masked_weights
 from fx_sparsity.sparsifier.wrappers import plain_paths, run_by
-from fx_sparsity.verification.aoti_constants import Package
+from fx_sparsity.verification.aoti_constants import Package, Pt2Error
 from fx_sparsity.verification.graph_reader import read_nodes
 from fx_sparsity.verification.onnx_file import read_onnx
 from fx_sparsity.verification.package_weights import package_weights, skeleton
@@ -49,6 +50,7 @@ def read_weights(model: nn.Module | ExportedProgram | str | Path) -> list[Stored
     while (inner := run_by(model)) is not None:
         model = inner
     stored = [_computed_with(model, weight) for read in READERS for weight in read(model)]
+    stored += _exported_masks(model) if isinstance(model, fx.GraphModule) else []
     stored += read_nodes(model) if isinstance(model, fx.GraphModule) else []
     known = {name for weight in stored for name in (weight.where, *weight.made_of)}
     rest = [weight for weight in _read_float(model) if weight.where not in known]
@@ -77,11 +79,30 @@ def read_weights(model: nn.Module | ExportedProgram | str | Path) -> list[Stored
 
 
 def _read_package(package: Package) -> list[StoredWeight]:
-    """The weights of a package: what readers know of its calls, and the other constants."""
+    """The weights of a package: what readers know of its calls, and the other constants.
+
+    Raises:
+        Pt2Error: what a call reads is no packed weight.
+    """
     graph = skeleton(package)
-    called = [weight for read in READERS for weight in read(graph)]
+    try:
+        called = [weight for read in READERS for weight in read(graph)]
+    except (ValueError, RuntimeError, LookupError, TypeError) as error:
+        raise Pt2Error(f"packed weights are corrupt: {error}") from error
     known = {name for weight in called for name in (weight.where, *weight.made_of)}
     return called + [weight for weight in package_weights(package) if weight.where not in known]
+
+
+def _exported_masks(model: fx.GraphModule) -> Iterator[StoredWeight]:
+    """Weights of a graph that was exported with live masks, which are not baked in."""
+    parameters = dict(model.named_parameters())
+    for fqn in masked_weights(model):
+        path, _, attribute = fqn.rpartition(".")
+        place = f"{path}.parametrizations.{attribute}".removeprefix(".")
+        original = parameters.get(f"{place}.original")
+        if original is not None and not isinstance(model.get_submodule(f"{place}.0"), Mask):
+            obstacle = "its mask is still live: squash before you export"
+            yield replace(float_weight(fqn, f"{place}.original", original), obstacle=obstacle)
 
 
 def _computed_with(model: nn.Module, weight: StoredWeight) -> StoredWeight:

@@ -11,8 +11,8 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from fx_sparsity.graph.calls import bind, operator_name
-from fx_sparsity.graph.operators import OPERATORS, LinearForm, Operator
+from fx_sparsity.graph.calls import bind, is_view, operator_name
+from fx_sparsity.graph.operators import OPERATORS, SAME_VALUES, LinearForm, Operator
 from fx_sparsity.graph.program_editor import replace_nodes
 from fx_sparsity.graph.sources import Source, exported_source, module_source
 from fx_sparsity.graph.uses import SeenWeight, noted_weights, seen_weights
@@ -67,7 +67,7 @@ class NodePlace(Place):
             return layer
         if bias is not None and bias.shape != layer.weight.shape[:1]:
             return f"what is added to it has shape {tuple(bias.shape)}"
-        return replace(layer, bias=bias)
+        return replace(layer, bias=bias, from_codes=_dequantized(args[self.form.x]))
 
     def _bias(self, args: Mapping[str, Any]) -> Tensor | str | None:
         value = args.get(self.operator.bias)
@@ -148,6 +148,15 @@ def places_by(graph_module: fx.GraphModule, source: Source) -> Iterator[NodePlac
             seen=seen,
             source=source,
         )
+
+
+def _dequantized(node: fx.Node) -> bool:
+    """Whether a node gives what codes stand for, in any shape or dtype."""
+    while node.op != "placeholder" and not operator_name(node).startswith("dequantize"):
+        if not (is_view(node) or operator_name(node) in SAME_VALUES) or not node.all_input_nodes:
+            return False
+        node = node.all_input_nodes[0]
+    return node.op != "placeholder"
 
 
 def _tokens(x: Tensor) -> int:

@@ -20,20 +20,23 @@ from fx_sparsity.verification.aoti_constants import Package, Pt2Error, read_pack
 
 _MODEL = "models/model.json"
 _COMPILED = "data/aotinductor/"
-_SIZES = re.compile(
-    r"([a-z]\d+|Mod|PythonMod|FloorDiv|CeilDiv|CleanDiv|Max|Min|\d+|[-+*/()<>=!, ])*"
+_NAMES = (
+    *("Symbol", "Integer", "Rational", "Add", "Mul", "Pow", "Max", "Min"),
+    *("Mod", "PythonMod", "FloorDiv", "CeilDiv", "CleanDiv", "ModularIndexing"),
+    *("positive", "nonnegative", "integer", "True", "False"),
 )
+_SIZES = re.compile(rf"('\w+'|[a-z]\d+\b|({'|'.join(_NAMES)})\b|\d+|[-+*/()<>=!, ])*")
 """Expressions of sizes that torch makes; it hands them to `eval`."""
 
 
 def is_archive(path: str | Path) -> bool:
-    """Whether a file is a zip archive, as a `.pt2` file is, whatever its name.
+    """Whether a file is a zip archive, as a `.pt2` file is, or has that name.
 
     Raises:
         FileNotFoundError: there is none.
     """
     with Path(path).open("rb") as file:
-        return file.read(4) == b"PK\3\4"
+        return file.read(4) == b"PK\3\4" or Path(path).suffix == ".pt2"
 
 
 def read_pt2(path: str | Path) -> ExportedProgram | Package:
@@ -50,16 +53,16 @@ def read_pt2(path: str | Path) -> ExportedProgram | Package:
             return _package(files)
         if _MODEL not in files:
             raise Pt2Error("no package of torch.export.save or AOTInductor")
-        _refuse_what_runs(files)
-        _refuse_other_versions(files)
-        return torch.export.load(path)
+        program = json.loads(files[_MODEL])
+        _refuse_what_runs(files, program)
+        _refuse_missing_operators(program)
+        return _loaded(path, program)
     except Pt2Error as error:
         raise Pt2Error(f"{path}: {error}") from error
     except (zipfile.BadZipFile, UnpicklingError, UnicodeError, NotImplementedError) as error:
         raise Pt2Error(f"{path}: damaged: {_line(error)}") from error
     except (ValueError, TypeError, LookupError, RuntimeError, AttributeError) as error:
-        hint = "import torchao.quantization.pt2e, where it was quantized by it"
-        raise Pt2Error(f"{path}: cannot be read: {_line(error)} ({hint})") from error
+        raise Pt2Error(f"{path}: cannot be read: {_line(error)}") from error
 
 
 def _contents(archive: zipfile.ZipFile) -> dict[str, bytes]:
@@ -87,7 +90,25 @@ def _package(files: dict[str, bytes]) -> Package:
     return read_package(model_files, weights)
 
 
-def _refuse_what_runs(files: dict[str, bytes]) -> None:
+def _loaded(path: str | Path, program: dict[str, Any]) -> ExportedProgram:
+    """The program that lies there, which was looked through.
+
+    Raises:
+        Pt2Error: it was saved by another torch, and this one cannot read it.
+    """
+    try:
+        return torch.export.load(path)
+    except Exception as error:  # torch has many for this
+        saved_by = program.get("torch_version", "of an unknown version")
+        if saved_by == torch.__version__:
+            raise
+        raise Pt2Error(
+            f"saved by torch {saved_by}, and torch {torch.__version__} cannot read it: verify it "
+            f"there, or export the model again ({_line(error)})"
+        ) from error
+
+
+def _refuse_what_runs(files: dict[str, bytes], program: dict[str, Any]) -> None:
     """Raise where `torch.export.load` would run what the file brings."""
     trusted = "if you trust it, verify(torch.export.load(path), record)"
     for name in (
@@ -106,35 +127,33 @@ def _refuse_what_runs(files: dict[str, bytes]) -> None:
             torch.load(io.BytesIO(inputs), weights_only=True)
         except UnpicklingError as error:
             raise Pt2Error(f"its example inputs could run anything: {trusted}") from error
-    for expression in _expressions(json.loads(files[_MODEL])):
+    for expression in (*_values(program, "expr_str"), *program["range_constraints"]):
         if not _SIZES.fullmatch(expression):
             raise Pt2Error(f"{expression!r} is no expression of sizes, and would be run: {trusted}")
 
 
-def _expressions(value: Any) -> Iterator[str]:
-    """Every expression of sizes in a serialised program."""
+def _values(value: Any, key: str) -> Iterator[str]:
+    """Every text that a serialised program has under a key, however deep."""
     if isinstance(value, dict):
-        if isinstance(text := value.get("expr_str"), str):
+        if isinstance(text := value.get(key), str):
             yield text
-        yield from value.get("range_constraints") or ()
-        for inner in value.values():
-            yield from _expressions(inner)
-    elif isinstance(value, list):
+        value = list(value.values())
+    if isinstance(value, list):
         for inner in value:
-            yield from _expressions(inner)
+            yield from _values(inner, key)
 
 
-def _refuse_other_versions(files: dict[str, bytes]) -> None:
-    """Raise where this torch cannot read the program, by the version of its schema."""
-    from torch._export.serde.schema import SCHEMA_VERSION  # there is no public name
-
-    program = json.loads(files[_MODEL])
-    found = program["schema_version"]
-    if found["major"] != SCHEMA_VERSION[0]:
-        raise Pt2Error(
-            f"saved by torch {program.get('torch_version', 'of an unknown version')}, which torch "
-            f"{torch.__version__} cannot read: verify it there, or export the model again"
-        )
+def _refuse_missing_operators(program: dict[str, Any]) -> None:
+    """Raise where the program calls operators that nobody has defined in this process."""
+    for target in sorted(set(_values(program, "target"))):
+        if not target.startswith("torch.ops."):
+            continue
+        namespace, name = target.removeprefix("torch.ops.").split(".")[:2]
+        if not hasattr(getattr(torch.ops, namespace), name):
+            raise Pt2Error(
+                f"it calls {target}, which this process lacks: import what defines it, such as "
+                "torchao.quantization.pt2e for quantized_decomposed"
+            )
 
 
 def _line(error: Exception) -> str:

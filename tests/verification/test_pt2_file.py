@@ -8,8 +8,8 @@ import zipfile
 
 import pytest
 import torch
+import torchao.quantization as tqo
 from torch import nn
-from torch._export.serde import schema
 
 import fx_sparsity as fxs
 from fx_sparsity.kernels import libraries
@@ -193,7 +193,8 @@ def _other():
 
 def test_masks_that_are_live_at_export(tmp_path):
     model, sparsifier = _other()
-    program = torch.export.export(model, (torch.randn(1, 8),))
+    dynamic = ({0: torch.export.Dim("n")},)
+    program = torch.export.export(model, (torch.randn(2, 8),), dynamic_shapes=dynamic)
     torch.export.save(program, tmp_path / "live.pt2")
     _, record = fxs.squash(model, sparsifier)
     for subject in (program, tmp_path / "live.pt2"):
@@ -226,9 +227,17 @@ SAVED = {
         ),
         r"'exit\(\)' is no expression of sizes",
     ),
+    "an operator of nobody": (
+        replacing("model.json", b"torch.ops.aten.sigmoid.", b"torch.ops.strange.sigmoid."),
+        "it calls torch.ops.strange.sigmoid.default, which this process lacks: import what defines",
+    ),
     "another torch": (
-        replacing("model.json", b'"major": %d' % schema.SCHEMA_VERSION[0], b'"major": 1'),
-        r"saved by torch \S+, which torch \S+ cannot read: verify it there, or export",
+        lambda name, content: (
+            re.sub(b'"(major|torch_version)": [^,}]*', rb'"\1": "1.0"', content)
+            if name == "models/model.json"
+            else content
+        ),
+        r"saved by torch 1.0, and torch \S+ cannot read it: verify it there, or export",
     ),
     "no model": (
         lambda name, content: None if name == "models/model.json" else content,
@@ -287,9 +296,116 @@ def test_a_hostile_program_is_one_line(exported, tmp_path, case):
         fxs.verify(path, exported[1])
 
 
+def test_what_is_no_archive(tmp_path):
+    (tmp_path / "model.pt2").write_text("no such thing")
+    with pytest.raises(Pt2Error, match=r"model.pt2: damaged: File is not a zip file$"):
+        fxs.verify(tmp_path / "model.pt2")
+
+
 @pytest.mark.parametrize("case", COMPILED)
 def test_a_hostile_package_is_one_line(lowered, tmp_path, case):
     change, message = COMPILED[case]
     path = changed(lowered[0], tmp_path / "hostile.pt2", change)
     with pytest.raises(Pt2Error, match=rf"^{re.escape(str(path))}: .*{message}[^\n]*$"):
         fxs.verify(path, lowered[1])
+
+
+QUANTIZED = {
+    "pt2e static": ("pt2e", default_quantizer(dynamic=False)),
+    "pt2e dynamic": ("pt2e", default_quantizer()),
+    "torchao int8 dynamic": ("torchao", tqo.Int8DynamicActivationInt8WeightConfig()),
+    "torchao int8": ("torchao", tqo.Int8WeightOnlyConfig()),
+    "torchao int4": ("torchao", tqo.IntxWeightOnlyConfig(torch.int4, tqo.PerGroup(16))),
+    "torchao float8": ("torchao", tqo.Float8WeightOnlyConfig()),
+    "eager": ("eager", None),
+}
+NO_KERNEL = {"torchao int4", "torchao float8"}
+NO_EXPORT = {"eager"}
+"""But for what is lowered."""
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("policy", [None, "always"])
+@pytest.mark.parametrize("order", ["sparsify_first", "quantize_first"])
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_what_is_quantized_is_deployed(name, order, policy, tmp_path):
+    torch.manual_seed(0)
+    backend, config = QUANTIZED[name]
+    x = torch.randn(4, 64)
+    model, proof = fxs.sparsify_and_quantize(
+        nn.Sequential(nn.Linear(64, 144), nn.ReLU(), nn.Linear(144, 32)).eval(),
+        fxs.WeightNormSparsifier(),
+        (x,),
+        order=order,
+        backend=backend,
+        mapping="2:4",
+        config=config,
+    )
+    expected = model(x).detach()
+    if policy is not None:
+        model, report = fxs.lower(model, (x,), policy)
+        assert bool(report.dense) == (name in NO_KERNEL)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(model)(x), expected, rtol=1e-4, atol=1e-4)
+        if name in NO_EXPORT and policy is None:
+            with pytest.raises(AttributeError, match="LinearPackedParamsBase"):
+                torch.export.export(model, (x,))
+            return
+        program = torch.export.export(model, (x,))
+        path = str(tmp_path / "model.pt2")
+        torch._inductor.aoti_compile_and_package(program, package_path=path)
+    given = torch._inductor.aoti_load_package(path)(x)
+    torch.testing.assert_close(given, expected, rtol=1e-4, atol=1e-4)
+    before, after = (fxs.verify(m, proof.record).raise_if_lost() for m in (model, path))
+    assert [(r.fqn, r.zeros) for r in after] == [(r.fqn, r.zeros) for r in before]
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"aot_inductor.force_mmap_weights": True},
+        {"aot_inductor.package_constants_on_disk_format": "binary_blob"},
+        {
+            "aot_inductor.package_constants_in_so": False,
+            "aot_inductor.package_constants_on_disk_format": "pickle_weights",
+        },
+    ],
+)
+def test_wherever_the_constants_are_packaged(options, tmp_path):
+    model, proof = quantized()
+    path = packaged(model, tmp_path / "model.pt2", **options)
+    fxs.verify(path, proof.record).raise_if_lost()
+
+
+@pytest.mark.exhaustive
+def test_constants_that_inductor_changes_are_not_said_to_be_well(tmp_path):
+    model, proof = quantized()
+    frozen = fxs.verify(packaged(model, tmp_path / "frozen.pt2", freezing=True), proof.record)
+    faults = {fault for row in frozen for fault in row.faults}
+    assert any("its name is lost: package without freezing" in fault for fault in faults)
+    apart = {"aot_inductor.package_constants_in_so": False}
+    with pytest.raises(Pt2Error, match="bytes of its constants: verify what they are loaded from"):
+        fxs.verify(packaged(model, tmp_path / "apart.pt2", **apart), proof.record)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("kept", [False, True])
+def test_small_constants_are_written_into_the_code(kept, tmp_path):
+    model, sparsifier = nn.Sequential(nn.Linear(64, 48)), fxs.WeightNormSparsifier()
+    x = torch.randn(2, 64)
+    fxs.prepare(model, sparsifier, (x,), "unstructured 50%")
+    sparsifier.step()
+    model, record = fxs.squash(model, sparsifier)
+    model, _ = fxs.lower(model, (x,), {"0": "bitmask"})
+    options = {"always_keep_tensor_constants": True} if kept else {}
+    with torch.no_grad():
+        path = torch._inductor.aoti_compile_and_package(
+            torch.export.export(model, (x,)),
+            package_path=str(tmp_path / "model.pt2"),
+            inductor_configs=options,
+        )
+    (row,) = fxs.verify(path, record)
+    assert [fault.partition(":")[0] for fault in row.faults] == (
+        [] if kept else ["its offsets cannot be read"]
+    )

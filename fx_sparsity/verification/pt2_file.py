@@ -66,11 +66,20 @@ def read_pt2(path: str | Path) -> ExportedProgram | Package:
 
 
 def _contents(archive: zipfile.ZipFile) -> dict[str, bytes]:
-    """Path within the package -> content."""
+    """Path within the package -> content.
+
+    What torch's own reader could take for another file is refused: it takes no notice of case, and
+    falls back to an older format, with pickles, where files lie outside of the folder for all.
+    """
+    names = archive.namelist()
     packed = [entry for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
     if packed:
         raise Pt2Error(f"{packed[0].filename} is compressed, which torch never does")
-    return {name.partition("/")[2]: archive.read(name) for name in archive.namelist()}
+    if len({name.partition("/")[0] for name in names}) > 1 or not all("/" in n for n in names):
+        raise Pt2Error("its files do not lie in one folder: no package of torch")
+    if len({name.lower() for name in names}) < len(names):
+        raise Pt2Error("it has two files of one name: no package of torch")
+    return {name.partition("/")[2]: archive.read(name) for name in names}
 
 
 def _package(files: dict[str, bytes]) -> Package:

@@ -302,6 +302,18 @@ def test_what_is_no_archive(tmp_path):
         fxs.verify(tmp_path / "model.pt2")
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("version", "do not lie in one folder"), ("model/Byteorder", "two files of one name")],
+)
+def test_what_torch_could_read_otherwise(exported, tmp_path, name, message):
+    path = changed(exported[0], tmp_path / "hostile.pt2", lambda _, content: content)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr(name, b"8.20")
+    with pytest.raises(Pt2Error, match=message):
+        fxs.verify(path, exported[1])
+
+
 @pytest.mark.parametrize("case", COMPILED)
 def test_a_hostile_package_is_one_line(lowered, tmp_path, case):
     change, message = COMPILED[case]

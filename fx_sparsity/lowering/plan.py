@@ -113,9 +113,13 @@ def ties(planned: Iterable[Planned], weights: WeightMap) -> Iterator[str]:
 
 def multiplied_as_floats(planned: Iterable[Planned]) -> Iterator[str]:
     """What lowering takes from layers whose activations are codes, in words."""
-    lowered = [p for p in planned if p.choice.packing is not None]
     names = [
-        p.place.fqn for p in lowered if isinstance(p.layer, DenseLinear) and p.layer.from_codes
+        plan.place.fqn
+        for plan in planned
+        if plan.choice.packing is not None
+        and isinstance(layer := plan.layer, DenseLinear)
+        and layer.from_codes
+        and layer.scale is not None
     ]
     if names:
         yield (

@@ -20,6 +20,9 @@ from fx_sparsity.verification.aoti_constants import Package, Pt2Error, read_pack
 
 _MODEL = "models/model.json"
 _COMPILED = "data/aotinductor/"
+_WRONG = (ValueError, TypeError, LookupError, RuntimeError, AttributeError, AssertionError)
+"""What torch, and what is done here, raise for files that are not as they should be."""
+_TENSOR = re.compile(r"data/(weights/weight|constants/tensor)_\d+")
 _NAMES = (
     *("Symbol", "Integer", "Rational", "Add", "Mul", "Pow", "Max", "Min"),
     *("Mod", "PythonMod", "FloorDiv", "CeilDiv", "CleanDiv", "ModularIndexing"),
@@ -61,7 +64,7 @@ def read_pt2(path: str | Path) -> ExportedProgram | Package:
         raise Pt2Error(f"{path}: {error}") from error
     except (zipfile.BadZipFile, UnpicklingError, UnicodeError, NotImplementedError) as error:
         raise Pt2Error(f"{path}: damaged: {_line(error)}") from error
-    except (ValueError, TypeError, LookupError, RuntimeError, AttributeError) as error:
+    except _WRONG as error:
         raise Pt2Error(f"{path}: cannot be read: {_line(error)}") from error
 
 
@@ -79,10 +82,16 @@ def _contents(archive: zipfile.ZipFile) -> dict[str, bytes]:
         raise Pt2Error("its files do not lie in one folder: no package of torch")
     if len({name.lower() for name in names}) < len(names):
         raise Pt2Error("it has two files of one name: no package of torch")
-    return {name.partition("/")[2]: archive.read(name) for name in names}
+    inner = {name.partition("/")[2]: name for name in names}
+    if not any(name.startswith(_COMPILED) for name in inner):
+        # Of a program, torch reads the tensors itself.
+        inner = {name: whole for name, whole in inner.items() if not _TENSOR.fullmatch(name)}
+    return {name: archive.read(whole) for name, whole in inner.items()}
 
 
 def _package(files: dict[str, bytes]) -> Package:
+    if any(name.startswith("models/") for name in files):
+        raise Pt2Error("holds a program beside a package: save each by itself to verify it")
     models: dict[str, dict[str, bytes]] = {}
     for name, content in files.items():
         if name.startswith(_COMPILED):
@@ -107,7 +116,7 @@ def _loaded(path: str | Path, program: dict[str, Any]) -> ExportedProgram:
     """
     try:
         return torch.export.load(path)
-    except Exception as error:  # torch has many for this
+    except _WRONG as error:
         saved_by = program.get("torch_version", "of an unknown version")
         if saved_by == torch.__version__:
             raise

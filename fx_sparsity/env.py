@@ -7,7 +7,7 @@ import sys
 
 import torch
 
-from fx_sparsity._native import LIBRARIES, cache, compiler
+from fx_sparsity._native import BUILT_AHEAD, LIBRARIES, cache, compiler
 from fx_sparsity._native.compiler import BuildError
 
 
@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not parser.parse_args(arguments).build:
         print(describe())
         return 0
-    for library in LIBRARIES:
+    for library in BUILT_AHEAD:
         try:
             print(f"{library.name}: {library.build()}")
         except BuildError as error:

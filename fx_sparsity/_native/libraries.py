@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from fx_sparsity._native.library import Library
+from fx_sparsity._native.library import Library, Schemas
 
 _CSRC = Path(__file__).with_name("csrc")
 
@@ -25,4 +25,8 @@ KERNELS = Library(
     ["-DFX_EVERY_LEVEL"],
 )
 STORAGE = Library("storage", [_CSRC / "storage" / "ops.cpp"])
+SCHEMAS = Schemas("schemas", [_CSRC / "schemas" / "ops.cpp"])
 LIBRARIES = (MASKS, PRUNING, KERNELS, STORAGE)
+"""Those that this process loads."""
+BUILT_AHEAD = (*LIBRARIES, SCHEMAS)
+"""Those that are compiled ahead."""

@@ -120,11 +120,15 @@ class Library:
         if not path.exists():
             return None
         try:
-            torch.ops.load_library(path)
+            self._try(path)
         except OSError as error:
             logger.warning("%s: not what the wheel brought, because %s", self.name, _line(error))
             return None
         return path
+
+    def _try(self, path: Path) -> None:
+        """Raise OSError where what the wheel brought does not load here."""
+        torch.ops.load_library(path)
 
     def _options(self) -> list[str]:
         return [*compiler.flags(), *self._flags()]
@@ -154,6 +158,17 @@ class Library:
         reason = f"C++ kernels from {path}"
         logger.info("%s: %s", self.name, reason)
         return True, reason
+
+
+class Schemas(Library):
+    """A library of schemas alone, for processes without the Python code that defines them.
+
+    It is built and handed out, and not loaded here, where they are defined already: torch ends the
+    process of whoever defines them again.
+    """
+
+    def _try(self, path: Path) -> None:
+        """Nothing can be tried."""
 
 
 def _line(error: Exception) -> str:

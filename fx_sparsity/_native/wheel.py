@@ -6,7 +6,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from fx_sparsity._native import LIBRARIES, instruction_sets
+from fx_sparsity._native import BUILT_AHEAD, instruction_sets
 from fx_sparsity._native.compiler import BuildError
 
 
@@ -17,7 +17,7 @@ def compile_into(folder: Path) -> None:
         BuildError: one of them cannot be built.
     """
     with tempfile.TemporaryDirectory() as unfinished:
-        for library in LIBRARIES:
+        for library in BUILT_AHEAD:
             for instructions in instruction_sets.compiled_for():
                 print(library.build_for_wheel(Path(unfinished), instructions).name, flush=True)
         shutil.copytree(unfinished, folder, ignore=shutil.ignore_patterns("*.lock"))

@@ -3,6 +3,7 @@
 from fx_sparsity.kernels import cuda  # noqa: F401  gives an operator its kernel
 from fx_sparsity.kernels.embedding import RowPrunedEmbedding, RowPrunedEmbeddingBag
 from fx_sparsity.kernels.linear import SparseLinear
+from fx_sparsity.kernels.native import libraries
 from fx_sparsity.kernels.packings import PACKINGS, Packing, PackingError
 from fx_sparsity.kernels.row_table import RowTable
 
@@ -14,4 +15,5 @@ __all__ = [
     "RowPrunedEmbeddingBag",
     "RowTable",
     "SparseLinear",
+    "libraries",
 ]

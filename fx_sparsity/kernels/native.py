@@ -1,12 +1,30 @@
 """Which C++ operators there are for a call, and packing by them."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from fx_sparsity._native import KERNELS
+from fx_sparsity._native import KERNELS, SCHEMAS
 from fx_sparsity.kernels import panels
+
+
+def libraries() -> tuple[Path, Path]:
+    """The files that give a process without this package the operators of lowered models.
+
+    Load both before an AOTInductor package: with `torch.ops.load_library` where there is Python, or
+    `dlopen` where there is none. They are compiled for this machine's processor and torch, unless a
+    wheel brought them. A process has its operators from them or from `import fx_sparsity`, not from
+    both: torch lets nobody define an operator twice. They are for the CPU alone.
+
+    Returns:
+        The schemas of the operators, and their kernels. Built first, if need be.
+
+    Raises:
+        BuildError: they cannot be built.
+    """
+    return SCHEMAS.build(), KERNELS.build()
 
 
 def cpu_kernel(name: str, x: Tensor) -> Callable[..., Tensor] | None:

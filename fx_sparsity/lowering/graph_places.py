@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from fx_sparsity.graph.calls import bind, operator_name
-from fx_sparsity.graph.operators import OPERATORS, LinearForm, Operator
+from fx_sparsity.graph.calls import bind, is_view, operator_name
+from fx_sparsity.graph.operators import OPERATORS, SAME_VALUES, LinearForm, Operator
 from fx_sparsity.graph.sources import Source, exported_source, module_source
 from fx_sparsity.graph.uses import SeenWeight, noted_weights, seen_weights
 from fx_sparsity.lowering.layers import DenseLinear, read_torchao
@@ -66,7 +66,7 @@ class NodePlace(GraphPlace):
             return layer
         if bias is not None and bias.shape != layer.weight.shape[:1]:
             return f"what is added to it has shape {tuple(bias.shape)}"
-        return replace(layer, bias=bias)
+        return replace(layer, bias=bias, from_codes=_dequantized(args[self.form.x]))
 
     def _bias(self, args: Mapping[str, Any]) -> Tensor | str | None:
         value = args.get(self.operator.bias)
@@ -142,6 +142,15 @@ def places_by(graph_module: fx.GraphModule, source: Source) -> Iterator[GraphPla
             held = source(args[arg])
             tensor = held[1] if held is not None else seen
             yield NodePlace(names, nn.Linear, tensor, operator=row, form=form, **common)
+
+
+def _dequantized(node: fx.Node) -> bool:
+    """Whether a node gives what codes stand for, in any shape or dtype."""
+    while node.op != "placeholder" and not operator_name(node).startswith("dequantize"):
+        if not (is_view(node) or operator_name(node) in SAME_VALUES) or not node.all_input_nodes:
+            return False
+        node = node.all_input_nodes[0]
+    return node.op != "placeholder"
 
 
 def _product(sizes: torch.Size) -> int:

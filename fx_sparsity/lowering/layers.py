@@ -34,6 +34,8 @@ class DenseLinear:
         quantize_input: how its activations are quantized, as `SparseLinear.from_dense` takes it.
         activation: that the layer applies to its result, as `SparseLinear.from_dense` takes it.
         input_dtype: of the activations, as far as the weight tells.
+        from_codes: whether the model quantizes and dequantizes its activations: a dense model that
+            is compiled and frozen multiplies their codes.
     """
 
     weight: Tensor
@@ -42,6 +44,7 @@ class DenseLinear:
     quantize_input: str = "none"
     activation: str = "none"
     input_dtype: torch.dtype = torch.float32
+    from_codes: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -82,7 +85,9 @@ class DenseLinear:
     @property
     def mode(self) -> str:
         """How activations of codes are quantized; empty for floating weights."""
-        return "" if self.scale is None else self.quantize_input
+        if self.scale is None:
+            return ""
+        return "codes" if self.from_codes else self.quantize_input
 
     def takes(self, dtype: torch.dtype) -> bool:
         """Whether kernels take activations of that dtype."""

@@ -27,7 +27,16 @@ from fx_sparsity.lowering.places import (
     replaced,
     watch,
 )
-from fx_sparsity.lowering.plan import Bytes, Planned, choose, layer_rows, other_rows, pack_all, ties
+from fx_sparsity.lowering.plan import (
+    Bytes,
+    Planned,
+    choose,
+    layer_rows,
+    multiplied_as_floats,
+    other_rows,
+    pack_all,
+    ties,
+)
 from fx_sparsity.lowering.policy import AUTO, LoweringError, Policy, Rules, checked_tokens
 from fx_sparsity.lowering.report import LoweringReport
 from fx_sparsity.lowering.rewrite import LowerNodes, lower_program
@@ -194,7 +203,7 @@ def _report(
     before, after = Bytes(), Bytes()
     rows = layer_rows(planned, packed, before, after)
     rows += other_rows(planned, model, weights, before, after)
-    return LoweringReport(tuple(rows), tuple(ties(planned, weights)))
+    return LoweringReport(tuple(rows), (*multiplied_as_floats(planned), *ties(planned, weights)))
 
 
 def _put(

@@ -43,7 +43,11 @@ def read_packed(model: nn.Module) -> Iterator[StoredWeight]:
             if str(node.target) in _LOOKUPS and (table := _read_table(model, node)) is not None:
                 yield _table(*table)
             packing = _BY_OPERATOR.get(str(node.target))
-            if packing is not None and (read := _read_node(model, node, packing)) is not None:
+            if packing is None:
+                continue
+            if (read := _read_node(model, node, packing)) is None:
+                yield from _partly_held(model, node, packing)
+            else:
                 codes = packing.unpack(read.parts, read.shape, read.parts["values"].dtype)
                 fqn = _weight_of(read.path)
                 yield _stored(fqn, read.path, packing, codes, read.scale, read.names)
@@ -165,6 +169,24 @@ def _read_table(
     parts: dict[str, Any] = {"affine": None} | {name: tensor for name, (_, tensor) in held.items()}
     table = RowTable(**parts, columns=args["columns"])
     return names[0].rpartition(".")[0], table, getattr(torch, args["dtype"]), names
+
+
+def _partly_held(model: fx.GraphModule, node: fx.Node, packing: Packing) -> Iterator[StoredWeight]:
+    """A weight of which the graph holds some parts, and not all."""
+    source, args = module_source(model), bind(node)
+    found = {name: source(args[name]) for name in packing.parts}
+    names = [held[0] for held in found.values() if held is not None]
+    if names:
+        path = names[0].rpartition(".")[0]
+        lacking = ", ".join(name for name, held in found.items() if held is None)
+        shape = args["out_features"], args["in_features"]
+        codes = torch.empty(shape, device="meta")
+        stored = _stored(_weight_of(path), path, packing, codes, None, names)
+        obstacle = (
+            f"its {lacking} cannot be read: AOTInductor writes what has up to 8 elements into the "
+            "code, but for inductor_configs={'always_keep_tensor_constants': True}"
+        )
+        yield replace(stored, obstacle=obstacle)
 
 
 def _stored(

@@ -111,6 +111,23 @@ def ties(planned: Iterable[Planned], weights: WeightMap) -> Iterator[str]:
             yield f"tied, sharing what was packed: {site.fqn}, {', '.join(site.aliases)}"
 
 
+def multiplied_as_floats(planned: Iterable[Planned]) -> Iterator[str]:
+    """What lowering takes from layers whose activations are codes, in words."""
+    names = [
+        plan.place.fqn
+        for plan in planned
+        if plan.choice.packing is not None
+        and isinstance(layer := plan.layer, DenseLinear)
+        and layer.from_codes
+        and layer.scale is not None
+    ]
+    if names:
+        yield (
+            "the graph quantizes their activations, and kernels take what codes stand for; lost "
+            f"are Inductor's int8 products and what it fuses with them: {', '.join(names)}"
+        )
+
+
 class Bytes:
     """Bytes that count once, however many rows speak of them."""
 

@@ -303,7 +303,9 @@ def _dense_forms(
     """What torch has for a layer: name -> makes one such form, and the dtype it reads.
 
     Of layers whose activations are quantized, some forms take codes that are ready: the time that
-    torch's own quantization takes depends on what it is fused with, and is not counted.
+    torch's own quantization takes depends on what it is fused with, and is not counted. Graphs
+    quantize them by nodes, which lowering leaves as they are; Inductor fuses those of dense layers
+    with their product, where it freezes the model.
     """
     if layer.device.type == "cuda":
         return {"eager": (_eager, input_dtype)}
@@ -316,6 +318,8 @@ def _dense_forms(
     engines = torch.backends.quantized.supported_engines
     if layer.quantize_input == "none":
         forms["_weight_int8pack_mm"] = _int8_pack, torch.int8
+        if layer.from_codes and "onednn" in engines:
+            forms["onednn.qlinear"] = _qlinear(input_dtype), torch.int8
         return forms
     if torch.backends.quantized.engine != "none":
         forms["quantized.linear_dynamic"] = _linear_dynamic, torch.int8

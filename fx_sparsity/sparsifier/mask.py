@@ -1,5 +1,6 @@
 """The mask parametrization: zeros a weight while the original stays trainable beneath it."""
 
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,8 @@ from fx_sparsity.sparsifier.lost_writes import LostWrites
 
 GRAPH_MASKS = "sparsity_masks"
 """Submodule of a GraphModule under which the masks of its own weights live, each by its FQN."""
+_EXPORTED = re.compile(rf"{GRAPH_MASKS}\..+|(.+\.)?parametrizations\.\w+\.0")
+"""Where the buffer of a mask lies in what was exported, which keeps names and no classes."""
 
 
 class _Select(torch.autograd.Function):
@@ -161,9 +164,9 @@ FakeSparsity = Mask
 
 
 def masked_weights(model: nn.Module) -> list[str]:
-    """FQNs of the weights that have a live mask."""
+    """FQNs of the weights that have a live mask; those of what was exported with it, too."""
     return [
         name.removeprefix(f"{GRAPH_MASKS}.").replace("parametrizations.", "").removesuffix(".0")
         for name, module in model.named_modules()
-        if isinstance(module, Mask)
+        if isinstance(module, Mask) or ("mask" in module._buffers and _EXPORTED.fullmatch(name))
     ]

@@ -150,6 +150,11 @@ class Verification(Report, Sequence[VerifiedWeight]):
         """
         if not self.rows:
             raise SparsityLostError("there is no weight to verify: the record is empty")
+        if not any(row.where for row in self.rows):
+            raise SparsityLostError(
+                f"none of the {len(self.rows)} weights of the record, such as {self.rows[0].fqn}, "
+                "is found in the model: give the record of this model, by names that it has"
+            )
         lost = [f"{row.fqn}: {', '.join(row.faults)}" for row in self.rows if row.faults]
         if lost:
             raise SparsityLostError("\n".join(lost))
@@ -234,8 +239,8 @@ def verify(
     float weight has to be zero itself. A tied weight is checked wherever it is stored.
 
     Args:
-        model: sparsified, and quantized or not; or the path of an ONNX file, see `read_onnx`. Not
-            changed.
+        model: sparsified, and quantized or not; or the path of a file: what `torch.export.save` or
+            AOTInductor wrote, see `read_pt2`, or ONNX, see `read_onnx`. Not changed, and not run.
         record: what `squash` returned, or a flow made. Without one the rows tell what there is:
             how many zeros every weight of two or more dimensions has, and the tightest pattern
             that they follow.
@@ -262,7 +267,8 @@ def verify(
     if record is None:
         return Verification(tuple(_found(model, meant)))
     names = {fqn: mask.aliases for fqn, mask in record.items()}
-    found = by_name(read_weights(model), names)
+    held = read_weights(model)
+    found = by_name(held, names)
     stored = {fqn: [_fitting(w, record[fqn]) for w in copies] for fqn, copies in found.items()}
     alone = {} if reference is None else by_name(read_weights(reference), names)
     rows: list[VerifiedWeight] = []
@@ -279,7 +285,35 @@ def verify(
             rows.append(row)
         if not copies:
             rows.append(_missing(fqn, mask, intended))
+    rows += [_bare(weight) for weight in held if weight.nameless and _may_be(weight, record)]
     return Verification(tuple(rows), record)
+
+
+def _may_be(weight: StoredWeight, record: Mapping[str, MaskRecord]) -> bool:
+    """Whether what has no name has as many elements as a masked weight."""
+    return any(weight.data.numel() == mask.keep.numel() for mask in record.values())
+
+
+def _bare(weight: StoredWeight) -> VerifiedWeight:
+    """The row of what may be a copy of a masked weight, of which nothing else is known."""
+    return VerifiedWeight(
+        fqn=weight.fqn,
+        where=weight.where,
+        dtype=weight.dtype,
+        scheme=weight.scheme,
+        quantized=weight.quantized,
+        meant=None,
+        elements=weight.data.numel(),
+        zeros=0,
+        wanted=0,
+        zero_in_code=0,
+        zero_dequantized=0,
+        extra=None,
+        pattern=None,
+        pattern_holds=None,
+        max_change=None,
+        obstacle=weight.obstacle,
+    )
 
 
 def _fitting(weight: StoredWeight, mask: MaskRecord) -> StoredWeight:

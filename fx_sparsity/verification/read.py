@@ -12,9 +12,13 @@ from torch.nn.utils import parametrize
 from fx_sparsity.graph.calls import operator_name
 from fx_sparsity.graph.uses import is_annotated
 from fx_sparsity.sparsifier import Mask
+from fx_sparsity.sparsifier.mask import masked_weights
 from fx_sparsity.sparsifier.wrappers import plain_paths, run_by
+from fx_sparsity.verification.aoti_constants import Package, Pt2Error
 from fx_sparsity.verification.graph_reader import read_nodes
 from fx_sparsity.verification.onnx_file import read_onnx
+from fx_sparsity.verification.package_weights import package_weights, skeleton
+from fx_sparsity.verification.pt2_file import is_archive, read_pt2
 from fx_sparsity.verification.stored import Forms, OwnFormat, StoredWeight, float_weight, is_float
 
 READERS: list[Callable[[nn.Module], Iterable[StoredWeight]]] = []
@@ -31,16 +35,22 @@ def read_weights(model: nn.Module | ExportedProgram | str | Path) -> list[Stored
 
     Args:
         model: a module, compiled or not; a GraphModule, whose weights have their names where
-            `AnnotateWeights` ran before it was quantized; an ExportedProgram; or the path of an
-            ONNX file.
+            `AnnotateWeights` ran before it was quantized; an ExportedProgram; or the path of a
+            `.pt2` file, see `read_pt2`, or of an ONNX file.
     """
     if isinstance(model, str | Path):
-        return list(read_onnx(model))
+        if not is_archive(model):
+            return list(read_onnx(model))
+        held = read_pt2(model)
+        if isinstance(held, Package):
+            return _read_package(held)
+        model = held.module(check_guards=False)  # that come from the file, and would be run
     if isinstance(model, ExportedProgram):
         model = model.module()
     while (inner := run_by(model)) is not None:
         model = inner
     stored = [_computed_with(model, weight) for read in READERS for weight in read(model)]
+    stored += _exported_masks(model) if isinstance(model, fx.GraphModule) else []
     stored += read_nodes(model) if isinstance(model, fx.GraphModule) else []
     known = {name for weight in stored for name in (weight.where, *weight.made_of)}
     rest = [weight for weight in _read_float(model) if weight.where not in known]
@@ -66,6 +76,33 @@ def read_weights(model: nn.Module | ExportedProgram | str | Path) -> list[Stored
     calls = tuple(f"{node.target}." for node in model.graph.find_nodes(op="call_module"))
     stored += [replace(weight, incidental=True) for weight in rest if weight.where in reads]
     return stored + [weight for weight in rest if weight.where.startswith(calls)]
+
+
+def _read_package(package: Package) -> list[StoredWeight]:
+    """The weights of a package: what readers know of its calls, and the other constants.
+
+    Raises:
+        Pt2Error: what a call reads is no packed weight.
+    """
+    graph = skeleton(package)
+    try:
+        called = [weight for read in READERS for weight in read(graph)]
+    except (ValueError, RuntimeError, LookupError, TypeError) as error:
+        raise Pt2Error(f"packed weights are corrupt: {error}") from error
+    known = {name for weight in called for name in (weight.where, *weight.made_of)}
+    return called + [weight for weight in package_weights(package) if weight.where not in known]
+
+
+def _exported_masks(model: fx.GraphModule) -> Iterator[StoredWeight]:
+    """Weights of a graph that was exported with live masks, which are not baked in."""
+    parameters = dict(model.named_parameters())
+    for fqn in masked_weights(model):
+        path, _, attribute = fqn.rpartition(".")
+        place = f"{path}.parametrizations.{attribute}".removeprefix(".")
+        original = parameters.get(f"{place}.original")
+        if original is not None and not isinstance(model.get_submodule(f"{place}.0"), Mask):
+            obstacle = "its mask is still live: squash before you export"
+            yield replace(float_weight(fqn, f"{place}.original", original), obstacle=obstacle)
 
 
 def _computed_with(model: nn.Module, weight: StoredWeight) -> StoredWeight:

@@ -42,6 +42,7 @@ class StoredWeight:
         made_of: names of the tensors that hold the weight, where it lies in several.
         incidental: whether only operators read it that take it for no weight, so that no quantizer
             was meant to touch this copy.
+        nameless: whether it has no name of the float model, and may be a copy of any weight.
     """
 
     fqn: str
@@ -60,6 +61,7 @@ class StoredWeight:
     computed: str = ""
     incidental: bool = False
     made_of: tuple[str, ...] = ()
+    nameless: bool = False
 
     def seen(self, whole: Tensor) -> Tensor:
         """The part of a tensor in the weight's own shape that this copy stores, in its order."""

@@ -232,6 +232,8 @@ class TorchAOLinear(FloatLinear):
 
     def read(self, module: Any) -> DenseLinear | str:
         """See `Kind`."""
+        if isinstance(module, NonDynamicallyQuantizableLinear):
+            return "its weight is read by the attention that owns it"
         if type(module).forward is not nn.Linear.forward:
             return f"{type(module).__name__} has a forward of its own"
         layer = read_torchao(module.weight)
@@ -408,4 +410,6 @@ def _raw_weight(module: nn.Module) -> Any:
 
 
 def _is_torchao(tensor: Any) -> bool:
-    return isinstance(tensor, Tensor) and type(tensor).__module__.partition(".")[0] == "torchao"
+    return isinstance(tensor, Tensor) and any(
+        base.__module__.partition(".")[0] == "torchao" for base in type(tensor).__mro__
+    )

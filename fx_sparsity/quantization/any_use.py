@@ -49,9 +49,7 @@ class Int8AnyUseTensor(Int8Tensor):
         return _values(self.qdata, self.scale, output_dtype or self.dtype)
 
     @classmethod
-    def __torch_dispatch__(
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in cls._ATEN_OP_TABLE[cls]:
             return super().__torch_dispatch__(func, types, args, kwargs)
@@ -85,9 +83,7 @@ def int8_any_use(weight: Tensor, shared: Sequence[int]) -> Int8AnyUseTensor:
 
 def shared_axes(roles: Sequence[Role]) -> tuple[int, ...]:
     """Axes along which the elements of a weight of these roles share a scale."""
-    return tuple(
-        axis for axis, role in enumerate(roles) if role in INPUT_ROLES or role == "kernel"
-    )
+    return tuple(axis for axis, role in enumerate(roles) if role in INPUT_ROLES or role == "kernel")
 
 
 def _values(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

@@ -223,7 +223,7 @@ def _by_key(config: AOBaseConfig | Configs | None, default: Configs) -> Configs:
 
 
 _NO_PARAMETER = "it is computed, and no parameter of the model by itself"
-_NO_KEY = "no key of `config` names it, its class or nn.Module"
+_NO_KEY = "no key of `config` names it"
 _EXCLUDED = "`config` has None for it"
 _RENORMALIZED = "its lookups renormalize it (max_norm), and codes cannot be written to"
 

@@ -137,9 +137,9 @@ def _pt2e(dynamic):
 
 
 def _torchao(linear):
-    from fx_sparsity.quantization.torchao_backend import EMBEDDING_CONFIG
+    from fx_sparsity.quantization.torchao_backend import DEFAULT_CONFIGS
 
-    return lambda qat: {nn.Linear: linear, nn.Embedding: EMBEDDING_CONFIG}
+    return lambda qat: {**DEFAULT_CONFIGS, nn.Linear: linear}
 
 
 SCHEMES: dict[str, tuple[str, Callable[[bool], object]]] = {

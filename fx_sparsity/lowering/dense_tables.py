@@ -12,6 +12,7 @@ from fx_sparsity.kernels.embedding import RowPrunedEmbedding, RowPrunedEmbedding
 from fx_sparsity.patterns import Role
 from fx_sparsity.quantization.codes import CodedWeight
 from fx_sparsity.quantization.torch_ao.modules import read_quantized
+from fx_sparsity.verification.stored import StoredWeight
 
 ROWS = "rows"
 """Name of the packing of tables: without their rows of zeros, and a map to those that are left."""
@@ -91,13 +92,20 @@ class DenseTable:
         source: Any = self.module
         bag = isinstance(source, nn.EmbeddingBag | nnq.EmbeddingBag)
         kind: Any = RowPrunedEmbeddingBag if bag else RowPrunedEmbedding
-        if not isinstance(source, CodedWeight):
-            return kind.from_dense(source)
-        codes = source._weight_codes
-        options = {name: getattr(source, name) for name in ("padding_idx", *_BAG * bag)}
-        return kind.from_codes(
-            codes.codes, codes.scale, codes.zero_point, dtype=codes.dtype, **options
-        )
+        options = {name: getattr(source, name, None) for name in ("padding_idx", *_BAG * bag)}
+        if isinstance(source, CodedWeight):
+            held = source._weight_codes
+            codes, zero_point, dtype = held.codes, held.zero_point, held.dtype
+            return kind.from_codes(codes, held.scale, zero_point, dtype=dtype, **options)
+        if is_traceable_wrapper_subclass(getattr(source, "weight", None)):
+            stored = _signed_codes(source.weight)
+            assert not isinstance(stored, str)
+            # The kernel's codes have no sign.
+            codes = (stored.data.to(torch.int16) + 128).to(torch.uint8)
+            zero_point = torch.full_like(stored.scale, 128)
+            dtype = source.weight.dtype
+            return kind.from_codes(codes, stored.scale, zero_point, dtype=dtype, **options)
+        return kind.from_dense(source)
 
 
 _BAG = ("mode", "include_last_offset")
@@ -121,10 +129,15 @@ def read_table(module: Any) -> DenseTable | str:
         stored = read_quantized("weight", module)
     else:
         weight = module.weight.detach()
-        if is_traceable_wrapper_subclass(weight):  # such as torchao's
-            return f"no kernel for a {type(weight).__name__}"
         if weight.dtype not in (torch.float32, torch.bfloat16):
             return f"no kernel for {weight.dtype}"
+        if is_traceable_wrapper_subclass(weight):  # such as torchao's
+            stored = _signed_codes(weight)
+            if isinstance(stored, str):
+                return stored
+            return DenseTable(
+                module, stored.zeros(), stored.data.nbytes + weight.scale.nbytes, stored.dtype
+            )
         return DenseTable(module, weight == 0, weight.nbytes, str(weight.dtype)[6:])
     if stored.obstacle or stored.dtype not in ("uint8", "quint8", "quint4x2"):
         return stored.obstacle or f"no kernel for {stored.dtype}"
@@ -133,6 +146,17 @@ def read_table(module: Any) -> DenseTable | str:
     bits = 4 if stored.dtype == "quint4x2" else 8
     rows, columns = stored.data.shape
     return DenseTable(module, stored.zeros(), rows * (columns * bits // 8 + 8), stored.dtype)
+
+
+def _signed_codes(weight: Any) -> StoredWeight | str:
+    """The codes of one of torchao's tensors; or why there is no kernel for them."""
+    from fx_sparsity.quantization.torchao_backend import read_tensor
+
+    stored = read_tensor("weight", weight)
+    by_row = stored.scale is not None and stored.scale.shape == (len(stored.data), 1)
+    if stored.dtype != "int8" or not by_row or bool(stored.zero_point.any()):
+        return f"no kernel for a {type(weight).__name__} of {stored.dtype}, {stored.scheme}"
+    return stored
 
 
 def dense_table(packed: Lookup) -> nn.Module:

@@ -170,10 +170,10 @@ def _told(verification: Verification) -> Verification:
     for reason, fqns in left.items():
         more = f" and {len(fqns) - 3} others" if len(fqns) > 3 else ""
         logger.warning(
-            "%d of %d masked weights stay in float, %s: %s%s",
+            "%d of %d masked weights stay in float (%s): %s%s",
             len(fqns),
             len(verification),
-            f"for {reason}" if reason else "which the backend gives no reason for",
+            reason or "the backend gives no reason",
             ", ".join(fqns[:3]),
             more,
         )

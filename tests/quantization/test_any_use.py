@@ -236,7 +236,7 @@ def test_what_else_there_is_in_a_model(order, caplog):
     left = {fqn: row.in_float for fqn, row in rows.items() if not row.quantized}
     assert list(left) == ["normed.weight"]
     assert "max_norm" in left["normed.weight"]
-    assert "1 of 5 masked weights stay in float, for its lookups renormalize it" in caplog.text
+    assert "1 of 5 masked weights stay in float (its lookups renormalize it" in caplog.text
     norm = quantized.get_parameter("conv.parametrizations.weight.original1")
     assert isinstance(norm, Int8AnyUseTensor)
     told = "doubled.weight: torchao quantizes what F.linear computes there, though Doubled has"
@@ -283,3 +283,44 @@ def test_axes_that_nothing_tells_are_asked_for(caplog):
         model.linear.weight[0, 0] = torch.nan
     with pytest.raises(BackendError, match=r"linear.weight: expected finite values"):
         flow(model, inputs, "quantize_first", config={nn.Module: Int8AnyUseConfig()})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_products_and_tables_of_codes_are_lowered_and_restored(dtype):
+    class Shop(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bag, self.table = nn.EmbeddingBag(40, 16, mode="sum"), nn.Embedding(40, 16)
+            self.product = transformers.pytorch_utils.Conv1D(64, 16)
+            self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+
+        def forward(self, baskets):
+            x = self.product(self.bag(baskets) + self.table(baskets[:, 0]))
+            return x, self.attention(x[None, :, :16], x[None, :, 16:32], x[None, :, 32:48])[0]
+
+    torch.manual_seed(0)
+    model, inputs = Shop().eval().to(dtype), (torch.randint(40, (5, 3)),)
+    nn.init.normal_(model.product.weight)
+    mapping = {
+        "global": "unstructured 75%",
+        "module_name": {"bag": "rows 50%", "table": "rows 50%"},
+    }
+    quantized, verification = flow(
+        model, inputs, "sparsify_first", mapping=fxs.SparsityMapping.from_dict(mapping)
+    )
+    record = verification.raise_if_lost().record
+    expected = [dequantized(quantized)(*inputs), quantized(*inputs)]
+    codes = quantized.product.weight.qdata.clone()
+    lowered, _ = fxs.lower(quantized, inputs, "always")
+    assert type(lowered.bag).__name__ == "RowPrunedEmbeddingBag"
+    assert type(lowered.table).__name__ == "RowPrunedEmbedding"
+    assert type(lowered.product).__name__ == "LoweredLinear"
+    assert type(lowered.attention.out_proj).__name__ == "NonDynamicallyQuantizableLinear"
+    near = {"rtol": 0.02, "atol": 0.05} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-5}
+    for other in expected:
+        torch.testing.assert_close(lowered(*inputs), other, **near)
+    assert fxs.verify(lowered, record).ok
+    restored = fxs.unlower(lowered)
+    assert isinstance(restored.product.weight, Int8AnyUseTensor)
+    assert torch.equal(restored.product.weight.qdata, codes)
+    torch.testing.assert_close(restored(*inputs), expected[1], **near)

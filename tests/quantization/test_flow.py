@@ -314,15 +314,15 @@ def test_what_stays_in_float_is_told(order, caplog):
     assert "2 left in float" in verification.summary
     reason = "no key of `config` names it"
     assert {row.in_float for row in verification} == {reason}
-    assert f"2 of 2 masked weights stay in float, for {reason}: transformer.h.0" in caplog.text
+    assert f"2 of 2 masked weights stay in float ({reason}): transformer.h.0" in caplog.text
     assert "transformer.h.0.attn.c_attn.weight" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("backend", "reason"),
     [
-        ("eager", "`config` has no qconfig for a Products"),
-        ("fx", "torch no quantized module or function, for bmm in a Products"),
+        ("eager", "`config` has no qconfig for the class Products"),
+        ("fx", "torch no quantized operator, for bmm in the class Products"),
         ("pt2e", "the quantizer annotates no weight of bmm"),
     ],
 )

@@ -166,7 +166,7 @@ class EagerBackend(Backend):
             if there != fqn
         }
         in_float = {
-            fqn: f"`config` has no qconfig for a {site.owner_type.rpartition('.')[2]}"
+            fqn: f"`config` has no qconfig for the class {site.owner_type.rpartition('.')[2]}"
             for fqn, site in weights.items()
             if fqn not in meant
         }

@@ -133,8 +133,8 @@ class FXBackend(Backend):
         )
         check_float32(model, meant)
         in_float = {
-            fqn: "the mapping has no qconfig, or torch no quantized module or function, for "
-            f"{used_by(site)} in a {site.owner_type.rpartition('.')[2]}"
+            fqn: "the mapping has no qconfig, or torch no quantized operator, for "
+            f"{used_by(site)} in the class {site.owner_type.rpartition('.')[2]}"
             for fqn, site in weights.items()
             if fqn not in meant
         }

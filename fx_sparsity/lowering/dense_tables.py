@@ -1,5 +1,6 @@
 """Embedding tables as lowering reads them, and the modules that hold them."""
 
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,6 @@ from fx_sparsity.kernels.embedding import RowPrunedEmbedding, RowPrunedEmbedding
 from fx_sparsity.patterns import Role
 from fx_sparsity.quantization.codes import CodedWeight
 from fx_sparsity.quantization.torch_ao.modules import read_quantized
-from fx_sparsity.verification.stored import StoredWeight
 
 ROWS = "rows"
 """Name of the packing of tables: without their rows of zeros, and a map to those that are left."""
@@ -98,13 +98,12 @@ class DenseTable:
             codes, zero_point, dtype = held.codes, held.zero_point, held.dtype
             return kind.from_codes(codes, held.scale, zero_point, dtype=dtype, **options)
         if is_traceable_wrapper_subclass(getattr(source, "weight", None)):
-            stored = _signed_codes(source.weight)
-            assert not isinstance(stored, str)
+            weight = source.weight
             # The kernel's codes have no sign.
-            codes = (stored.data.to(torch.int16) + 128).to(torch.uint8)
-            zero_point = torch.full_like(stored.scale, 128)
-            dtype = source.weight.dtype
-            return kind.from_codes(codes, stored.scale, zero_point, dtype=dtype, **options)
+            codes = (weight.qdata.to(torch.int16) + 128).to(torch.uint8)
+            scale = weight.scale.float()
+            zero_point = torch.full_like(scale, 128)
+            return kind.from_codes(codes, scale, zero_point, dtype=weight.dtype, **options)
         return kind.from_dense(source)
 
 
@@ -128,16 +127,11 @@ def read_table(module: Any) -> DenseTable | str:
     elif isinstance(module, nnq.Embedding):
         stored = read_quantized("weight", module)
     else:
-        weight = module.weight.detach()
+        weight: Any = module.weight.detach()
         if weight.dtype not in (torch.float32, torch.bfloat16):
             return f"no kernel for {weight.dtype}"
         if is_traceable_wrapper_subclass(weight):  # such as torchao's
-            stored = _signed_codes(weight)
-            if isinstance(stored, str):
-                return stored
-            return DenseTable(
-                module, stored.zeros(), stored.data.nbytes + weight.scale.nbytes, stored.dtype
-            )
+            return _signed_codes(module, weight)
         return DenseTable(module, weight == 0, weight.nbytes, str(weight.dtype)[6:])
     if stored.obstacle or stored.dtype not in ("uint8", "quint8", "quint4x2"):
         return stored.obstacle or f"no kernel for {stored.dtype}"
@@ -148,15 +142,19 @@ def read_table(module: Any) -> DenseTable | str:
     return DenseTable(module, stored.zeros(), rows * (columns * bits // 8 + 8), stored.dtype)
 
 
-def _signed_codes(weight: Any) -> StoredWeight | str:
-    """The codes of one of torchao's tensors; or why there is no kernel for them."""
+def _signed_codes(module: nn.Module, weight: Any) -> DenseTable | str:
+    """A table that is one of torchao's tensors; or why there is no kernel for it."""
+    if "torchao.quantization" not in sys.modules or weight.is_meta:
+        return f"no kernel for a {type(weight).__name__} on {weight.device.type}"
     from fx_sparsity.quantization.torchao_backend import read_tensor
 
     stored = read_tensor("weight", weight)
     by_row = stored.scale is not None and stored.scale.shape == (len(stored.data), 1)
-    if stored.dtype != "int8" or not by_row or bool(stored.zero_point.any()):
+    shifted = stored.zero_point is not None and bool(stored.zero_point.any())
+    if stored.dtype != "int8" or not by_row or shifted:
         return f"no kernel for a {type(weight).__name__} of {stored.dtype}, {stored.scheme}"
-    return stored
+    nbytes = stored.data.nbytes + weight.scale.nbytes
+    return DenseTable(module, stored.zeros(), nbytes, stored.dtype)
 
 
 def dense_table(packed: Lookup) -> nn.Module:

@@ -1,5 +1,6 @@
 """Embedding tables as lowering reads them, and the modules that hold them."""
 
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,15 +98,21 @@ class DenseTable:
         source: Any = self.module
         bag = isinstance(source, nn.EmbeddingBag | nnq.EmbeddingBag)
         kind: Any = RowPrunedEmbeddingBag if bag else RowPrunedEmbedding
-        options = {name: getattr(source, name) for name in ("padding_idx", *_BAG * bag)}
+        options = {name: getattr(source, name, None) for name in ("padding_idx", *_BAG * bag)}
         if tied is not None:
             return kind(tied.table, tied.dtype, **options)
-        if not isinstance(source, CodedWeight):
-            return kind.from_dense(source)
-        codes = source._weight_codes
-        return kind.from_codes(
-            codes.codes, codes.scale, codes.zero_point, dtype=codes.dtype, **options
-        )
+        if isinstance(source, CodedWeight):
+            held = source._weight_codes
+            codes, zero_point, dtype = held.codes, held.zero_point, held.dtype
+            return kind.from_codes(codes, held.scale, zero_point, dtype=dtype, **options)
+        if is_traceable_wrapper_subclass(getattr(source, "weight", None)):
+            weight = source.weight
+            # The kernel's codes have no sign.
+            codes = (weight.qdata.to(torch.int16) + 128).to(torch.uint8)
+            scale = weight.scale.float()
+            zero_point = torch.full_like(scale, 128)
+            return kind.from_codes(codes, scale, zero_point, dtype=weight.dtype, **options)
+        return kind.from_dense(source)
 
 
 _BAG = ("mode", "include_last_offset")
@@ -128,11 +135,11 @@ def read_table(module: Any) -> DenseTable | str:
     elif isinstance(module, nnq.Embedding):
         stored = read_quantized("weight", module)
     else:
-        weight = module.weight.detach()
-        if is_traceable_wrapper_subclass(weight):  # such as torchao's
-            return f"no kernel for a {type(weight).__name__}"
+        weight: Any = module.weight.detach()
         if weight.dtype not in (torch.float32, torch.bfloat16):
             return f"no kernel for {weight.dtype}"
+        if is_traceable_wrapper_subclass(weight):  # such as torchao's
+            return _signed_codes(module, weight)
         return DenseTable(module, weight == 0, weight.nbytes, str(weight.dtype)[6:])
     if stored.obstacle or stored.dtype not in ("uint8", "quint8", "quint4x2"):
         return stored.obstacle or f"no kernel for {stored.dtype}"
@@ -141,6 +148,21 @@ def read_table(module: Any) -> DenseTable | str:
     bits = 4 if stored.dtype == "quint4x2" else 8
     rows, columns = stored.data.shape
     return DenseTable(module, stored.zeros(), rows * (columns * bits // 8 + 8), stored.dtype)
+
+
+def _signed_codes(module: nn.Module, weight: Any) -> DenseTable | str:
+    """A table that is one of torchao's tensors; or why there is no kernel for it."""
+    if "torchao.quantization" not in sys.modules or weight.is_meta:
+        return f"no kernel for a {type(weight).__name__} on {weight.device.type}"
+    from fx_sparsity.quantization.torchao_backend import read_tensor
+
+    stored = read_tensor("weight", weight)
+    by_row = stored.scale is not None and stored.scale.shape == (len(stored.data), 1)
+    shifted = stored.zero_point is not None and bool(stored.zero_point.any())
+    if stored.dtype != "int8" or not by_row or shifted:
+        return f"no kernel for a {type(weight).__name__} of {stored.dtype}, {stored.scheme}"
+    nbytes = stored.data.nbytes + weight.scale.nbytes
+    return DenseTable(module, stored.zeros(), nbytes, stored.dtype)
 
 
 def dense_table(packed: Lookup) -> nn.Module:

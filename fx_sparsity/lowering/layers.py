@@ -216,8 +216,7 @@ class TransposedLinear(FloatLinear):
 
     def covers(self, module: nn.Module) -> bool:
         """See `Kind`."""
-        utils = sys.modules.get("transformers.pytorch_utils")
-        return utils is not None and type(module) is utils.Conv1D
+        return _is_conv1d(module) and not _is_torchao(_raw_weight(module))
 
     def read(self, module: Any) -> DenseLinear | str:
         """See `Kind`."""
@@ -237,6 +236,8 @@ class TorchAOLinear(FloatLinear):
 
     def read(self, module: Any) -> DenseLinear | str:
         """See `Kind`."""
+        if isinstance(module, NonDynamicallyQuantizableLinear):
+            return "its weight is read by the attention that owns it"
         if type(module).forward is not nn.Linear.forward:
             return f"{type(module).__name__} has a forward of its own"
         layer = read_torchao(module.weight)
@@ -251,6 +252,32 @@ class TorchAOLinear(FloatLinear):
         assert layer.scale is not None
         module, description = template
         weight = restore_torchao(description, layer.weight, layer.scale)
+        return super().restore(module, replace(layer, weight=weight))
+
+
+class TransposedTorchAOLinear(FloatLinear):
+    """The `Conv1D` of transformers whose weight is 8-bit codes [in, out], one scale an output."""
+
+    transposed = True
+
+    def covers(self, module: nn.Module) -> bool:
+        """See `Kind`."""
+        return _is_conv1d(module) and _is_torchao(_raw_weight(module))
+
+    def read(self, module: Any) -> DenseLinear | str:
+        """See `Kind`."""
+        layer = read_torchao(_turned(module.weight))
+        return layer if isinstance(layer, str) else replace(layer, bias=module.bias)
+
+    def template(self, module: Any) -> Any:
+        """See `Kind`: the module, and the description of the weight as [out, in]."""
+        return super().template(module), describe_torchao(_turned(module.weight))
+
+    def restore(self, template: Any, layer: DenseLinear) -> nn.Module:
+        """See `Kind`."""
+        assert layer.scale is not None
+        module, description = template
+        weight = _turned(restore_torchao(description, layer.weight, layer.scale))
         return super().restore(module, replace(layer, weight=weight))
 
 
@@ -303,6 +330,7 @@ KINDS: Mapping[str, Kind] = {
     "linear": FloatLinear(),
     "transposed linear": TransposedLinear(),
     "torchao linear": TorchAOLinear(),
+    "transposed torchao linear": TransposedTorchAOLinear(),
     "dynamic linear": DynamicLinear(),
 }
 """A new kind of module is one entry."""
@@ -396,6 +424,22 @@ def restore_torchao(description: tuple[Any, dict[str, Any]], codes: Tensor, scal
     return kind(qdata=codes, scale=scale.view(-1, 1), **described)
 
 
+def _turned(weight: Any) -> Any:
+    """A tensor of 8-bit codes with its two axes exchanged; any other as it is."""
+    from torchao.quantization import Int8Tensor
+
+    if not isinstance(weight, Int8Tensor) or weight.zero_point is not None:
+        return weight
+    kind, described = describe_torchao(weight)
+    described["block_size"] = described["block_size"][::-1]
+    return kind(qdata=weight.qdata.t().contiguous(), scale=weight.scale.t(), **described)
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    utils = sys.modules.get("transformers.pytorch_utils")
+    return utils is not None and type(module) is utils.Conv1D
+
+
 def _emptied(module: nn.Module) -> Any:
     """A copy without parameters."""
     copied = copy.copy(module)
@@ -413,4 +457,6 @@ def _raw_weight(module: nn.Module) -> Any:
 
 
 def _is_torchao(tensor: Any) -> bool:
-    return isinstance(tensor, Tensor) and type(tensor).__module__.partition(".")[0] == "torchao"
+    return isinstance(tensor, Tensor) and any(
+        base.__module__.partition(".")[0] == "torchao" for base in type(tensor).__mro__
+    )

@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fx_sparsity.errors import FxSparsityError
-from fx_sparsity.graph import WeightMap
+from fx_sparsity.graph import WeightMap, WeightSite
 from fx_sparsity.graph.example_inputs import ExampleInputs, InputError, call_arguments
 from fx_sparsity.graph.frontends import CaptureError
 from fx_sparsity.sparsifier.mask import masked_weights
@@ -36,24 +36,33 @@ class Prepared:
         meant: FQNs, in the float model, of the weights that the configuration asks to quantize.
         moved: FQN in the float model -> FQN in `model`, for weights that prepare moved.
         config: the backend's own, for its convert.
+        in_float: FQN in the float model -> the reason why a weight is not meant.
     """
 
     model: nn.Module
     meant: frozenset[str]
     moved: Mapping[str, str] = field(default_factory=dict)
     config: Any = None
+    in_float: Mapping[str, str] = field(default_factory=dict)
 
 
-class Quantized(NamedTuple):
-    """What a backend returns.
+@dataclass(frozen=True)
+class Quantized:
+    """What a backend returns; it unpacks into `model` and `meant`.
 
     Attributes:
         model: quantized.
         meant: FQNs of the weights that the configuration asked to quantize.
+        in_float: FQN -> the reason why a weight was not meant.
     """
 
     model: nn.Module
     meant: frozenset[str]
+    in_float: Mapping[str, str] = field(default_factory=dict)
+
+    def __iter__(self) -> Iterator[Any]:
+        yield self.model
+        yield self.meant
 
 
 class Backend(ABC):
@@ -140,6 +149,11 @@ class Backend(ABC):
         if self.observes:
             run_calibration(prepared.model, example_inputs, calibrate)
         return self.convert(prepared, example_inputs)
+
+
+def used_by(site: WeightSite) -> str:
+    """The operators that read a weight, for messages."""
+    return " and ".join(dict.fromkeys(use.op for use in site.uses))
 
 
 BACKENDS: dict[str, tuple[str, str, str]] = {

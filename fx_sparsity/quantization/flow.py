@@ -133,34 +133,48 @@ def sparsify_and_quantize(
             assert calibrate is not None
             prepared = chosen.prepare(model, example_inputs, weights, qat=True, **options)
             record = _mask_prepared(prepared, sparsifier, weights, configs, calibrate)
-            result, meant = chosen.convert(prepared, example_inputs)
-            return result, _told(verify(result, record, meant=meant))
+            trained = chosen.convert(prepared, example_inputs)
+            return trained.model, _told(
+                verify(trained.model, record, meant=trained.meant, in_float=trained.in_float)
+            )
         alone = quantized(model) if reference is None else reference
         if order == "sparsify_first":
             sparse = mask_weights(copy.deepcopy(model), sparsifier, weights, configs)
             sparsifier.step()
             sparse, record = squash(sparse, sparsifier)
-            result, _ = quantized(sparse)
+            result = quantized(sparse).model
         elif order == "interleaved":
             prepared = chosen.prepare(model, example_inputs, weights, **options)
             record = _mask_prepared(prepared, sparsifier, weights, configs, observe)
-            result, _ = chosen.convert(prepared, example_inputs)
+            result = chosen.convert(prepared, example_inputs).model
         else:
             result = copy.deepcopy(alone.model)
             record = sparsify_codes(result, sparsifier, weights, mapping)
-        return result, _told(verify(result, record, reference=alone.model, meant=alone.meant))
+        return result, _told(
+            verify(
+                result,
+                record,
+                reference=alone.model,
+                meant=alone.meant,
+                in_float=alone.in_float,
+            )
+        )
 
 
 def _told(verification: Verification) -> Verification:
-    """Say which masked weights are not quantized: nothing else of the flow would."""
-    if left := [row.fqn for row in verification if row.left_in_float]:
-        more = f" and {len(left) - 3} others" if len(left) > 3 else ""
+    """Say which masked weights are not quantized, and why: nothing else of the flow would."""
+    left: dict[str, list[str]] = {}
+    for row in verification:
+        if row.left_in_float:
+            left.setdefault(row.in_float, []).append(row.fqn)
+    for reason, fqns in left.items():
+        more = f" and {len(fqns) - 3} others" if len(fqns) > 3 else ""
         logger.warning(
-            "%d of %d masked weights stay in float, for the quantizer takes no such use of them: "
-            "%s%s",
-            len(left),
+            "%d of %d masked weights stay in float (%s): %s%s",
+            len(fqns),
             len(verification),
-            ", ".join(left[:3]),
+            reason or "the backend gives no reason",
+            ", ".join(fqns[:3]),
             more,
         )
     return verification

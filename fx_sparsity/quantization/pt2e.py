@@ -45,6 +45,7 @@ from fx_sparsity.quantization.backend import (
     check_unmasked,
     copied,
     refusing,
+    used_by,
 )
 from fx_sparsity.quantization.observers import EMBEDDING_SPEC, FarRowsAlone, IntegerZeroPoint
 
@@ -169,7 +170,13 @@ class PT2EBackend(Backend):
         allow_exported_model_train_eval(prepared)
         meant = frozenset(_annotated_weights(prepared))
         check_float32(own, meant, or_dtypes=(torch.bfloat16, torch.float16))
-        return Prepared(prepared, meant, dict(_one_name(prepared, weights)))
+        in_float = {
+            fqn: f"the quantizer annotates no weight of {used_by(site)}"
+            for fqn, site in weights.items()
+            if fqn not in meant
+        }
+        moved = dict(_one_name(prepared, weights))
+        return Prepared(prepared, meant, moved, in_float=in_float)
 
     @torch.random.fork_rng()
     def convert(self, prepared: Prepared, example_inputs: ExampleInputs) -> Quantized:
@@ -181,7 +188,7 @@ class PT2EBackend(Backend):
             move_exported_model_to_eval(converted)
         nn.Module.train(converted, False)
         check_runs(converted, example_inputs)
-        return Quantized(converted, prepared.meant)
+        return Quantized(converted, prepared.meant, prepared.in_float)
 
 
 def _one_name(prepared: fx.GraphModule, weights: WeightMap) -> Iterator[tuple[str, str]]:

@@ -1,7 +1,9 @@
 """torchao's `quantize_`: weights become tensors that hold codes, modules stay what they are."""
 
+import logging
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,10 +21,12 @@ from torchao.quantization import (
     quantize_,
 )
 from torchao.quantization.qat import QATConfig
+from torchao.utils import TorchAOBaseTensor
 
-from fx_sparsity.graph import WeightMap
+from fx_sparsity.graph import WeightMap, WeightSite
 from fx_sparsity.graph.example_inputs import ExampleInputs
 from fx_sparsity.patterns import Role
+from fx_sparsity.quantization.any_use import Int8AnyUseConfig, int8_any_use, shared_axes
 from fx_sparsity.quantization.backend import (
     Backend,
     BackendError,
@@ -35,6 +39,8 @@ from fx_sparsity.quantization.backend import (
 from fx_sparsity.quantization.grid import Grid
 from fx_sparsity.verification.stored import StoredWeight
 
+logger = logging.getLogger("fx_sparsity")
+
 Names = tuple[str, ...]
 """Every FQN of one parameter of one module; several where the module is shared."""
 Plan = Mapping[Names, AOBaseConfig]
@@ -45,12 +51,14 @@ EMBEDDING_CONFIG = IntxWeightOnlyConfig(weight_dtype=torch.int8, granularity=Per
 DEFAULT_CONFIGS: Configs = {
     nn.Linear: Int8DynamicActivationInt8WeightConfig(set_inductor_config=False),
     nn.Embedding: EMBEDDING_CONFIG,
+    nn.Module: Int8AnyUseConfig(),
 }
 QAT_CONFIGS: Configs = {
     nn.Linear: Int8DynamicActivationIntxWeightConfig(
         weight_dtype=torch.int8, weight_granularity=PerAxis(0)
     ),
     nn.Embedding: EMBEDDING_CONFIG,
+    nn.Module: Int8AnyUseConfig(),
 }
 """As `DEFAULT_CONFIGS`, of what torchao can train."""
 
@@ -78,16 +86,23 @@ class TorchAOBackend(Backend):
     | `"blocks.0.up"` | a module, for its parameter `weight` |
     | `"re:.*head"` | a regular expression that matches either in full |
     | `nn.Linear` | a class and its subclasses, for their parameter `weight` |
+    | `nn.Module` | every other weight that discovery found, whatever it is called |
 
-    A value of None leaves what the key names in float. `FqnToConfig` is taken as such a mapping,
-    its `"_default"` for linears. None for `config` is `DEFAULT_CONFIGS`: int8 linears whose
-    activations are quantized as they come, and 8-bit embeddings. For training it is `QAT_CONFIGS`:
-    of int8 linears, torchao has fake quantization for its `Intx` ones only.
+    A value is one of torchao's configurations; or `Int8AnyUseConfig`, for what torchao's tensors
+    cannot be used by: embedding bags, convolutions, matrix products such as those of a `Conv1D` of
+    transformers, experts, and what a parametrization is computed from. Or None, which leaves what
+    the key names in float. `FqnToConfig` is taken as such a mapping, its `"_default"` for linears.
 
-    What no key names stays in float and is not `meant`: by default embedding bags, which torchao
-    cannot look up, convolutions, bare parameters, and the output of `nn.MultiheadAttention`, whose
-    class says that it cannot be quantized. A tied weight is quantized at each of its places by the
-    configuration there, and is `meant` where all of them have one; the tie ends.
+    None for `config` is `DEFAULT_CONFIGS`: int8 linears whose activations are quantized as they
+    come, 8-bit embeddings, and `Int8AnyUseConfig` for the rest. For training it is `QAT_CONFIGS`:
+    of int8 linears, torchao has fake quantization for its `Intx` ones only. Weights of
+    `Int8AnyUseConfig` are trained in float, and rounded when converting.
+
+    What no key names stays in float and is not `meant`, and `in_float` says so. `nn.Linear` is no
+    key of the output of `nn.MultiheadAttention`, whose class says that it cannot be quantized. A
+    subclass of `nn.Linear` with a forward of its own is quantized as its base is, which a warning
+    tells. A tied weight is quantized at each of its places by the configuration there, and is
+    `meant` where all of them have one; the tie ends, but between places of `Int8AnyUseConfig`.
     """
 
     name = "torchao"
@@ -116,18 +131,26 @@ class TorchAOBackend(Backend):
         del dynamic_shapes
         check_unmasked(model)
         prepared = copied(model, training=None if qat else False)
-        plan = _plan(prepared, _by_key(config, QAT_CONFIGS if qat else DEFAULT_CONFIGS))
+        configs = _by_key(config, QAT_CONFIGS if qat else DEFAULT_CONFIGS)
+        plan, left = _plan(prepared, configs, weights)
         planned = {name for names in plan for name in names}
-        meant = frozenset(
-            fqn for fqn, site in weights.items() if planned.issuperset({fqn, *site.aliases})
-        )
+        in_float = {
+            fqn: next(left.get(name, _NO_PARAMETER) for name in site.names if name not in planned)
+            for fqn, site in weights.items()
+            if not planned.issuperset(site.names)
+        }
+        meant = frozenset(weights) - frozenset(in_float)
         if qat:
             check_runs(_quantized(copied(prepared), plan), example_inputs)
             for names, base in plan.items():
-                _check_replaceable(names[0], prepared.get_submodule(names[0].rpartition(".")[0]))
-                prepared = _apply(prepared, names, QATConfig(base, step="prepare"))
-            plan = {names: QATConfig(base, step="convert") for names, base in plan.items()}
-        return Prepared(prepared, meant, config=plan)
+                if not isinstance(base, Int8AnyUseConfig):
+                    owner = prepared.get_submodule(names[0].rpartition(".")[0])
+                    _check_replaceable(names[0], owner)
+                    prepared = _apply(prepared, names, QATConfig(base, step="prepare"))
+                    plan[names] = QATConfig(base, step="convert")
+        else:
+            _tell_own_forwards(prepared, plan)
+        return Prepared(prepared, meant, config=plan, in_float=in_float)
 
     @torch.random.fork_rng()
     def convert(self, prepared: Prepared, example_inputs: ExampleInputs) -> Quantized:
@@ -140,7 +163,7 @@ class TorchAOBackend(Backend):
         model = _quantized(prepared.model, prepared.config)
         nn.Module.train(model, False)  # not `.eval()`, which exported graphs refuse
         check_runs(model, example_inputs)
-        return Quantized(model, prepared.meant)
+        return Quantized(model, prepared.meant, prepared.in_float)
 
     def read(self, model: nn.Module) -> Iterator[StoredWeight]:
         """See `Backend.read`: every parameter and buffer that is one of torchao's tensors."""
@@ -164,8 +187,8 @@ def _name(config: AOBaseConfig) -> str:
 
 
 def is_torchao(tensor: Any) -> bool:
-    """Whether a tensor is of one of torchao's classes."""
-    return isinstance(tensor, Tensor) and type(tensor).__module__.partition(".")[0] == "torchao"
+    """Whether a tensor is of one of torchao's classes, or of one derived from them."""
+    return isinstance(tensor, TorchAOBaseTensor)
 
 
 def _by_key(config: AOBaseConfig | Configs | None, default: Configs) -> Configs:
@@ -199,11 +222,20 @@ def _by_key(config: AOBaseConfig | Configs | None, default: Configs) -> Configs:
     return config
 
 
-def _plan(model: nn.Module, configs: Configs) -> Plan:
-    """Which parameters get which configuration.
+_NO_PARAMETER = "it is computed, and no parameter of the model by itself"
+_NO_KEY = "no key of `config` names it"
+_EXCLUDED = "`config` has None for it"
+_RENORMALIZED = "its lookups renormalize it (max_norm), and codes cannot be written to"
+
+
+def _plan(
+    model: nn.Module, configs: Configs, weights: WeightMap
+) -> tuple[dict[Names, AOBaseConfig], dict[str, str]]:
+    """Which parameters get which configuration, and why the others get none, by each name.
 
     Raises:
-        BackendError: a key names no parameter of two or more dimensions, and no owner of one.
+        BackendError: a key names no parameter of two or more dimensions, and no owner of one; or
+            `Int8AnyUseConfig` for one whose axes are not known.
     """
     held: dict[tuple[int, str], list[str]] = {}
     modules: dict[int, nn.Module] = {}
@@ -213,26 +245,53 @@ def _plan(model: nn.Module, configs: Configs) -> Plan:
             if parameter is not None and parameter.ndim >= 2:
                 fqn = f"{prefix}.{attribute}".removeprefix(".")
                 held.setdefault((id(module), attribute), []).append(fqn)
+    sites = weights.by_any_name()
     plan: dict[Names, AOBaseConfig] = {}
+    left: dict[str, str] = {}
     used: set[type[nn.Module] | str] = set()
     for (module_id, attribute), names in held.items():
-        keys = _matching(configs, modules[module_id], attribute, names)
+        module = modules[module_id]
+        site = next((sites[name] for name in names if name in sites), None)
+        keys = _matching(configs, module, attribute, names)
+        if site is not None and nn.Module in configs:
+            keys.append(nn.Module)
         used.update(keys)
         chosen = configs[keys[0]] if keys else None
-        if chosen is not None:
-            plan[tuple(names)] = chosen
+        if chosen is None:
+            left |= dict.fromkeys(names, _EXCLUDED if keys else _NO_KEY)
+        elif keys[0] is nn.Module and getattr(module, "max_norm", None) is not None:
+            left |= dict.fromkeys(names, _RENORMALIZED)
+        else:
+            plan[tuple(names)] = _with_axes(names[0], chosen, site)
     if unused := [key for key in configs if isinstance(key, str) and key not in used]:
         raise BackendError(
             f"config: {', '.join(unused)} names no parameter of two or more dimensions of this "
             f"{type(model).__name__}, nor a module with such a weight"
         )
-    return plan
+    return plan, left
+
+
+def _with_axes(name: str, config: AOBaseConfig, site: WeightSite | None) -> AOBaseConfig:
+    """A configuration that knows which axes share a scale.
+
+    Raises:
+        BackendError: nothing tells.
+    """
+    if not isinstance(config, Int8AnyUseConfig) or config.shared is not None:
+        return config
+    if site is None:
+        raise BackendError(
+            f"{name}: no operator is known to read it as a weight, so that nothing tells which of "
+            "its axes share a scale; give them as Int8AnyUseConfig(shared=...), or exclude it with "
+            "None in `config`"
+        )
+    return replace(config, shared=shared_axes(site.roles))
 
 
 def _matching(
     configs: Configs, module: nn.Module, attribute: str, names: list[str]
 ) -> list[type[nn.Module] | str]:
-    """The keys that name a parameter, the most specific first."""
+    """The keys that name a parameter, but for `nn.Module`; the most specific first."""
     owners = [name.rpartition(".")[0] for name in names] if attribute == "weight" else []
     patterns = [key for key in configs if isinstance(key, str) and key.startswith("re:")]
     keys: list[type[nn.Module] | str] = [name for name in (*names, *owners) if name in configs]
@@ -243,8 +302,25 @@ def _matching(
             if any(re.fullmatch(pattern.removeprefix("re:"), name) for name in candidates)
         ]
     if attribute == "weight" and not isinstance(module, NonDynamicallyQuantizableLinear):
-        keys += [base for base in type(module).__mro__ if base in configs]
+        keys += [base for base in type(module).__mro__ if base in configs and base is not nn.Module]
     return keys
+
+
+def _tell_own_forwards(model: nn.Module, plan: Plan) -> None:
+    """Say which linear layers may do more than `nn.Linear` with a weight that is quantized."""
+    own: dict[str, list[str]] = {}
+    for names, config in plan.items():
+        module = model.get_submodule(names[0].rpartition(".")[0])
+        plain = type(module).forward is nn.Linear.forward
+        if isinstance(module, nn.Linear) and not plain and not isinstance(config, Int8AnyUseConfig):
+            own.setdefault(type(module).__name__, []).append(names[0])
+    for kind, names_of in own.items():
+        logger.warning(
+            "%s: torchao quantizes what F.linear computes there, though %s has a forward of its "
+            "own; whatever else that does with the weight is not quantized, or refused",
+            ", ".join(names_of),
+            kind,
+        )
 
 
 def _quantized(model: nn.Module, plan: Plan) -> nn.Module:
@@ -253,7 +329,11 @@ def _quantized(model: nn.Module, plan: Plan) -> nn.Module:
     Raises:
         BackendError: as `TorchAOBackend.convert`.
     """
+    made: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
     for names, config in plan.items():
+        if isinstance(config, Int8AnyUseConfig):
+            _round_in_place(model, names[0], config, made)
+            continue
         model = _apply(model, names, config)
         owner, _, attribute = names[0].rpartition(".")
         weight = getattr(model.get_submodule(owner), attribute)
@@ -264,6 +344,39 @@ def _quantized(model: nn.Module, plan: Plan) -> nn.Module:
             )
         _mend_empty_scales(weight)
     return model
+
+
+def _round_in_place(
+    model: nn.Module,
+    name: str,
+    config: Int8AnyUseConfig,
+    made: dict[int, tuple[nn.Parameter, nn.Parameter]],
+) -> None:
+    """Put 8-bit codes in the place of one parameter.
+
+    Args:
+        model: that holds it.
+        name: of the parameter.
+        config: with axes.
+        made: parameters that were rounded before, by `id`, which stay tied: kept alive, and codes.
+
+    Raises:
+        BackendError: NaN or infinite values.
+    """
+    owner, _, attribute = name.rpartition(".")
+    module = model.get_submodule(owner)
+    weight = module._parameters[attribute]
+    assert weight is not None
+    assert config.shared is not None
+    if id(weight) not in made:
+        try:
+            codes = int8_any_use(weight, config.shared)
+        except ValueError as error:
+            raise BackendError(
+                f"{name}: {error}; mend it, or exclude it with None in `config`"
+            ) from error
+        made[id(weight)] = weight, nn.Parameter(codes, requires_grad=False)
+    module._parameters[attribute] = made[id(weight)][1]
 
 
 def _apply(model: nn.Module, names: Names, config: AOBaseConfig) -> nn.Module:

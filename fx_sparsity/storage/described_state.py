@@ -41,8 +41,13 @@ def flatten(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Desc
 
 
 def is_subclass(value: object) -> bool:
-    """Whether `value` is one of torchao's tensors, which are stored as their inner tensors."""
-    return isinstance(value, Tensor) and type(value).__module__.partition(".")[0] == "torchao"
+    """Whether `value` is one of torchao's tensors, which are stored as their inner tensors.
+
+    Or of a class that is derived from one.
+    """
+    return isinstance(value, Tensor) and any(
+        base.__module__.partition(".")[0] == "torchao" for base in type(value).__mro__
+    )
 
 
 def rebuild(name: str, what: Description, tensor: Callable[[str], Tensor]) -> Any:

@@ -50,6 +50,8 @@ class VerifiedWeight:
         emptied: rows of codes that are all zero though the mask keeps some of them; the weight as
             a whole where its rows share a scale. Only counted where there is nothing to compare
             with, which would tell in `extra`.
+        in_float: the reason why a quantizer was not meant to take it; empty where it was, or where
+            nobody said.
     """
 
     fqn: str
@@ -71,6 +73,7 @@ class VerifiedWeight:
     not_finite: int = 0
     emptied: int = 0
     changed: int = 0
+    in_float: str = ""
 
     @property
     def sparsity(self) -> float:
@@ -205,7 +208,7 @@ class Verification(Report, Sequence[VerifiedWeight]):
                 f"{row.zero_in_code} ({row.share:.1%})",
                 row.extra,
                 row.max_change,
-                "; ".join(row.faults) or ("ok, in float" if row.left_in_float else "ok"),
+                "; ".join(row.faults) or _well(row),
             )
             for row in self.rows
         ]
@@ -225,12 +228,20 @@ class Verification(Report, Sequence[VerifiedWeight]):
         return str(self.tables[0])
 
 
+def _well(row: VerifiedWeight) -> str:
+    """The verdict on a row without faults."""
+    if not row.left_in_float:
+        return "ok"
+    return f"ok, in float: {row.in_float}" if row.in_float else "ok, in float"
+
+
 def verify(
     model: nn.Module | ExportedProgram | str | Path,
     record: Mapping[str, MaskRecord] | None = None,
     *,
     reference: nn.Module | ExportedProgram | str | Path | None = None,
     meant: Collection[str] | None = None,
+    in_float: Mapping[str, str] | None = None,
     tolerance: float = 1.0,
 ) -> Verification:
     """Check, weight by weight, that what was masked is zero, and nothing else is.
@@ -248,6 +259,7 @@ def verify(
             quantizing alone makes are found, and kept values are compared. Without it, only a float
             weight's further zeros are found.
         meant: FQNs of the weights that were meant to be quantized.
+        in_float: FQN -> the reason why a weight was not, for the rows.
         tolerance: how far a kept value of codes may be from the reference's, as a share of that;
             what rounding takes comes on top. All of it by default, since what is normalized on the
             way to its codes is scaled otherwise without what was masked; less is known of what
@@ -280,6 +292,8 @@ def verify(
             counterpart = alone[fqn][i] if fqn in alone and i < len(alone[fqn]) else None
             expected = None if weight.incidental else intended
             row = _row(fqn, weight, mask, counterpart, expected, holds[i])
+            if row.left_in_float and in_float is not None:
+                row = replace(row, in_float=in_float.get(fqn, ""))
             if counterpart is not None and weight.quantized and counterpart.quantized:
                 row = replace(row, changed=_changed(weight, mask, counterpart, tolerance))
             rows.append(row)

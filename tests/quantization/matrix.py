@@ -100,6 +100,9 @@ def _images():
     return (torch.randn(2, 4, 8, 8),)
 
 
+_IN_FLOAT, _IN_PART = "left in float", "quantized in part"
+_MARKS = {_IN_FLOAT: "in float", _IN_PART: "in part", "refused": "**no**"}
+
 LAYERS: dict[str, tuple[Callable[[], nn.Module], Callable[[], tuple[torch.Tensor, ...]]]] = {
     "Linear": (lambda: nn.Sequential(nn.Linear(32, 32)), _vectors),
     "functional linear": (Functional, _vectors),
@@ -137,9 +140,9 @@ def _pt2e(dynamic):
 
 
 def _torchao(linear):
-    from fx_sparsity.quantization.torchao_backend import EMBEDDING_CONFIG
+    from fx_sparsity.quantization.torchao_backend import DEFAULT_CONFIGS
 
-    return lambda qat: {nn.Linear: linear, nn.Embedding: EMBEDDING_CONFIG}
+    return lambda qat: {**DEFAULT_CONFIGS, nn.Linear: linear}
 
 
 SCHEMES: dict[str, tuple[str, Callable[[bool], object]]] = {
@@ -189,7 +192,7 @@ class Cell:
 
 
 def outcome(cell: Cell) -> str:
-    """`quantized` or `left in float`, the zeros proved either way; or the refusal, in words.
+    """`quantized` or `left in float` and why, the zeros proved; or the refusal, in words.
 
     Raises:
         SparsityLostError: zeros were lost, which no cell may do.
@@ -232,10 +235,12 @@ def outcome(cell: Cell) -> str:
     assert len(verification) > 0
     assert verification.share == 1
     assert all(row.wanted for row in verification)
-    done = {row.quantized for row in verification}
-    return {frozenset({True}): "quantized", frozenset({False}): "left in float"}.get(
-        frozenset(done), "quantized in part"
-    )
+    left = [row for row in verification if not row.quantized]
+    assert all(row.in_float for row in left)
+    if not left:
+        return "quantized"
+    reasons = " and ".join(dict.fromkeys(row.in_float for row in left))
+    return f"{_IN_FLOAT if len(left) == len(verification) else _IN_PART}: {reasons}"
 
 
 def _first_line(error: Exception) -> str:
@@ -289,18 +294,17 @@ def read_listing() -> dict[Cell, str]:
     return listed
 
 
-_MARKS = {"quantized": "yes", "left in float": "in float", "quantized in part": "in part"}
-
-
 def tables(results: dict[Cell, str]) -> str:
     """The page's tables, in Markdown, with a list of reasons for what is refused."""
     reasons: dict[str, int] = {}
 
     def mark(result: str) -> str:
-        if result in _MARKS:
-            return _MARKS[result]
-        reason = re.sub(r"^refused: BackendError: (\S+\.weight: )?", "", result)
-        return f"**no**&nbsp;[{reasons.setdefault(reason, len(reasons) + 1)}]"
+        if result == "quantized":
+            return "yes"
+        done, _, reason = result.partition(": ")
+        reason = re.sub(r"^BackendError: (\S+\.weight: )?", "", reason)
+        note = reasons.setdefault(reason, len(reasons) + 1)
+        return f"{_MARKS[done]}&nbsp;[{note}]"
 
     layers = ["| sparsify first, 2:4 | " + " | ".join(LAYERS) + " |"]
     layers.append("| --- " * (len(LAYERS) + 1) + "|")

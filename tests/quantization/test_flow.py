@@ -5,6 +5,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from torchao.quantization import Int8WeightOnlyConfig
 
 import fx_sparsity as fxs
 from fx_sparsity.graph import MappingError
@@ -306,9 +307,39 @@ def test_what_stays_in_float_is_told(order, caplog):
         order=order,
         backend="torchao",
         mapping=mapping,
+        config=Int8WeightOnlyConfig(),
     )
     assert all(row.left_in_float and not row.faults for row in verification)
     assert str(verification).count("ok, in float") == len(verification) == 2
     assert "2 left in float" in verification.summary
-    assert "2 of 2 masked weights stay in float" in caplog.text
+    reason = "no key of `config` names it"
+    assert {row.in_float for row in verification} == {reason}
+    assert f"2 of 2 masked weights stay in float ({reason}): transformer.h.0" in caplog.text
     assert "transformer.h.0.attn.c_attn.weight" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("backend", "reason"),
+    [
+        ("eager", "`config` has no qconfig for the class Products"),
+        ("fx", "torch no quantized operator, for bmm in the class Products"),
+        ("pt2e", "the quantizer annotates no weight of bmm"),
+    ],
+)
+def test_every_backend_says_why_a_weight_stays_in_float(backend, reason):
+    class Products(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.experts = nn.Parameter(torch.randn(2, 16, 8))
+
+        def forward(self, x):
+            return torch.bmm(x, self.experts)
+
+    model, inputs = Products().eval(), (torch.randn(2, 3, 16),)
+    for order in ("sparsify_first", "quantize_first"):
+        _, verification = sparsify_and_quantize(
+            *(model, fxs.WeightNormSparsifier(), inputs), order=order, backend=backend
+        )
+        (row,) = verification.raise_if_lost()
+        assert row.left_in_float
+        assert row.in_float.endswith(reason)

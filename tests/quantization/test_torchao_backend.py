@@ -392,14 +392,17 @@ def test_names_and_patterns_and_classes_choose():
 
 def test_what_stays_in_float_is_not_meant():
     model, inputs = make("recommender")
-    _, verification = flow(model, inputs, "sparsify_first")
-    bags = {f"tables.{i}.weight" for i in range(3)}
-    assert {row.fqn for row in verification.raise_if_lost() if not row.quantized} == bags
-    assert {row.fqn for row in verification if not row.meant} == bags
+    _, verification = flow(model, inputs, "sparsify_first", config={nn.Linear: INT8, "top.0": None})
+    excluded, unnamed = "`config` has None for it", "no key of `config` names it"
+    bags = {f"tables.{i}.weight": unnamed for i in range(3)}
+    left = {row.fqn: row.in_float for row in verification.raise_if_lost() if not row.quantized}
+    assert left == {"top.0.weight": excluded, **bags}
+    assert {row.fqn for row in verification if not row.meant} == set(left)
+    assert str(verification).count(f"ok, in float: {unnamed}") == 3
 
     model = nn.MultiheadAttention(16, 2, batch_first=True).eval()
     inputs = (torch.randn(2, 3, 16),) * 3
-    assert quantize(model, inputs).meant == set()
+    assert quantize(model, inputs, INT8).meant == set()
     with pytest.raises(BackendError, match="MultiheadAttention does not run on example_inputs"):
         quantize(model, inputs, {"out_proj": INT8})
 
@@ -434,7 +437,7 @@ def test_experts_and_convolutions_where_torchao_has_them(order):
     torch.manual_seed(0)
     model, inputs = Experts().eval(), (torch.randn(2, 4, 6, 6),)
     expected = model(*inputs)
-    assert quantize(model, inputs).meant == set()
+    assert quantize(model, inputs, INT8).meant == set()
     config = {nn.Conv2d: ROWS, "experts": INT8}
     quantized, verification = flow(model, inputs, order, "unstructured 10%", config=config)
     verification.raise_if_lost()

@@ -334,11 +334,11 @@ def coded_bag(scale=0.1):
 
 
 def torchao_table():
-    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+    from torchao.quantization import Int8WeightOnlyConfig, PerTensor, quantize_
 
     table = nn.Embedding(64, 32)
     table.weight[::2] = 0
-    quantize_(table, Int8WeightOnlyConfig(), filter_fn=lambda *_: True)
+    quantize_(table, Int8WeightOnlyConfig(granularity=PerTensor()), filter_fn=lambda *_: True)
     return table
 
 
@@ -360,7 +360,7 @@ def test_what_stays_dense_of_a_quantized_model_is_listed(tmp_path):
     model, other = made(), made()
     fxs.save(model, tmp_path / "f")
     assert loaded(fxs.load_sparse(tmp_path / "f", other)) == {
-        "table.weight": "dense: no kernel for a Int8Tensor",
+        "table.weight": "dense: no kernel for a Int8Tensor of int8, per-tensor symmetric",
         "static.weight": "dense: held by a QuantizedLinear",
         "shifted.weight": "dense: zero points other than 0 have no kernel",
         "fine.weight": "SparseLinear",

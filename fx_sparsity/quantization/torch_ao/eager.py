@@ -165,7 +165,12 @@ class EagerBackend(Backend):
             for there in [_weight_of(name.removeprefix("."), own.get_submodule(name.strip(".")))]
             if there != fqn
         }
-        return Prepared(own, meant, moved, plan)
+        in_float = {
+            fqn: f"`config` has no qconfig for the class {site.owner_type.rpartition('.')[2]}"
+            for fqn, site in weights.items()
+            if fqn not in meant
+        }
+        return Prepared(own, meant, moved, plan, in_float)
 
     @torch.random.fork_rng()
     def convert(self, prepared: Prepared, example_inputs: ExampleInputs) -> Quantized:
@@ -183,7 +188,7 @@ class EagerBackend(Backend):
             model = tq.convert(parent, mapping=plan.classes, inplace=True)[0]
         _unify(model, plan.shared)
         check_runs(model, example_inputs)
-        return Quantized(model.eval(), prepared.meant)
+        return Quantized(model.eval(), prepared.meant, prepared.in_float)
 
     def read(self, model: nn.Module) -> Iterator[StoredWeight]:
         """See `Backend.read`."""

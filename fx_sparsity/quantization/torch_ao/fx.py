@@ -27,6 +27,7 @@ from fx_sparsity.quantization.backend import (
     check_unmasked,
     copied,
     refusing,
+    used_by,
 )
 from fx_sparsity.quantization.torch_ao.embeddings import (
     check_quantizable,
@@ -131,7 +132,13 @@ class FXBackend(Backend):
             or any(name.rpartition(".")[0] in tables for name in (fqn, *site.aliases))
         )
         check_float32(model, meant)
-        return Prepared(prepared, meant, moved, config=tables)
+        in_float = {
+            fqn: "the mapping has no qconfig, or torch no quantized operator, for "
+            f"{used_by(site)} in the class {site.owner_type.rpartition('.')[2]}"
+            for fqn, site in weights.items()
+            if fqn not in meant
+        }
+        return Prepared(prepared, meant, moved, config=tables, in_float=in_float)
 
     @torch.random.fork_rng()
     def convert(self, prepared: Prepared, example_inputs: ExampleInputs) -> Quantized:
@@ -142,7 +149,7 @@ class FXBackend(Backend):
             converted = quantize_fx.convert_fx(model)
         converted.eval()
         check_runs(converted, example_inputs)
-        return Quantized(converted, prepared.meant)
+        return Quantized(converted, prepared.meant, prepared.in_float)
 
     def read(self, model: nn.Module) -> Iterator[StoredWeight]:
         """See `Backend.read`: functional operators with packed weights.

@@ -66,9 +66,32 @@ def capture_graphs(
 
 def inductor() -> Callable[..., Any]:
     """Inductor, as a backend to hand a graph on to: (graph, example inputs, config_patches=)."""
+    return named_backend("inductor")
+
+
+def mode_options(mode: str | None) -> dict[str, Any]:
+    """What a mode of Inductor says, such as `"reduce-overhead"`; nothing of none.
+
+    Raises:
+        RuntimeError: an unknown mode.
+    """
+    if mode is None:
+        return {}
+    from torch._inductor import list_mode_options
+
+    found: dict[str, Any] = list_mode_options(mode)
+    return found
+
+
+def named_backend(backend: str | Callable[..., Any]) -> Callable[..., Any]:
+    """A backend that torch knows by name; any other is what it is.
+
+    Raises:
+        RuntimeError: a name that torch does not know.
+    """
     from torch._dynamo import lookup_backend
 
-    found: Callable[..., Any] = lookup_backend("inductor")
+    found: Callable[..., Any] = lookup_backend(backend)
     return found
 
 
@@ -139,6 +162,11 @@ def is_compiled(gm: fx.GraphModule) -> bool:
     return noted and not isinstance(gm.graph._codegen, _PyTreeCodeGen)
 
 
+def is_of_dynamo(gm: fx.GraphModule) -> bool:
+    """Whether a graph is as Dynamo made it, before AOTAutograd."""
+    return any(hasattr(node, "_dynamo_source") for node in gm.graph.find_nodes(op="placeholder"))
+
+
 def input_target(node: fx.Node) -> str | None:
     """FQN that AOTAutograd noted on a placeholder, where it lifted a module's tensors itself."""
     return getattr(node.meta.get("desc"), "target", None)
@@ -160,10 +188,10 @@ def input_position(node: fx.Node, position: int) -> int | None:
 def fake_names(gm: fx.GraphModule, tensors: Mapping[str, Tensor]) -> dict[Any, str]:
     """What `fake_place` gives of a placeholder -> FQN of the tensor that it stands for.
 
-    AOTAutograd traces with fake tensors, one for each real tensor, whose memory the notes on
-    placeholders share. A backward pass is compiled after that book has been closed.
+    Dynamo and AOTAutograd trace with fake tensors, one for each real tensor, whose memory the notes
+    on placeholders share. A backward pass is compiled after that book has been closed.
     """
-    values = [node.meta.get("val") for node in gm.graph.find_nodes(op="placeholder")]
+    values = [_value(node) for node in gm.graph.find_nodes(op="placeholder")]
     fake = next((value for value in values if isinstance(value, FakeTensor)), None)
     if fake is None:
         return {}
@@ -174,8 +202,13 @@ def fake_names(gm: fx.GraphModule, tensors: Mapping[str, Tensor]) -> dict[Any, s
 
 def fake_place(node: fx.Node) -> Any:
     """Where the fake tensor of a placeholder lies, and how; None where there is none."""
-    value = node.meta.get("val")
+    value = _value(node)
     return _place(value) if isinstance(value, FakeTensor) else None
+
+
+def _value(node: fx.Node) -> object:
+    """What AOTAutograd, or else Dynamo, noted as the value of a placeholder."""
+    return node.meta.get("val", node.meta.get("example_value"))
 
 
 def is_fake(tensor: object) -> bool:

@@ -120,6 +120,36 @@ def compiled_callable() -> object:
     return None
 
 
+def guard_identity(tensors: Iterable[Tensor]) -> None:
+    """Have Dynamo compile anew where inputs of its graph are other tensors than these.
+
+    Weights are inputs, and Dynamo lets one graph serve all modules of a class. What was made for
+    the values or the masks of one of them must not serve another.
+
+    The module that a local variable holds on the way to a tensor is guarded, too: Dynamo's limit on
+    recompilations counts for each such module, and not for all modules of the class together.
+
+    Args:
+        tensors: that the graph receives which is being compiled. Where a backend is called by hand
+            there are no guards, and nothing is done.
+    """
+    from torch._dynamo.guards import GuardBuilder
+    from torch._dynamo.source import LocalSource
+    from torch._guards import TracingContext
+
+    context = TracingContext.try_get()
+    if context is None:
+        return
+    for tensor in tensors:
+        source = getattr(context.tensor_to_context.get(tensor), "tensor_source", None)
+        way = [] if source is None else [source]
+        while way and (base := getattr(way[-1], "base", None)) is not None:
+            way.append(base)
+        for guarded in [*way[:1], *way[1:][-1:]]:
+            if guarded is source or isinstance(guarded, LocalSource):
+                context.guards_context.dynamo_guards.add(guarded.make_guard(GuardBuilder.ID_MATCH))
+
+
 def source_target(node: fx.Node) -> str | None:
     """FQN of the module attribute that a placeholder of a Dynamo graph stands for.
 
@@ -167,6 +197,16 @@ def is_of_dynamo(gm: fx.GraphModule) -> bool:
     return any(hasattr(node, "_dynamo_source") for node in gm.graph.find_nodes(op="placeholder"))
 
 
+def is_dynamo_body(gm: fx.GraphModule) -> bool:
+    """Whether a graph is the body of an operator in one of Dynamo's, such as a compiled region.
+
+    Dynamo notes where tensors come from on the graph around it alone. What was traced or exported
+    has the values of its inputs noted, as AOTAutograd does it, or holds parameters.
+    """
+    traced = any("val" in node.meta for node in gm.graph.find_nodes(op="placeholder"))
+    return not traced and not is_of_dynamo(gm) and next(gm.parameters(), None) is None
+
+
 def input_target(node: fx.Node) -> str | None:
     """FQN that AOTAutograd noted on a placeholder, where it lifted a module's tensors itself."""
     return getattr(node.meta.get("desc"), "target", None)
@@ -201,9 +241,10 @@ def fake_names(gm: fx.GraphModule, tensors: Mapping[str, Tensor]) -> dict[Any, s
 
 
 def fake_place(node: fx.Node) -> Any:
-    """Where the fake tensor of a placeholder lies, and how; None where there is none."""
+    """Where the fake tensor of a placeholder lies, and how; None where that is no one place."""
     value = _value(node)
-    return _place(value) if isinstance(value, FakeTensor) else None
+    known = isinstance(value, FakeTensor) and all(isinstance(size, int) for size in value.shape)
+    return _place(value) if known else None  # type: ignore[arg-type]
 
 
 def _value(node: fx.Node) -> object:

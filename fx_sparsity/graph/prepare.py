@@ -6,11 +6,11 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.nn.utils import parametrize
 
-from fx_sparsity.graph.compiled import has_backward, is_compiled, real_tensors
+from fx_sparsity.graph.compiled import guard_identity, has_backward, is_compiled, real_tensors
 from fx_sparsity.graph.discovery import find_weights
 from fx_sparsity.graph.example_inputs import ExampleInputs
 from fx_sparsity.graph.mapping import Assignment, MappingLike, SparsityMapping
@@ -374,6 +374,8 @@ def _prepare_graph(
             new |= dict.fromkeys(names, mask)
         entries[fqn]["mask_module"] = mask
     sparsifier.prepare(holder, _config(holder, weights, entries))
+    if is_compiled(gm):
+        guard_identity(_owned(holder, fqn) for fqn in read)
     InsertMasks(new, source)(gm)
 
 
@@ -447,6 +449,15 @@ def check_bound(model: nn.Module | ExportedProgram, sparsifier: BaseSparsifier) 
 def _owner(model: nn.Module, fqn: str) -> tuple[nn.Module, str]:
     path, _, attribute = fqn.rpartition(".")
     return model.get_submodule(path), attribute
+
+
+def _owned(model: nn.Module, fqn: str) -> Tensor:
+    """A weight, or what lies beneath its mask."""
+    owner, attribute = _owner(model, fqn)
+    if parametrize.is_parametrized(owner, attribute):
+        entry: Any = owner.parametrizations
+        return entry[attribute].original
+    return getattr(owner, attribute)
 
 
 def _read_by_graph(

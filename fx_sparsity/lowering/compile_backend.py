@@ -19,6 +19,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from fx_sparsity.graph import MappingLike, SparsityMapping, WeightSite, find_weights
 from fx_sparsity.graph.compiled import (
     compiled_callable,
+    guard_identity,
     inductor,
     mode_options,
     named_backend,
@@ -259,6 +260,7 @@ def _lowered(
         _log.warning("%s", note)
     if options.report is not None:
         options.report(report)
+    guard_identity(parameters[fqn] for fqn in {place.fqn for place in packed} | masked.keys())
     # What Dynamo noted on the graph speaks of its inputs alone, and forbids buffers of its own.
     graph = fx.GraphModule(graph, graph.graph)
     graph.meta = {}

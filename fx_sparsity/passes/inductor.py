@@ -11,7 +11,7 @@ from torch._inductor import config
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from fx_sparsity.graph import MappingLike, prepare
-from fx_sparsity.graph.compiled import is_compiled, is_of_dynamo, source_target
+from fx_sparsity.graph.compiled import is_dynamo_body, is_of_dynamo, source_target
 from fx_sparsity.graph.sources import compiled_source
 from fx_sparsity.sparsifier import BaseSparsifier, MaskError
 
@@ -57,15 +57,15 @@ class InductorPrepare(CustomGraphPass):
         """
         gm = graph.owning_module
         assert gm is not None
-        placeholders = graph.find_nodes(op="placeholder")
-        if not is_compiled(gm) and not any(map(_is_parameter, graph.nodes)):
-            return  # the body of a region: its weights are masked in the graph around it
+        if is_dynamo_body(gm):
+            return  # its weights are masked in the graph around it
         if not is_of_dynamo(gm):
             raise MaskError(
                 "InductorPrepare was called with a graph that is not Dynamo's: it goes into "
                 "pre_grad_custom_pass of torch.compile(options=...), and into no other place. A "
                 "program is masked by fx_sparsity.prepare before it is compiled"
             )
+        placeholders = graph.find_nodes(op="placeholder")
         weights = [node for node in placeholders if source_target(node) is not None]
         source = compiled_source(gm, (), self.model)
         if weights and not any(map(source, weights)):
@@ -78,12 +78,3 @@ class InductorPrepare(CustomGraphPass):
 
     def uuid(self) -> None:
         """None: see above."""
-
-
-def _is_parameter(node: fx.Node) -> bool:
-    gm = node.graph.owning_module
-    return (
-        node.op == "get_attr"
-        and gm is not None
-        and str(node.target) in dict(gm.named_parameters(remove_duplicate=False))
-    )

@@ -142,12 +142,13 @@ def guard_identity(tensors: Iterable[Tensor]) -> None:
         return
     for tensor in tensors:
         source = getattr(context.tensor_to_context.get(tensor), "tensor_source", None)
-        way = [] if source is None else [source]
-        while way and (base := getattr(way[-1], "base", None)) is not None:
-            way.append(base)
-        for guarded in [*way[:1], *way[1:][-1:]]:
-            if guarded is source or isinstance(guarded, LocalSource):
-                context.guards_context.dynamo_guards.add(guarded.make_guard(GuardBuilder.ID_MATCH))
+        if source is None:
+            continue
+        root = source
+        while (base := getattr(root, "base", None)) is not None:
+            root = base
+        for guarded in (root, source) if isinstance(root, LocalSource) else (source,):
+            context.guards_context.dynamo_guards.add(guarded.make_guard(GuardBuilder.ID_MATCH))
 
 
 def source_target(node: fx.Node) -> str | None:

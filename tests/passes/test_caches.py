@@ -43,8 +43,9 @@ def process(way, seed, folder, freezing="plain", artifacts=""):
 @pytest.mark.parametrize("way", WAYS)
 def test_another_process_has_its_own_masks(way, freezing, tmp_path):
     first, second = (process(way, seed, tmp_path, freezing) for seed in (0, 1))
-    assert first["fxgraph_cache_miss"]
-    assert second["fxgraph_cache_hit"]  # otherwise this would prove nothing
+    if freezing == "plain" or "fxgraph_cache_bypass" not in first:  # as for weights of oneDNN
+        assert first["fxgraph_cache_miss"]
+        assert second["fxgraph_cache_hit"]  # otherwise this would prove nothing
 
 
 @pytest.mark.exhaustive

@@ -78,7 +78,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> ModuleType:
-    """`reporting` is imported when it is first asked for: importing the package stays quick."""
-    if name == "reporting":
-        return import_module("fx_sparsity.reporting")
+    """Rooms that are imported when they are first asked for: importing the package stays quick."""
+    if name in ("passes", "reporting"):
+        return import_module(f"fx_sparsity.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

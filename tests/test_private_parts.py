@@ -125,9 +125,17 @@ torch._dynamo
 torch._dynamo.config.patch
 torch._dynamo.eval_frame
 torch._dynamo.eval_frame.__file__
+torch._dynamo.guards.GuardBuilder
+torch._dynamo.guards.GuardBuilder.ID_MATCH
 torch._dynamo.lookup_backend
 torch._dynamo.source.ConstantSource
+torch._dynamo.source.LocalSource
 torch._dynamo.source.NNModuleSource
+torch._guards.TracingContext
+torch._guards.TracingContext.try_get
+torch._inductor.config
+torch._inductor.custom_graph_pass.CustomGraphPass
+torch._inductor.list_mode_options
 torch._make_per_channel_quantized_tensor
 torch._make_per_tensor_quantized_tensor
 torch._ops.HigherOrderOperator

@@ -66,9 +66,32 @@ def capture_graphs(
 
 def inductor() -> Callable[..., Any]:
     """Inductor, as a backend to hand a graph on to: (graph, example inputs, config_patches=)."""
+    return named_backend("inductor")
+
+
+def mode_options(mode: str | None) -> dict[str, Any]:
+    """What a mode of Inductor says, such as `"reduce-overhead"`; nothing of none.
+
+    Raises:
+        RuntimeError: an unknown mode.
+    """
+    if mode is None:
+        return {}
+    from torch._inductor import list_mode_options
+
+    found: dict[str, Any] = list_mode_options(mode)
+    return found
+
+
+def named_backend(backend: str | Callable[..., Any]) -> Callable[..., Any]:
+    """A backend that torch knows by name; any other is what it is.
+
+    Raises:
+        RuntimeError: a name that torch does not know.
+    """
     from torch._dynamo import lookup_backend
 
-    found: Callable[..., Any] = lookup_backend("inductor")
+    found: Callable[..., Any] = lookup_backend(backend)
     return found
 
 
@@ -95,6 +118,37 @@ def compiled_callable() -> object:
             return bound if isinstance(bound, nn.Module) else called.__func__
         frame = frame.f_back
     return None
+
+
+def guard_identity(tensors: Iterable[Tensor]) -> None:
+    """Have Dynamo compile anew where inputs of its graph are other tensors than these.
+
+    Weights are inputs, and Dynamo lets one graph serve all modules of a class. What was made for
+    the values or the masks of one of them must not serve another.
+
+    The module that a local variable holds on the way to a tensor is guarded, too: Dynamo's limit on
+    recompilations counts for each such module, and not for all modules of the class together.
+
+    Args:
+        tensors: that the graph receives which is being compiled. Where a backend is called by hand
+            there are no guards, and nothing is done.
+    """
+    from torch._dynamo.guards import GuardBuilder
+    from torch._dynamo.source import LocalSource
+    from torch._guards import TracingContext
+
+    context = TracingContext.try_get()
+    if context is None:
+        return
+    for tensor in tensors:
+        source = getattr(context.tensor_to_context.get(tensor), "tensor_source", None)
+        if source is None:
+            continue
+        root = source
+        while (base := getattr(root, "base", None)) is not None:
+            root = base
+        for guarded in (root, source) if isinstance(root, LocalSource) else (source,):
+            context.guards_context.dynamo_guards.add(guarded.make_guard(GuardBuilder.ID_MATCH))
 
 
 def source_target(node: fx.Node) -> str | None:
@@ -139,6 +193,21 @@ def is_compiled(gm: fx.GraphModule) -> bool:
     return noted and not isinstance(gm.graph._codegen, _PyTreeCodeGen)
 
 
+def is_of_dynamo(gm: fx.GraphModule) -> bool:
+    """Whether a graph is as Dynamo made it, before AOTAutograd."""
+    return any(hasattr(node, "_dynamo_source") for node in gm.graph.find_nodes(op="placeholder"))
+
+
+def is_dynamo_body(gm: fx.GraphModule) -> bool:
+    """Whether a graph is the body of an operator in one of Dynamo's, such as a compiled region.
+
+    Dynamo notes where tensors come from on the graph around it alone. What was traced or exported
+    has the values of its inputs noted, as AOTAutograd does it, or holds parameters.
+    """
+    traced = any("val" in node.meta for node in gm.graph.find_nodes(op="placeholder"))
+    return not traced and not is_of_dynamo(gm) and next(gm.parameters(), None) is None
+
+
 def input_target(node: fx.Node) -> str | None:
     """FQN that AOTAutograd noted on a placeholder, where it lifted a module's tensors itself."""
     return getattr(node.meta.get("desc"), "target", None)
@@ -160,10 +229,10 @@ def input_position(node: fx.Node, position: int) -> int | None:
 def fake_names(gm: fx.GraphModule, tensors: Mapping[str, Tensor]) -> dict[Any, str]:
     """What `fake_place` gives of a placeholder -> FQN of the tensor that it stands for.
 
-    AOTAutograd traces with fake tensors, one for each real tensor, whose memory the notes on
-    placeholders share. A backward pass is compiled after that book has been closed.
+    Dynamo and AOTAutograd trace with fake tensors, one for each real tensor, whose memory the notes
+    on placeholders share. A backward pass is compiled after that book has been closed.
     """
-    values = [node.meta.get("val") for node in gm.graph.find_nodes(op="placeholder")]
+    values = [_value(node) for node in gm.graph.find_nodes(op="placeholder")]
     fake = next((value for value in values if isinstance(value, FakeTensor)), None)
     if fake is None:
         return {}
@@ -173,9 +242,15 @@ def fake_names(gm: fx.GraphModule, tensors: Mapping[str, Tensor]) -> dict[Any, s
 
 
 def fake_place(node: fx.Node) -> Any:
-    """Where the fake tensor of a placeholder lies, and how; None where there is none."""
-    value = node.meta.get("val")
-    return _place(value) if isinstance(value, FakeTensor) else None
+    """Where the fake tensor of a placeholder lies, and how; None where that is no one place."""
+    value = _value(node)
+    known = isinstance(value, FakeTensor) and all(isinstance(size, int) for size in value.shape)
+    return _place(value) if known else None  # type: ignore[arg-type]
+
+
+def _value(node: fx.Node) -> object:
+    """What AOTAutograd, or else Dynamo, noted as the value of a placeholder."""
+    return node.meta.get("val", node.meta.get("example_value"))
 
 
 def is_fake(tensor: object) -> bool:

@@ -10,7 +10,7 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from fx_sparsity.graph.compiled import announce_buffers, is_compiled
 from fx_sparsity.graph.sources import Source, module_source
-from fx_sparsity.graph.uses import note_weight, seen_weights
+from fx_sparsity.graph.uses import note_weight, noted_weights, seen_weights
 from fx_sparsity.graph.weight_map import WeightMap
 from fx_sparsity.sparsifier import Mask
 from fx_sparsity.sparsifier.mask import GRAPH_MASKS
@@ -32,7 +32,28 @@ class AnnotateWeights(PassBase):
 
     def __init__(self, weights: WeightMap) -> None:
         super().__init__()
+        self.weights = weights
         self.canonical = {name: site.fqn for site in weights.sites for name in site.names}
+
+    def requires(self, graph_module: fx.GraphModule) -> None:
+        """The map is of this model: it knows weights of the graph, by their shapes.
+
+        Raises:
+            ValueError: naming the weight.
+        """
+        found = {seen.fqn: seen for _, _, seen in seen_weights(graph_module)}
+        if found and self.canonical and self.canonical.keys().isdisjoint(found):
+            raise ValueError(
+                f"{next(iter(found))}: the map knows {', '.join(self.weights)}, and no weight of "
+                "this graph; give the map of this model"
+            )
+        for seen in found.values():
+            fqn = self.canonical.get(seen.fqn)
+            if fqn is not None and self.weights[fqn].shape != seen.shape:
+                raise ValueError(
+                    f"{fqn}: the map says {self.weights[fqn].shape}, the graph has {seen.shape}; "
+                    "give the map of this model"
+                )
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """See `PassBase.call`."""
@@ -41,6 +62,12 @@ class AnnotateWeights(PassBase):
             if fqn is not None:
                 note_weight(node, arg, replace(seen, fqn=fqn))
         return PassResult(graph_module, False)
+
+    def ensures(self, graph_module: fx.GraphModule) -> None:
+        """Every node that consumes a weight of the map says so."""
+        for node, arg, seen in seen_weights(graph_module):
+            if seen.fqn in self.canonical and arg not in noted_weights(node):
+                raise RuntimeError(f"{seen.fqn}: {node.name} does not say that it consumes it")
 
 
 class InsertMasks(PassBase):

@@ -6,11 +6,11 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.nn.utils import parametrize
 
-from fx_sparsity.graph.compiled import has_backward, is_compiled, real_tensors
+from fx_sparsity.graph.compiled import guard_identity, has_backward, is_compiled, real_tensors
 from fx_sparsity.graph.discovery import find_weights
 from fx_sparsity.graph.example_inputs import ExampleInputs
 from fx_sparsity.graph.mapping import Assignment, MappingLike, SparsityMapping
@@ -21,7 +21,13 @@ from fx_sparsity.graph.sources import Source, graph_source, inputs_without_data,
 from fx_sparsity.graph.uses import canonical_fqn
 from fx_sparsity.graph.weight_map import DenseParameter, Reason, WeightMap
 from fx_sparsity.patterns import SparsityConfig
-from fx_sparsity.sparsifier import BaseSparsifier, Mask, MaskError, SparsityRecord
+from fx_sparsity.sparsifier import (
+    BaseSparsifier,
+    Mask,
+    MaskError,
+    RecordedMasks,
+    SparsityRecord,
+)
 from fx_sparsity.sparsifier.target import check_maskable, graph_mask, mask_on
 
 _log = logging.getLogger(__name__)
@@ -59,7 +65,7 @@ def prepare(
             and without them only the weights of modules of known classes are found. For the graph
             of a backend: the list that the backend received with it.
         mapping: which weight gets which pattern and level. None gives every weight the
-            sparsifier's own defaults.
+            sparsifier's own defaults, or, of `RecordedMasks`, those of the record their masks.
         dynamic_shapes: as `torch.export.export` takes it.
         model: what `torch.compile` was given; only for the graph of a backend. The sparsifier is
             bound to it, and weights have the names and owners that they have there. Without it
@@ -83,6 +89,28 @@ def prepare(
         >>> sparsifier.get_mask("weight").sum(1).tolist()
         [4, 4, 4, 4]
     """
+    weights, assignment = plan_prepare(
+        subject, sparsifier, example_inputs, mapping, dynamic_shapes=dynamic_shapes, model=model
+    )
+    _log_dense(weights, assignment)
+    return mask_weights(subject, sparsifier, weights, assignment, example_inputs, model)
+
+
+def plan_prepare(
+    subject: nn.Module | ExportedProgram,
+    sparsifier: BaseSparsifier,
+    example_inputs: ExampleInputs | None = None,
+    mapping: MappingLike | None = None,
+    *,
+    dynamic_shapes: Any = None,
+    model: nn.Module | None = None,
+) -> tuple[WeightMap, Assignment | None]:
+    """The weights that `prepare` would mask, and how; arguments and errors are the same.
+
+    Returns:
+        The weights on which a mask can stand, and what the mapping comes to on them; None without
+        a mapping. Nothing is changed.
+    """
     unknown: list[str] = []
     if isinstance(subject, fx.GraphModule) and model is None:
         unknown = inputs_without_data(subject, example_inputs)
@@ -92,6 +120,8 @@ def prepare(
             "the graph are; pass model=, the compiled module"
         )
     weights = find_weights(subject, example_inputs, dynamic_shapes=dynamic_shapes, model=model)
+    if mapping is None and isinstance(sparsifier, RecordedMasks):
+        mapping = _recorded(sparsifier)
     mapping = None if mapping is None else SparsityMapping.of(mapping)
     assignment = None if mapping is None else mapping.resolve(weights)
     held = subject if model is None else model
@@ -108,8 +138,21 @@ def prepare(
             f"dimensions: {found}. The codes of a model that is quantized already are masked by "
             "quantization.sparsify_codes"
         )
-    _log_dense(weights, assignment)
-    return mask_weights(subject, sparsifier, weights, assignment, example_inputs, model)
+    if isinstance(sparsifier, RecordedMasks):
+        for fqn in weights if assignment is None else assignment:
+            sparsifier.check_shape(fqn, weights[fqn].shape)
+    return weights, assignment
+
+
+def _recorded(masks: RecordedMasks) -> SparsityMapping:
+    """Names the weights of a record, with the patterns that they have there."""
+    mapping = SparsityMapping()
+    for fqn, weight in masks.record.items():
+        pattern, level = weight.pattern, weight.level
+        if pattern is None:  # of a method that knows none
+            pattern, level = "unstructured", 1 - float(weight.keep.float().mean())
+        mapping.set_module_name(fqn, SparsityConfig(pattern, level))
+    return mapping
 
 
 def _log_dense(weights: WeightMap, assignment: Assignment | None) -> None:
@@ -259,7 +302,7 @@ def squash(model: _Subject, sparsifier: BaseSparsifier) -> tuple[_Subject, Spars
         >>> record["weight"].pattern, int((model.weight == 0).sum())
         ('2:4', 16)
     """
-    _check_bound(model, sparsifier)
+    check_bound(model, sparsifier)
     record = SparsityRecord.of(sparsifier)
     sparsifier.squash_mask()
     return _without_masks(model), record
@@ -288,7 +331,7 @@ def unprepare(model: _Subject, sparsifier: BaseSparsifier) -> _Subject:
         >>> sparsifier.names, int((model.weight == 0).sum())
         ([], 0)
     """
-    _check_bound(model, sparsifier)
+    check_bound(model, sparsifier)
     sparsifier.remove_masks()
     return _without_masks(model)
 
@@ -331,6 +374,8 @@ def _prepare_graph(
             new |= dict.fromkeys(names, mask)
         entries[fqn]["mask_module"] = mask
     sparsifier.prepare(holder, _config(holder, weights, entries))
+    if is_compiled(gm):
+        guard_identity(_owned(holder, fqn) for fqn in read)
     InsertMasks(new, source)(gm)
 
 
@@ -381,7 +426,7 @@ def _without_masks(model: _Subject) -> _Subject:
     return model
 
 
-def _check_bound(model: nn.Module | ExportedProgram, sparsifier: BaseSparsifier) -> None:
+def check_bound(model: nn.Module | ExportedProgram, sparsifier: BaseSparsifier) -> None:
     """Raise `MaskError` unless the model holds every tensor of the sparsifier, or its mask."""
     if isinstance(model, ExportedProgram):
         tensors = [*model.state_dict.values(), *model.constants.values()]
@@ -404,6 +449,15 @@ def _check_bound(model: nn.Module | ExportedProgram, sparsifier: BaseSparsifier)
 def _owner(model: nn.Module, fqn: str) -> tuple[nn.Module, str]:
     path, _, attribute = fqn.rpartition(".")
     return model.get_submodule(path), attribute
+
+
+def _owned(model: nn.Module, fqn: str) -> Tensor:
+    """A weight, or what lies beneath its mask."""
+    owner, attribute = _owner(model, fqn)
+    if parametrize.is_parametrized(owner, attribute):
+        entry: Any = owner.parametrizations
+        return entry[attribute].original
+    return getattr(owner, attribute)
 
 
 def _read_by_graph(

@@ -17,7 +17,14 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fx_sparsity.graph import MappingLike, SparsityMapping, WeightSite, find_weights
-from fx_sparsity.graph.compiled import compiled_callable, inductor, real_tensors
+from fx_sparsity.graph.compiled import (
+    compiled_callable,
+    guard_identity,
+    inductor,
+    mode_options,
+    named_backend,
+    real_tensors,
+)
 from fx_sparsity.graph.sources import Source, compiled_source
 from fx_sparsity.graph.uses import canonical_fqn
 from fx_sparsity.lowering.dense_tables import Lookup
@@ -52,6 +59,8 @@ class BackendOptions:
             function that calls it.
         report: called with the `LoweringReport` of every graph that is compiled.
         inductor: options of Inductor, such as `{"freezing": True}`.
+        then: what compiles the graph afterwards instead of Inductor: the name of a backend that
+            torch knows, or a function (graph, example inputs) -> callable, as any backend is.
     """
 
     mapping: MappingLike | None = None
@@ -60,13 +69,14 @@ class BackendOptions:
     model: nn.Module | None = None
     report: Callable[[LoweringReport], object] | None = None
     inductor: Mapping[str, Any] = field(default_factory=dict)
+    then: str | Callable[..., Callable[..., Any]] | None = None
 
     @classmethod
     def of(cls, options: Mapping[str, Any] | None) -> "BackendOptions":
         """Read the dict that `torch.compile` was given.
 
         Raises:
-            LoweringError: an unknown key.
+            LoweringError: an unknown key, or two that exclude one another.
         """
         known = [f.name for f in fields(cls)]
         if unknown := set(options or {}).difference(known):
@@ -74,7 +84,12 @@ class BackendOptions:
                 f"options: unknown key {min(unknown)!r}; expected {', '.join(known)}. Those of "
                 "Inductor go into 'inductor'"
             )
-        return cls(**(options or {}))
+        chosen = cls(**(options or {}))
+        if chosen.then is not None and chosen.inductor:
+            raise LoweringError(
+                "options: 'inductor' is for Inductor, and 'then' takes its place; leave one out"
+            )
+        return chosen
 
 
 def backend(
@@ -82,6 +97,7 @@ def backend(
     example_inputs: Sequence[Any],
     *,
     options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
 ) -> Callable[..., Any]:
     """Compile a graph for inference: prune by `mapping`, lower by `policy`, and let Inductor do it.
 
@@ -95,6 +111,8 @@ def backend(
         graph: from Dynamo.
         example_inputs: of the graph, parameters among them.
         options: see `BackendOptions`.
+        mode: of Inductor, such as `"reduce-overhead"`; torch takes either a mode or options, and
+            beside other options it is `{"inductor": torch._inductor.list_mode_options(mode)}`.
 
     Raises:
         LoweringError: gradients are wanted, or an option that cannot be read.
@@ -104,9 +122,12 @@ def backend(
     _check_inference(example_inputs)
     with real_tensors(), torch.no_grad():
         lowered = _lowered(graph, example_inputs, chosen)
-    compiled: Callable[..., Any] = inductor()(
-        lowered, list(example_inputs), config_patches=dict(chosen.inductor)
-    )
+    compiled: Callable[..., Any]
+    if chosen.then is not None:
+        compiled = named_backend(chosen.then)(lowered, list(example_inputs))
+    else:
+        patches = {**mode_options(mode), **chosen.inductor}
+        compiled = inductor()(lowered, list(example_inputs), config_patches=patches)
     return compiled
 
 
@@ -241,6 +262,7 @@ def _lowered(
         _log.warning("%s", note)
     if options.report is not None:
         options.report(report)
+    guard_identity(parameters[fqn] for fqn in {place.fqn for place in packed} | masked.keys())
     # What Dynamo noted on the graph speaks of its inputs alone, and forbids buffers of its own.
     graph = fx.GraphModule(graph, graph.graph)
     graph.meta = {}

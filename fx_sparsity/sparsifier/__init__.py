@@ -10,6 +10,7 @@ from fx_sparsity.sparsifier.mask import FakeSparsity, Mask
 from fx_sparsity.sparsifier.nearly_diagonal import NearlyDiagonalSparsifier
 from fx_sparsity.sparsifier.norm import DataNormSparsifier, WeightNormSparsifier
 from fx_sparsity.sparsifier.record import MaskRecord, SparsityRecord
+from fx_sparsity.sparsifier.recorded import RecordedMasks
 from fx_sparsity.sparsifier.schedule import BaseDataScheduler, BaseScheduler, CubicSL, LambdaSL
 from fx_sparsity.sparsifier.target import DetachedError, MaskError
 from fx_sparsity.sparsifier.utils import (
@@ -35,6 +36,7 @@ __all__ = [
     "MaskError",
     "MaskRecord",
     "NearlyDiagonalSparsifier",
+    "RecordedMasks",
     "SparsifierCore",
     "SparsityRecord",
     "WeightNormSparsifier",

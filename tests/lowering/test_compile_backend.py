@@ -439,6 +439,31 @@ def test_options_go_on_to_inductor(monkeypatch):
     assert seen == {"config_patches": {"freezing": True}}
 
 
+@pytest.mark.parametrize("then", ["eager", "aot_eager", lambda graph, inputs: graph.forward])
+def test_another_backend_may_follow(then):
+    reports = []
+    compiled = compile_with(Model().eval(), reports, mapping=MAPPING, then=then)
+    torch.testing.assert_close(compiled(X), masked(Model().eval(), X)(X))
+    assert len(reports[0].lowered) == 3
+
+
+def test_two_backends_do_not_follow():
+    compiled = compile_with(Model().eval(), then="eager", inductor={"freezing": True})
+    with pytest.raises(Exception, match="'then' takes its place; leave one out"):
+        compiled(X)
+
+
+def test_a_mode_goes_on_to_inductor(monkeypatch):
+    seen = {}
+    monkeypatch.setattr(
+        compiling,
+        "inductor",
+        lambda: lambda graph, inputs, **kwargs: seen.update(kwargs) or graph.forward,
+    )
+    torch.compile(Model().eval(), backend=backend, mode="reduce-overhead")(X)
+    assert seen == {"config_patches": torch._inductor.list_mode_options("reduce-overhead")}
+
+
 def test_torch_finds_the_backend_by_its_entry_point(tmp_path):
     """With the metadata that this pyproject gives an installation, whatever is installed here."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

@@ -78,10 +78,9 @@ def export_onnx(
 
 def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     """Operator -> what it is in ONNX, instead of, or besides, what torch's exporter knows."""
-    from onnxscript import opset18 as op
-
     # The operators exist as soon as this was imported.
-    import torch.ao.quantization.fx._decomposed  # noqa: F401
+    import torch.ao.quantization.fx._decomposed
+    from onnxscript import opset18 as op
 
     decomposed = torch.ops.quantized_decomposed
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from fx_sparsity.graph.example_inputs import ExampleInputs, call_arguments
 from fx_sparsity.sparsifier.mask import masked_weights
+from fx_sparsity.verification import read_weights
 from fx_sparsity.verification.onnx_file import OnnxError
 
 _SUMMARY = re.compile(r"<class '(?:\w+\.)*(\w+)'>: (.+)")
@@ -31,8 +32,8 @@ def export_onnx(
 
     This is `torch.onnx.export(dynamo=True)`, and two things besides. Activations that pt2e
     quantizes as they come go through `DynamicQuantizeLinear`, which torch's exporter does not
-    write. A linear layer is `MatMul` and `Add`, whatever the dimensions of its input: `Gemm` would
-    need a bias in integers, or ONNX Runtime computes it in float.
+    write. A linear layer of a quantized model is `MatMul` and `Add`, whatever the dimensions of its
+    input: `Gemm` would need a bias in integers, or ONNX Runtime computes it in float.
 
     Args:
         model: not changed. Codes have the names of their weights in the file.
@@ -56,6 +57,7 @@ def export_onnx(
     except ImportError as error:
         raise OnnxError(f"{path}: pip install 'fx_sparsity[onnx]' to write it") from error
     args, kwargs = call_arguments(example_inputs)
+    quantized = any(weight.quantized for weight in read_weights(model))
     try:
         program = torch.onnx.export(
             model,
@@ -64,7 +66,7 @@ def export_onnx(
             dynamo=True,
             verbose=False,
             dynamic_shapes=dynamic_shapes,
-            custom_translation_table=_translations(),
+            custom_translation_table=_translations() if quantized else {},
         )
     except torch.onnx.OnnxExporterError as error:
         raise OnnxError(f"{path}: not written: {_reason(error)}") from error

@@ -234,7 +234,8 @@ def verify(
     float weight has to be zero itself. A tied weight is checked wherever it is stored.
 
     Args:
-        model: sparsified, and quantized or not; or the path of an ONNX file, see `read_onnx`. Not
+        model: sparsified, and quantized or not; or the path of an ONNX file, see `read_onnx`, or of
+            an OpenVINO IR, see `read_openvino`. Not
             changed.
         record: what `squash` returned, or a flow made. Without one the rows tell what there is:
             how many zeros every weight of two or more dimensions has, and the tightest pattern

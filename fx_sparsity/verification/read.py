@@ -15,6 +15,7 @@ from fx_sparsity.sparsifier import Mask
 from fx_sparsity.sparsifier.wrappers import plain_paths, run_by
 from fx_sparsity.verification.graph_reader import read_nodes
 from fx_sparsity.verification.onnx_file import read_onnx
+from fx_sparsity.verification.openvino_file import read_openvino
 from fx_sparsity.verification.stored import Forms, OwnFormat, StoredWeight, float_weight, is_float
 
 READERS: list[Callable[[nn.Module], Iterable[StoredWeight]]] = []
@@ -32,10 +33,13 @@ def read_weights(model: nn.Module | ExportedProgram | str | Path) -> list[Stored
     Args:
         model: a module, compiled or not; a GraphModule, whose weights have their names where
             `AnnotateWeights` ran before it was quantized; an ExportedProgram; or the path of an
-            ONNX file.
+            ONNX file, or of the `.xml` of an OpenVINO IR.
+
+    Raises:
+        OnnxError, OpenVinoError: the file cannot be read.
     """
     if isinstance(model, str | Path):
-        return list(read_onnx(model))
+        return list((read_openvino if Path(model).suffix == ".xml" else read_onnx)(model))
     if isinstance(model, ExportedProgram):
         model = model.module()
     while (inner := run_by(model)) is not None:

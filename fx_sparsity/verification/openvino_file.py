@@ -97,7 +97,7 @@ def _stored(node: Any) -> StoredWeight | None:
 
 
 def _constant(node: Any) -> Tensor | None:
-    """What a constant holds, converted or not; None where there is none, or it is of other dtype."""
+    """What a constant holds, converted or not; None for anything else, and for other dtypes."""
     while node.get_type_name() == "Convert":
         node = node.input_value(0).get_node()
     if node.get_type_name() != "Constant":

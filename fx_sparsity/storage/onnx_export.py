@@ -53,7 +53,7 @@ def export_onnx(
         raise OnnxError(f"{', '.join(masked)} still masked; squash before writing {path}")
     try:
         import onnxscript  # noqa: F401
-        from onnx_ir import DataType
+        from onnx_ir import DataType, Shape
     except ImportError as error:
         raise OnnxError(f"{path}: pip install 'fx_sparsity[onnx]' to write it") from error
     args, kwargs = call_arguments(example_inputs)
@@ -71,10 +71,13 @@ def export_onnx(
     except torch.onnx.OnnxExporterError as error:
         raise OnnxError(f"{path}: not written: {_reason(error)}") from error
     assert program is not None
-    # The exporter notes the types that torch gives: a scale in float64 and a zero point in int64.
+    # The exporter notes what torch gives: scales in float64, zero points in int64, of shape [1].
     for node in program.model.graph:
         if node.op_type == "DynamicQuantizeLinear":
-            node.outputs[1].dtype, node.outputs[2].dtype = DataType.FLOAT, DataType.UINT8
+            for output, dtype in zip(
+                node.outputs[1:], (DataType.FLOAT, DataType.UINT8), strict=True
+            ):
+                output.dtype, output.shape = dtype, Shape([])
     program.save(path)
 
 

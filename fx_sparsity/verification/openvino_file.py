@@ -43,7 +43,7 @@ def read_openvino(path: str | Path) -> Iterator[StoredWeight]:
     try:
         import openvino
     except ImportError as error:
-        raise OpenVinoError(f"{path}: pip install openvino to read it") from error
+        raise OpenVinoError(f"{path}: pip install 'fx_sparsity[openvino]' to read it") from error
     try:
         model = openvino.Core().read_model(path)
     except RuntimeError as error:

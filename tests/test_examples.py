@@ -45,7 +45,8 @@ def test_the_encoder_that_is_pruned_with_data_stays_close(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "script", ["transform_script.py", "compile_pipeline.py", "fast_sparse_inference.py"]
+    "script",
+    ["transform_script.py", "compile_pipeline.py", "fast_sparse_inference.py", "deploy.py"],
 )
 def test_the_other_examples_run(script):
     result = run(script)

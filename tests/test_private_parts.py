@@ -146,6 +146,7 @@ torch._subclasses.fake_tensor.FakeTensor
 torch._subclasses.fake_tensor.unset_fake_temporarily
 torch._weight_int8pack_mm
 torch.ao.nn.intrinsic.modules.fused._FusedModule
+torch.ao.quantization.fx._decomposed
 torch.cpu._is_avx512_bf16_supported
 torch.fx.graph._PyTreeCodeGen
 torch.nn.modules.batchnorm._BatchNorm

@@ -1,6 +1,7 @@
 """torchao's pt2e: `prepare_pt2e` and `convert_pt2e` on an exported graph."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -58,6 +59,21 @@ class FarRowsAloneObserver(FarRowsAlone, PerChannelMinMaxObserver):
     """Observes embedding rows so that zero is a code in those that span it."""
 
 
+_AFFINE_ROWS: dict[str, Any] = {
+    **EMBEDDING_SPEC,
+    "dtype": torch.uint8,
+    "quant_min": 0,
+    "quant_max": 255,
+}
+_SYMMETRIC_ROWS: dict[str, Any] = {
+    "dtype": torch.int8,
+    "quant_min": -128,
+    "quant_max": 127,
+    "qscheme": torch.per_channel_symmetric,
+    "ch_axis": 0,
+}
+
+
 class EmbeddingQuantizer(Quantizer):
     """8-bit embedding and embedding bag weights whose zero is a code.
 
@@ -68,6 +84,7 @@ class EmbeddingQuantizer(Quantizer):
         observer: `FarRowsAloneObserver` quantizes rows whose values are all of one sign as torchao
             does, but for the scale of 1.
         qat: fake quantization to train with, instead of an observer.
+        symmetric: int8 whose zero point is 0, with torch's own observer, instead of uint8.
     """
 
     def __init__(
@@ -75,15 +92,15 @@ class EmbeddingQuantizer(Quantizer):
         *,
         observer: type[PerChannelMinMaxObserver] = EmbeddingObserver,
         qat: bool = False,
+        symmetric: bool = False,
     ) -> None:
         super().__init__()
+        if symmetric:
+            observer = PerChannelMinMaxObserver
         partial = observer.with_args(eps=torch.finfo(torch.float32).eps)
         self.spec = QuantizationSpec(
-            dtype=torch.uint8,
-            quant_min=0,
-            quant_max=255,
             observer_or_fake_quant_ctr=FakeQuantize.with_args(observer=partial) if qat else partial,
-            **EMBEDDING_SPEC,
+            **(_SYMMETRIC_ROWS if symmetric else _AFFINE_ROWS),
         )
 
     def annotate(self, model: fx.GraphModule) -> fx.GraphModule:
@@ -106,6 +123,7 @@ def default_quantizer(
     dynamic: bool = True,
     embedding_observer: type[PerChannelMinMaxObserver] = EmbeddingObserver,
     qat: bool = False,
+    symmetric: bool = False,
 ) -> Quantizer:
     """int8 linears and convolutions for Inductor on x86, and 8-bit embeddings whose zero is a code.
 
@@ -113,10 +131,26 @@ def default_quantizer(
         dynamic: quantize activations as they come; otherwise with ranges from calibration.
         embedding_observer: see `EmbeddingQuantizer`.
         qat: fake quantization to train with, instead of observers.
+        symmetric: activations and embeddings are int8, and all zero points are 0, as TensorRT takes
+            them; not for Inductor, which wants activations in uint8.
+
+    Raises:
+        ValueError: symmetric, and not with ranges from calibration.
     """
-    x86 = X86InductorQuantizer()
-    x86.set_global(get_default_x86_inductor_quantization_config(is_dynamic=dynamic, is_qat=qat))
-    return ComposableQuantizer([EmbeddingQuantizer(observer=embedding_observer, qat=qat), x86])
+    if symmetric and (dynamic or qat):
+        raise ValueError("symmetric: expected dynamic=False and qat=False")
+    config = get_default_x86_inductor_quantization_config(is_dynamic=dynamic, is_qat=qat)
+    if symmetric:
+        activation = replace(
+            config.input_activation,
+            dtype=torch.int8,
+            quant_min=-128,
+            quant_max=127,
+            qscheme=torch.per_tensor_symmetric,
+        )
+        config = replace(config, input_activation=activation, output_activation=activation)
+    embeddings = EmbeddingQuantizer(observer=embedding_observer, qat=qat, symmetric=symmetric)
+    return ComposableQuantizer([embeddings, X86InductorQuantizer().set_global(config)])
 
 
 class PT2EBackend(Backend):

@@ -251,7 +251,8 @@ def verify(
 
     Args:
         model: sparsified, and quantized or not; or the path of a file: what `torch.export.save` or
-            AOTInductor wrote, see `read_pt2`, or ONNX, see `read_onnx`. Not changed, and not run.
+            AOTInductor wrote, see `read_pt2`, ONNX, see `read_onnx`, or an OpenVINO IR, see
+            `read_openvino`. Not changed, and not run.
         record: what `squash` returned, or a flow made. Without one the rows tell what there is:
             how many zeros every weight of two or more dimensions has, and the tightest pattern
             that they follow.

@@ -68,7 +68,7 @@ def read_onnx(path: str | Path) -> Iterator[StoredWeight]:
                 continue
             if node.op_type == "DequantizeLinear":
                 continue
-            weight = _stored(path, reading, held)
+            weight = _stored(path, reading, made_by, held)
             if _GENERATED.fullmatch(reading.name):
                 weight = _of_the_module(weight, node, place, reading.transposed)
             if (weight.fqn, weight.where) not in seen:
@@ -90,7 +90,9 @@ def _walk(value: str, made_by: dict[str, Any], held: dict[str, Any]) -> _Reading
     return _Reading(value, dequantize, transposed)
 
 
-def _stored(path: str | Path, reading: _Reading, held: dict[str, Any]) -> StoredWeight:
+def _stored(
+    path: str | Path, reading: _Reading, made_by: dict[str, Any], held: dict[str, Any]
+) -> StoredWeight:
     """What an initializer holds, under its own name."""
     name, node = reading.name, reading.dequantize
     tensor, dtype, codes = _tensor(path, held[name])
@@ -98,7 +100,8 @@ def _stored(path: str | Path, reading: _Reading, held: dict[str, Any]) -> Stored
         return replace(float_weight(name, name, tensor), write=_refuse)
     settings = {attribute.name: attribute.i for attribute in node.attribute}
     axis, size = settings.get("axis", 1) % tensor.ndim, settings.get("block_size", 0)
-    parameters = [_tensor(path, held[other])[0] for other in node.input[1:] if other in held]
+    found = [_walk(value, made_by, held) for value in node.input[1:] if value]
+    parameters = [_tensor(path, held[one.name])[0] for one in found if one is not None]
     expanded = [_along(parameter, tensor, axis, size) for parameter in parameters]
     scheme = f"groups of {size}" if size else f"per-channel affine, axis {axis}"
     return StoredWeight(
@@ -109,9 +112,10 @@ def _stored(path: str | Path, reading: _Reading, held: dict[str, Any]) -> Stored
         tensor,
         _refuse,
         expanded[0] if expanded else None,
-        expanded[1] if len(expanded) > 1 else torch.zeros((), dtype=tensor.dtype),
+        # An exporter may write it in float, and cast it.
+        expanded[1].to(tensor.dtype) if len(expanded) > 1 else tensor.new_zeros(()),
         codes,
-        obstacle="" if expanded else "its scales are no initializers",
+        obstacle="its scales or zero points are computed" if None in found else "",
     )
 
 
@@ -127,7 +131,7 @@ def _tensor(path: str | Path, initializer: Any) -> tuple[Tensor, str, tuple[int,
     if initializer.data_type == TensorProto.BFLOAT16:
         return torch.from_numpy(array.view("int16")).view(torch.bfloat16), "bfloat16", None
     try:
-        tensor = torch.from_numpy(array)
+        tensor = torch.from_numpy(array.copy())  # of what lies in the file, which is read-only
     except TypeError as error:
         raise OnnxError(f"{path}: {initializer.name}: cannot be read: {error}") from error
     limits = None if tensor.is_floating_point() else torch.iinfo(tensor.dtype)

@@ -17,6 +17,7 @@ from fx_sparsity.sparsifier.wrappers import plain_paths, run_by
 from fx_sparsity.verification.aoti_constants import Package, Pt2Error
 from fx_sparsity.verification.graph_reader import read_nodes
 from fx_sparsity.verification.onnx_file import read_onnx
+from fx_sparsity.verification.openvino_file import read_openvino
 from fx_sparsity.verification.package_weights import package_weights, skeleton
 from fx_sparsity.verification.pt2_file import is_archive, read_pt2
 from fx_sparsity.verification.stored import Forms, OwnFormat, StoredWeight, float_weight, is_float
@@ -36,9 +37,14 @@ def read_weights(model: nn.Module | ExportedProgram | str | Path) -> list[Stored
     Args:
         model: a module, compiled or not; a GraphModule, whose weights have their names where
             `AnnotateWeights` ran before it was quantized; an ExportedProgram; or the path of a
-            `.pt2` file, see `read_pt2`, or of an ONNX file.
+            `.pt2` file, see `read_pt2`, of an ONNX file, or of the `.xml` of an OpenVINO IR.
+
+    Raises:
+        Pt2Error, OnnxError, OpenVinoError: the file cannot be read.
     """
     if isinstance(model, str | Path):
+        if Path(model).suffix == ".xml":
+            return list(read_openvino(model))
         if not is_archive(model):
             return list(read_onnx(model))
         held = read_pt2(model)

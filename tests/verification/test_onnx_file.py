@@ -122,6 +122,42 @@ def test_four_bits_in_groups(tmp_path):
     assert int(weight.zeros().sum()) == 4
 
 
+def test_a_zero_point_that_the_exporter_casts(tmp_path):
+    """As it does where folding would make many values: of 8192 rows and more."""
+    table, inputs = nn.Embedding(9000, 4), (torch.arange(4),)
+    quantized, verification = sparsify_and_quantize(
+        *(table, fxs.WeightNormSparsifier(), inputs),
+        order="sparsify_first",
+        backend="pt2e",
+        mapping="unstructured 50%",
+    )
+    torch.onnx.export(quantized, inputs, path := tmp_path / "t.onnx", dynamo=True, verbose=False)
+    assert "Cast" in [node.op_type for node in onnx.load(path).graph.node]
+    assert fxs.verify(path, verification.record).raise_if_lost().rows[0].zero_in_code == 18000
+
+
+def test_a_zero_point_that_is_computed_is_no_zero_point(tmp_path):
+    nodes = [
+        helper.make_node("Add", ["z", "z"], ["zz"]),
+        helper.make_node("DequantizeLinear", ["w", "s", "zz"], ["d"]),
+        helper.make_node("MatMul", ["x", "d"], ["y"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "one layer",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 4])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 4])],
+        [
+            numpy_helper.from_array(np.zeros((4, 4), np.uint8), "w"),
+            numpy_helper.from_array(np.float32(1), "s"),
+            numpy_helper.from_array(np.uint8(3), "z"),
+        ],
+    )
+    onnx.save(helper.make_model(graph), tmp_path / "c.onnx")
+    (weight,) = read_weights(tmp_path / "c.onnx")
+    assert weight.obstacle == "its scales or zero points are computed"
+
+
 def test_what_is_no_onnx_file(tmp_path, monkeypatch):
     (tmp_path / "text.onnx").write_text("no such thing")
     with pytest.raises(OnnxError, match=r"text.onnx: no ONNX file"):

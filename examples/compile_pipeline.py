@@ -48,8 +48,10 @@ def main() -> None:
     sparsifier = fxs.WeightNormSparsifier()
     squash = passes.Squash(sparsifier)
     lower = passes.Lower("always", inputs)
-    steps = [passes.Prepare(sparsifier, mapping), passes.Step(sparsifier), squash, lower]
-    graph = PassManager(steps)(graph).graph_module
+    manager = PassManager(
+        [passes.Prepare(sparsifier, mapping), passes.Step(sparsifier), squash, lower]
+    )
+    graph = manager(graph).graph_module
     assert squash.record is not None
     assert lower.report is not None
     fxs.verify(graph, squash.record).raise_if_lost()

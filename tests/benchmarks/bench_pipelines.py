@@ -4,7 +4,8 @@
 
 A model is pruned and quantized to int8 by pt2e, activations included, in either order, and so is
 the dense one; both are deployed to the same runtime. `compile` and `aoti` have kernels where `auto`
-chose them (`lower`), and freezing, as Inductor's int8 fusions need it. Zeros are counted in what is
+chose them (`lower`), and `compile` freezing, as Inductor's int8 fusions need it; what is frozen in a
+package cannot be read. Zeros are counted in what is
 deployed. Errors are relative, of root mean squares: the quantizer's own is that of the quantized
 model against the pruned float one, and that of the deployed model against the quantized one must
 not be larger. Speeds are dense over sparse, medians of paired rounds, and slower means that even
@@ -395,11 +396,16 @@ def recompilations(run: Run, inputs: Inputs) -> int:
 
 
 @torch.no_grad()
-@torch._inductor.config.patch(freezing=True)  # Dynamo does not see it among `options=`
 def measure(name: str) -> Found:
     model, runtime, order = name.split("-")
+    # Dynamo does not see it among `options=`.
+    with torch._inductor.config.patch(freezing=runtime == "compile"):
+        return _measure(model, runtime, order)  # type: ignore[arg-type]
+
+
+def _measure(model: str, runtime: str, order: Order) -> Found:
     subject = subject_of(model)
-    sparse, dense, record, own = quantized(model, order)  # type: ignore[arg-type]
+    sparse, dense, record, own = quantized(model, order)
     with tempfile.TemporaryDirectory() as path:
         deploy, folder = RUNTIMES[runtime], Path(path)
         theirs = deploy(dense, subject, None, folder)

@@ -15,12 +15,13 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
+from torch import _inductor as inductor
 from torch._dynamo.utils import counters
 from torch.nn import functional
 
@@ -58,12 +59,14 @@ class Layer(nn.Module):
 
 def compiled(model: nn.Module) -> Callable[..., Tensor]:
     torch._dynamo.reset()
-    return torch.compile(model, fullgraph=True, options={"freezing": True})
+    return torch.compile(model, fullgraph=True)
 
 
 @torch.no_grad()
-def rows(tokens: int, follows: str) -> Iterator[str]:
+@inductor.config.patch(freezing=True)  # as an option of torch.compile, it comes too late for Dynamo
+def rows(tokens: int, follows: str) -> list[str]:
     inputs = (torch.randn(tokens, INPUTS), torch.randn(tokens, OUTPUTS))
+    found = []
     for zeros, packing in ZEROS.items():
         torch.manual_seed(0)
         quantized, proof = fxs.sparsify_and_quantize(
@@ -94,10 +97,11 @@ def rows(tokens: int, follows: str) -> Iterator[str]:
                 taken.append((time.perf_counter() - start) / _CALLS)
         dense, own = (1e3 * statistics.median(taken) for taken in times)
         chosen = report["linear.weight"].kernel or "dense"
-        yield (
+        found.append(
             f"{tokens:<8}{follows:<9}{zeros:<18}{fused:<10}{dense:<10.3f}{own:<10.3f}"
             f"{Speed.of(*times)!s:<20}{chosen}"
         )
+    return found
 
 
 def main() -> None:

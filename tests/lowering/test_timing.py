@@ -1,5 +1,6 @@
 import json
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -31,6 +32,7 @@ def layer(dtype=torch.float32, quantize_input="none"):
         (layer(torch.bfloat16), torch.bfloat16),
         (layer(torch.int8), torch.bfloat16),
         (layer(torch.int8, "token_symmetric"), torch.float32),
+        (replace(layer(torch.int8), from_codes=True), torch.float32),
     ],
 )
 def test_dense_forms_compute_the_layer(dense, input_dtype):
@@ -48,6 +50,14 @@ def test_dense_forms_compute_the_layer(dense, input_dtype):
                 torch.testing.assert_close(
                     found.double(), expected, rtol=0.05, atol=0.05 * float(expected.abs().max())
                 )
+
+
+def test_where_codes_are_dequantized_dense_multiplies_the_codes():
+    plain = layer(torch.int8)
+    coded = replace(plain, from_codes=True)
+    assert "onednn.qlinear" in timing._dense_forms(coded, torch.float32)
+    assert "onednn.qlinear" not in timing._dense_forms(plain, torch.float32)
+    assert plain.mode != coded.mode  # so that timings are not taken for each other's
 
 
 def measure(dense, tokens=(2,), table=None, input_dtype=None):

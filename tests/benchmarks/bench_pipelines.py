@@ -38,6 +38,7 @@ from examples.sparsify_minilm import load_encoder
 from fx_sparsity.quantization import Order, get_backend, sparsify_and_quantize
 from fx_sparsity.quantization.pt2e import default_quantizer
 from fx_sparsity.sparsifier.record import MaskRecord
+from fx_sparsity.storage.onnx_export import export_onnx
 from fx_sparsity.verification import Verification
 from tests.benchmarks.bench_auto import ROUNDS, Speed
 from tests.benchmarks.bench_masks import machine
@@ -215,16 +216,7 @@ def packaged(model: nn.Module, subject: Subject, record: Record | None, folder: 
 
 def onnx_file(model: nn.Module, subject: Subject, folder: Path, name: str) -> Path:
     path = folder / f"{name}.onnx"
-    torch.onnx.export(
-        model,
-        subject.inputs,
-        path,
-        dynamo=True,
-        verbose=False,
-        external_data=False,
-        input_names=list(subject.names),
-        dynamic_shapes=subject.shapes,
-    )
+    export_onnx(model, subject.inputs, path, dynamic_shapes=subject.shapes)
     return path
 
 
@@ -240,7 +232,8 @@ def onnx_runtime(
     session = onnxruntime.InferenceSession(path, settings)
 
     def run(*inputs: Tensor) -> Tensor:
-        given = {name: x.numpy() for name, x in zip(subject.names, inputs, strict=True)}
+        names = [put.name for put in session.get_inputs()]
+        given = {name: x.numpy() for name, x in zip(names, inputs, strict=True)}
         return torch.from_numpy(session.run(None, given)[0])
 
     return Deployed(run, path.stat().st_size, verified)

@@ -209,7 +209,9 @@ def packaged(model: nn.Module, subject: Subject, record: Record | None, folder: 
     model, notes = kernels(model, subject, record)
     program = torch.export.export(model, subject.inputs, dynamic_shapes=subject.shapes)
     path = folder / f"{'dense' if record is None else 'sparse'}.pt2"
-    aoti_compile_and_package(program, package_path=str(path))
+    # Small scales would be written into the code otherwise, where nothing can read them.
+    kept = {"always_keep_tensor_constants": True}
+    aoti_compile_and_package(program, package_path=str(path), inductor_configs=kept)
     verified = None if record is None else fxs.verify(path, record)
     return Deployed(aoti_load_package(str(path)), path.stat().st_size, verified, notes)
 

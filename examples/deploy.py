@@ -10,22 +10,23 @@ installed is left out, with a line that says so.
 import tempfile
 import warnings
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torchao.quantization.pt2e.quantizer import Quantizer
 
 import fx_sparsity as fxs
 from fx_sparsity.quantization import sparsify_and_quantize
 from fx_sparsity.quantization.pt2e import default_quantizer
-from fx_sparsity.storage.onnx_export import export_onnx
+from fx_sparsity.storage import export_onnx
+from fx_sparsity.verification import Verification
 
 INPUTS = (torch.randn(32, 64, generator=torch.Generator().manual_seed(0)),)
 
 
-def sparse_int8(config: Any) -> tuple[nn.Module, fxs.SparsityRecord]:
-    """Two layers in 2:4 and int8, with ranges of activations from data; and their masks."""
+def sparse_int8(config: Quantizer) -> tuple[nn.Module, Verification]:
+    """Two layers in 2:4 and int8, with ranges of activations from data; and their proof."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 16)).eval()
     quantized, proof = sparsify_and_quantize(
@@ -37,17 +38,16 @@ def sparse_int8(config: Any) -> tuple[nn.Module, fxs.SparsityRecord]:
         mapping="2:4",
         config=config,
     )
-    assert proof.raise_if_lost().record is not None
-    return quantized, proof.record
+    return quantized, proof.raise_if_lost()
 
 
 def onnx_runtime(folder: Path) -> None:
     import onnxruntime
 
-    model, record = sparse_int8(default_quantizer(dynamic=False))
+    model, proof = sparse_int8(default_quantizer(dynamic=False))
     path = folder / "model.onnx"
     export_onnx(model, INPUTS, path)
-    print("ONNX:", fxs.verify(path, record).raise_if_lost().summary)
+    print("ONNX:", fxs.verify(path, proof.record).raise_if_lost().summary)
     # This optimizer would make layers of floats of the int8 ones.
     session = onnxruntime.InferenceSession(path, disabled_optimizers=["MatMulAddFusion"])
     name = session.get_inputs()[0].name
@@ -57,11 +57,11 @@ def onnx_runtime(folder: Path) -> None:
 def open_vino(folder: Path) -> None:
     import openvino
 
-    model, record = sparse_int8(default_quantizer(dynamic=False))
+    model, proof = sparse_int8(default_quantizer(dynamic=False))
     export_onnx(model, INPUTS, folder / "model.onnx")
     path = folder / "model.xml"
     openvino.save_model(openvino.convert_model(folder / "model.onnx"), path)
-    print("OpenVINO:", fxs.verify(path, record).raise_if_lost().summary)
+    print("OpenVINO:", fxs.verify(path, proof.record).raise_if_lost().summary)
     compiled = openvino.Core().compile_model(path, "CPU")
     compare(compiled([INPUTS[0].numpy()])[0], model(*INPUTS))
 
@@ -76,14 +76,14 @@ def execu_torch(folder: Path) -> None:
     from executorch.runtime import Runtime
 
     config = get_symmetric_quantization_config(is_per_channel=True)
-    model, record = sparse_int8(XNNPACKQuantizer().set_global(config))
+    model, proof = sparse_int8(XNNPACKQuantizer().set_global(config))
     program = torch.export.export(model, INPUTS)
     lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
     path = folder / "model.pte"
     path.write_bytes(lowered.to_executorch().buffer)
     # Weights have no names there, but their codes are in it, byte for byte.
     held = path.read_bytes()
-    found = [model.get_buffer(fqn).numpy().tobytes() in held for fqn in record]
+    found = [model.get_buffer(row.fqn).numpy().tobytes() in held for row in proof]
     print(f"ExecuTorch: the codes of {sum(found)} of {len(found)} weights are in the file")
     method = Runtime.get().load_program(path).load_method("forward")
     compare(method.execute(list(INPUTS))[0].numpy(), model(*INPUTS))

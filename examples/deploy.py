@@ -10,23 +10,23 @@ installed is left out, with a line that says so.
 import tempfile
 import warnings
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torchao.quantization.pt2e.quantizer import Quantizer
 
 import fx_sparsity as fxs
 from fx_sparsity.quantization import sparsify_and_quantize
 from fx_sparsity.quantization.pt2e import default_quantizer
-from fx_sparsity.storage.onnx_export import export_onnx
+from fx_sparsity.storage import export_onnx
 from fx_sparsity.verification import Verification
 
 INPUTS = (torch.randn(32, 64, generator=torch.Generator().manual_seed(0)),)
 
 
-def sparse_int8(config: Any) -> tuple[nn.Module, Verification]:
-    """Two layers in 2:4 and int8, with ranges of activations from data; and the proof."""
+def sparse_int8(config: Quantizer) -> tuple[nn.Module, Verification]:
+    """Two layers in 2:4 and int8, with ranges of activations from data; and their proof."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 16)).eval()
     quantized, proof = sparsify_and_quantize(

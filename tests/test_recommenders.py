@@ -141,6 +141,7 @@ def test_lookups_are_counted(rec, is_weighted):
         ("eager", "sparsify_first"),
         ("eager", "quantize_first"),
         ("pt2e", "sparsify_first"),
+        ("torchao", "sparsify_first"),
         pytest.param("pt2e", "quantize_first", marks=pytest.mark.exhaustive),
     ],
 )
@@ -155,7 +156,8 @@ def test_tables_are_quantized(rec, backend, order):
     )
     proof.raise_if_lost()
     found = {row.fqn: row.dtype for row in proof}
-    assert found == dict.fromkeys(TABLES, "quint8" if backend == "eager" else "uint8")
+    dtype = {"eager": "quint8", "pt2e": "uint8", "torchao": "int8"}[backend]
+    assert found == dict.fromkeys(TABLES, dtype)
 
 
 @pytest.mark.parametrize(("quantized", "is_weighted"), [(False, True), (True, False)])

@@ -70,7 +70,7 @@ def inductor() -> Callable[..., Any]:
 
 
 def mode_options(mode: str | None) -> dict[str, Any]:
-    """What a mode of Inductor says, such as `"reduce-overhead"`; nothing of none.
+    """The options that a mode of Inductor, such as `"reduce-overhead"`, stands for; {} of None.
 
     Raises:
         RuntimeError: an unknown mode.

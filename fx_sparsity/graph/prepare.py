@@ -65,7 +65,7 @@ def prepare(
             and without them only the weights of modules of known classes are found. For the graph
             of a backend: the list that the backend received with it.
         mapping: which weight gets which pattern and level. None gives every weight the
-            sparsifier's own defaults, or, of `RecordedMasks`, those of the record their masks.
+            sparsifier's own defaults; with `RecordedMasks`, it means the weights of the record.
         dynamic_shapes: as `torch.export.export` takes it.
         model: what `torch.compile` was given; only for the graph of a backend. The sparsifier is
             bound to it, and weights have the names and owners that they have there. Without it
@@ -120,9 +120,7 @@ def plan_prepare(
             "the graph are; pass model=, the compiled module"
         )
     weights = find_weights(subject, example_inputs, dynamic_shapes=dynamic_shapes, model=model)
-    if mapping is None and isinstance(sparsifier, RecordedMasks):
-        mapping = _recorded(sparsifier)
-    mapping = None if mapping is None else SparsityMapping.of(mapping)
+    mapping = mapping_for(sparsifier, mapping)
     assignment = None if mapping is None else mapping.resolve(weights)
     held = subject if model is None else model
     if isinstance(held, nn.Module) and not (isinstance(held, fx.GraphModule) and is_compiled(held)):
@@ -144,10 +142,14 @@ def plan_prepare(
     return weights, assignment
 
 
-def _recorded(masks: RecordedMasks) -> SparsityMapping:
-    """Names the weights of a record, with the patterns that they have there."""
+def mapping_for(sparsifier: BaseSparsifier, mapping: MappingLike | None) -> SparsityMapping | None:
+    """What was given; or else, of `RecordedMasks`, the weights of the record as they are there."""
+    if mapping is not None:
+        return SparsityMapping.of(mapping)
+    if not isinstance(sparsifier, RecordedMasks):
+        return None
     mapping = SparsityMapping()
-    for fqn, weight in masks.record.items():
+    for fqn, weight in sparsifier.record.items():
         pattern, level = weight.pattern, weight.level
         if pattern is None:  # of a method that knows none
             pattern, level = "unstructured", 1 - float(weight.keep.float().mean())

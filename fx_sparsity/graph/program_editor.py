@@ -33,9 +33,7 @@ def insert_masks(program: ExportedProgram, masks: Mapping[str, Mask]) -> Exporte
     specs = list(program.graph_signature.input_specs)
     placeholders = {node.name: node for node in gm.graph.find_nodes(op="placeholder")}
     nodes = {spec.target: placeholders[spec.arg.name] for spec in specs if spec.target in masks}
-    place = _after_state(specs)
     first = next(node for node in gm.graph.nodes if node.op != "placeholder")
-    following = [*placeholders.values(), first][place]
     for fqn, mask in masks.items():
         weight, path = nodes[fqn], mask_path(fqn)
         original = state[fqn]
@@ -46,16 +44,10 @@ def insert_masks(program: ExportedProgram, masks: Mapping[str, Mask]) -> Exporte
             "mask": torch.empty_like(value, dtype=mask.mask.dtype),
             "zero": value.new_zeros(()),
         }
-        inputs = []
-        for name, fake in added.items():
-            with gm.graph.inserting_before(following):
-                node = gm.graph.placeholder(f"b_{path}.{name}".replace(".", "_"))
-            node.meta["val"] = fake
-            argument, target = TensorArgument(name=node.name), f"{path}.{name}"
-            persistent = name == "mask"
-            specs.insert(place, InputSpec(InputKind.BUFFER, argument, target, persistent))
-            place += 1
-            inputs.append(node)
+        inputs = [
+            _added_buffer(gm.graph, specs, f"{path}.{name}", fake, persistent=name == "mask")
+            for name, fake in added.items()
+        ]
         users = list(weight.users)
         with gm.graph.inserting_before(first):
             masked = gm.graph.call_function(
@@ -116,42 +108,29 @@ def replace_nodes(program: ExportedProgram, calls: Mapping[str, NodeCall]) -> Ex
     state = dict(program.state_dict)
     specs = list(program.graph_signature.input_specs)
     nodes = {node.name: node for node in gm.graph.nodes}
-    for name, (path, module, arguments, result_name) in calls.items():
-        node, replaced = nodes[name], nodes[result_name]
+    for name, call in calls.items():
+        node, replaced = nodes[name], nodes[call.result]
         bound = bind(node)  # by now other nodes, where a call before has replaced them
-        given = [bound.get(argument) for argument in arguments]
-        tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-        body = _traced(module, given, tensors)
-        first = next(n for n in gm.graph.nodes if n.op != "placeholder")
-        inner: dict[fx.Node, fx.Node] = {}
-        inputs = iter(value for value in given if isinstance(value, fx.Node))
-        names = iter(tensors)
-        for inside in body.graph.nodes:
-            if inside.op == "placeholder" and (held := next(inputs, None)) is not None:
-                inner[inside] = held
-            elif inside.op == "placeholder":
-                attribute = f"{path}.{next(names)}"
-                tensor = tensors[attribute.removeprefix(f"{path}.")].detach()
-                place = _after_state(specs)
-                placeholders = gm.graph.find_nodes(op="placeholder")
-                with gm.graph.inserting_before([*placeholders, first][place]):
-                    added = gm.graph.placeholder(f"b_{attribute}".replace(".", "_"))
-                added.meta["val"] = inside.meta["val"]
-                argument = TensorArgument(name=added.name)
-                specs.insert(place, InputSpec(InputKind.BUFFER, argument, attribute, True))
-                state[attribute] = tensor
-                inner[inside] = added
-            elif inside.op == "output":
-                (returned,) = inside.args[0]
-                result = inner[returned]
-                result.meta = dict(replaced.meta)
-                replaced.replace_all_uses_with(result)
-            else:
-                with gm.graph.inserting_before(node):
-                    inner[inside] = gm.graph.node_copy(inside, inner.__getitem__)
+        given = [bound.get(argument) for argument in call.arguments]
+        tensors = {**dict(call.module.named_parameters()), **dict(call.module.named_buffers())}
+        body = _traced(call.module, given, tensors)
+        inputs = [value for value in given if value is not None]
+        placeholders = body.graph.find_nodes(op="placeholder")
+        inner = dict(zip(placeholders, inputs, strict=False))  # the others are tensors
+        for inside, (attribute, tensor) in zip(
+            placeholders[len(inputs) :], tensors.items(), strict=True
+        ):
+            fqn = f"{call.path}.{attribute}"
+            inner[inside] = _added_buffer(gm.graph, specs, fqn, inside.meta["val"])
+            state[fqn] = tensor.detach()
+        with gm.graph.inserting_before(node):
+            copied: Any = gm.graph.graph_copy(body.graph, inner)
+        (result,) = copied
+        result.meta = dict(replaced.meta)
+        replaced.replace_all_uses_with(result)
         for unread in (*node.users, node):
             gm.graph.erase_node(unread)
-        result.name = result_name  # by which the signature knows it if it is returned
+        result.name = call.result  # by which the signature knows it if it is returned
     gm.graph.eliminate_dead_code()
     return _without_unread(program, gm, specs, state)
 
@@ -174,10 +153,20 @@ def _traced(
         return make_fx(call)(*values, *fakes)
 
 
-def _after_state(specs: list[InputSpec]) -> int:
-    """Where in a signature the next buffer goes."""
+def _added_buffer(
+    graph: fx.Graph, specs: list[InputSpec], fqn: str, value: Tensor, *, persistent: bool = True
+) -> fx.Node:
+    """A placeholder for one more buffer, in a graph and in the inputs of its signature."""
     state_kinds = (InputKind.PARAMETER, InputKind.BUFFER)
-    return 1 + max((i for i, spec in enumerate(specs) if spec.kind in state_kinds), default=-1)
+    place = 1 + max((i for i, spec in enumerate(specs) if spec.kind in state_kinds), default=-1)
+    placeholders = graph.find_nodes(op="placeholder")
+    first = next(node for node in graph.nodes if node.op != "placeholder")
+    with graph.inserting_before([*placeholders, first][place]):
+        added = graph.placeholder(f"b_{fqn}".replace(".", "_"))
+    added.meta["val"] = value
+    argument = TensorArgument(name=added.name)
+    specs.insert(place, InputSpec(InputKind.BUFFER, argument, fqn, persistent))
+    return added
 
 
 def _without_unread(

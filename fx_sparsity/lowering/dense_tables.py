@@ -1,6 +1,5 @@
 """Embedding tables as lowering reads them, and the modules that hold them."""
 
-import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +12,7 @@ from fx_sparsity.kernels.embedding import RowPrunedEmbedding, RowPrunedEmbedding
 from fx_sparsity.patterns import Role
 from fx_sparsity.quantization.codes import CodedWeight
 from fx_sparsity.quantization.torch_ao.modules import read_quantized
+from fx_sparsity.quantization.torchao_tensors import is_torchao
 
 ROWS = "rows"
 """Name of the packing of tables: without their rows of zeros, and a map to those that are left."""
@@ -138,7 +138,7 @@ def read_table(module: Any) -> DenseTable | str:
         weight: Any = module.weight.detach()
         if weight.dtype not in (torch.float32, torch.bfloat16):
             return f"no kernel for {weight.dtype}"
-        if is_traceable_wrapper_subclass(weight):  # such as torchao's
+        if is_traceable_wrapper_subclass(weight):
             return _signed_codes(module, weight)
         return DenseTable(module, weight == 0, weight.nbytes, str(weight.dtype)[6:])
     if stored.obstacle or stored.dtype not in ("uint8", "quint8", "quint4x2"):
@@ -152,7 +152,7 @@ def read_table(module: Any) -> DenseTable | str:
 
 def _signed_codes(module: nn.Module, weight: Any) -> DenseTable | str:
     """A table that is one of torchao's tensors; or why there is no kernel for it."""
-    if "torchao.quantization" not in sys.modules or weight.is_meta:
+    if not is_torchao(weight) or weight.is_meta:
         return f"no kernel for a {type(weight).__name__} on {weight.device.type}"
     from fx_sparsity.quantization.torchao_backend import read_tensor
 

@@ -15,7 +15,7 @@ from fx_sparsity.graph.sources import Source, exported_source, module_source
 from fx_sparsity.graph.uses import SeenWeight, noted_weights, seen_weights
 from fx_sparsity.lowering.layers import DenseLinear, read_torchao
 from fx_sparsity.lowering.places import GraphPlace
-from fx_sparsity.lowering.table_nodes import TableNode, is_lookup, looked_up
+from fx_sparsity.lowering.table_nodes import TableNode, indices_of, is_lookup
 from fx_sparsity.verification.graph_reader import read_value
 from fx_sparsity.verification.stored import StoredWeight, is_float
 
@@ -126,7 +126,7 @@ def places_by(graph_module: fx.GraphModule, source: Source) -> Iterator[GraphPla
         form = row.linear if row.linear is not None and arg == row.linear.weight else None
         if form is None and not is_lookup(node):
             continue
-        x = looked_up(args) if form is None else args[form.x]
+        x = args[indices_of(args) if form is None else form.x]
         if not isinstance(x, fx.Node):
             continue
         value = x.meta.get("val", x.meta.get("example_value"))

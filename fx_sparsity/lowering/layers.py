@@ -21,6 +21,7 @@ from fx_sparsity.lowering.lowered import LoweredLinear
 from fx_sparsity.patterns import Role
 from fx_sparsity.quantization.torch_ao.embeddings import FORWARD_HOOKS
 from fx_sparsity.quantization.torch_ao.modules import read_quantized
+from fx_sparsity.quantization.torchao_tensors import is_torchao
 
 
 @dataclass(frozen=True)
@@ -186,7 +187,7 @@ class FloatLinear(Kind):
 
     def covers(self, module: nn.Module) -> bool:
         """See `Kind`."""
-        return isinstance(module, nn.Linear) and not _is_torchao(_raw_weight(module))
+        return isinstance(module, nn.Linear) and not is_torchao(_raw_weight(module))
 
     def read(self, module: Any) -> DenseLinear | str:
         """See `Kind`."""
@@ -216,7 +217,7 @@ class TransposedLinear(FloatLinear):
 
     def covers(self, module: nn.Module) -> bool:
         """See `Kind`."""
-        return _is_conv1d(module) and not _is_torchao(_raw_weight(module))
+        return _is_conv1d(module) and not is_torchao(_raw_weight(module))
 
     def read(self, module: Any) -> DenseLinear | str:
         """See `Kind`."""
@@ -232,7 +233,7 @@ class TorchAOLinear(FloatLinear):
 
     def covers(self, module: nn.Module) -> bool:
         """See `Kind`."""
-        return isinstance(module, nn.Linear) and _is_torchao(_raw_weight(module))
+        return isinstance(module, nn.Linear) and is_torchao(_raw_weight(module))
 
     def read(self, module: Any) -> DenseLinear | str:
         """See `Kind`."""
@@ -262,7 +263,7 @@ class TransposedTorchAOLinear(FloatLinear):
 
     def covers(self, module: nn.Module) -> bool:
         """See `Kind`."""
-        return _is_conv1d(module) and _is_torchao(_raw_weight(module))
+        return _is_conv1d(module) and is_torchao(_raw_weight(module))
 
     def read(self, module: Any) -> DenseLinear | str:
         """See `Kind`."""
@@ -454,9 +455,3 @@ def _float_layer(weight: Tensor, bias: Tensor | None) -> DenseLinear:
 def _raw_weight(module: nn.Module) -> Any:
     """The parameter or buffer called `weight`, without computing anything."""
     return module._parameters.get("weight", module._buffers.get("weight"))
-
-
-def _is_torchao(tensor: Any) -> bool:
-    return isinstance(tensor, Tensor) and any(
-        base.__module__.partition(".")[0] == "torchao" for base in type(tensor).__mro__
-    )

@@ -103,8 +103,7 @@ def lower(
     rules = Policy(policy)
     counts = checked_tokens(tokens)
     module = model.module() if isinstance(model, ExportedProgram) else model
-    if masked := masked_weights(module):
-        raise LoweringError(f"{', '.join(masked)} still masked: squash before lowering")
+    check_squashed(module)
     if record is not None:
         verify(model, record).raise_if_lost()
     weights = find_weights(model, example_inputs)
@@ -239,6 +238,12 @@ def _of_nodes(
     packed: Mapping[Place, LoweredLinear | Lookup],
 ) -> dict[GraphPlace, LoweredLinear | Lookup]:
     return {place: new for place, new in packed.items() if isinstance(place, GraphPlace)}
+
+
+def check_squashed(model: nn.Module) -> None:
+    """Raise `LoweringError`, naming the weights, where masks are live."""
+    if masked := masked_weights(model):
+        raise LoweringError(f"{', '.join(masked)} still masked: squash before lowering")
 
 
 def _check_used(rules: Policy) -> None:

@@ -1,7 +1,7 @@
 """What packed layers and tables hold, as the gate reads it: `verify` sees lowered models."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -39,18 +39,10 @@ def read_packed(model: nn.Module) -> Iterator[StoredWeight]:
             names = [f"{path}.{name}".removeprefix(".") for name in module._buffers]
             yield _table(path, module.table, module.dtype, names)
     if isinstance(model, fx.GraphModule):
-        for node in model.graph.nodes:
-            if str(node.target) in _LOOKUPS and (table := _read_table(model, node)) is not None:
-                yield _table(*table)
-            packing = _BY_OPERATOR.get(str(node.target))
-            if packing is None:
-                continue
-            if (read := _read_node(model, node, packing)) is None:
-                yield from _partly_held(model, node, packing)
-            else:
-                codes = packing.unpack(read.parts, read.shape, read.parts["values"].dtype)
-                fqn = _weight_of(read.path)
-                yield _stored(fqn, read.path, packing, codes, read.scale, read.names)
+        for call in _linear_calls(model):
+            yield call.stored()
+        for path, table, dtype, names in _looked_up(model):
+            yield _table(path, table, dtype, names)
 
 
 def check_packed(model: nn.Module | ExportedProgram) -> None:
@@ -73,14 +65,12 @@ def check_packed(model: nn.Module | ExportedProgram) -> None:
                 inner.check()
     if not isinstance(module, fx.GraphModule):
         return
-    for node in module.graph.nodes:
-        if str(node.target) in _LOOKUPS and (table := _read_table(module, node)) is not None:
-            with _naming(_weight_of(table[0])):
-                table[1].check()
-        packing = _BY_OPERATOR.get(str(node.target))
-        if packing is not None and (read := _read_node(module, node, packing)) is not None:
-            with _naming(_weight_of(read.path)):
-                packing.check(read.parts, read.shape, read.parts["values"].dtype)
+    for call in _linear_calls(module):
+        with _naming(call.fqn):
+            call.check()
+    for path, table, _, _ in _looked_up(module):
+        with _naming(_weight_of(path)):
+            table.check()
 
 
 @contextmanager
@@ -126,67 +116,107 @@ def _table(path: str, table: RowTable, dtype: torch.dtype, names: list[str]) -> 
 
 
 @dataclass(frozen=True)
-class _Read:
-    """What an operator reads: packed parts, their shape, scales, and the names of all of these."""
+class _LinearCall:
+    """A call in a graph of an operator that multiplies with a packed weight.
 
-    parts: dict[str, Tensor]
+    Attributes:
+        packing: of the weight.
+        shape: [out, in].
+        parts: of the packing, as far as the graph holds them.
+        scale: of the codes; None where there is none, or where the graph does not hold it.
+        names: of these tensors.
+        lacking: parts that the operator is given, and that the graph does not hold.
+    """
+
+    packing: Packing
     shape: torch.Size
+    parts: Mapping[str, Tensor]
     scale: Tensor | None
     names: list[str]
+    lacking: list[str]
 
     @property
     def path(self) -> str:
         """That the names share."""
         return self.names[0].rpartition(".")[0]
 
+    @property
+    def fqn(self) -> str:
+        """Of the weight."""
+        return _weight_of(self.path)
 
-def _read_node(model: fx.GraphModule, node: fx.Node, packing: Packing) -> _Read | None:
-    """What an operator reads; None where that is computed, and not held by the graph."""
-    source, args = module_source(model), bind(node)
-    found = {name: source(args[name]) for name in packing.parts}
-    held: dict[str, tuple[str, Tensor]] = {name: f for name, f in found.items() if f is not None}
-    if len(held) < len(found):
-        return None
-    scaled = None if args["scale"] is None else source(args["scale"])
-    return _Read(
-        {name: tensor for name, (_, tensor) in held.items()},
-        torch.Size((args["out_features"], args["in_features"])),
-        None if scaled is None else scaled[1],
-        [name for name, _ in (*held.values(), *filter(None, [scaled]))],
-    )
+    @property
+    def is_whole(self) -> bool:
+        """Whether all of the packing is there; scales are not of it."""
+        return self.parts.keys() == set(self.packing.parts)
 
+    def check(self) -> None:
+        """Raise `PackingError` for what is corrupt."""
+        if self.is_whole:
+            self.packing.check(self.parts, self.shape, self.parts["values"].dtype)
 
-def _read_table(
-    model: fx.GraphModule, node: fx.Node
-) -> tuple[str, RowTable, torch.dtype, list[str]] | None:
-    """Path, table, dtype and names of what a lookup reads; None where the graph has none of it."""
-    source, args = module_source(model), bind(node)
-    found = {name: source(args[name]) for name in ("rows", "affine", "remap") if args[name]}
-    held = {name: tensor for name, tensor in found.items() if tensor is not None}
-    if len(held) < len(found):
-        return None
-    names = [fqn for fqn, _ in held.values()]
-    parts: dict[str, Any] = {"affine": None} | {name: tensor for name, (_, tensor) in held.items()}
-    table = RowTable(**parts, columns=args["columns"])
-    return names[0].rpartition(".")[0], table, getattr(torch, args["dtype"]), names
-
-
-def _partly_held(model: fx.GraphModule, node: fx.Node, packing: Packing) -> Iterator[StoredWeight]:
-    """A weight of which the graph holds some parts, and not all."""
-    source, args = module_source(model), bind(node)
-    found = {name: source(args[name]) for name in packing.parts}
-    names = [held[0] for held in found.values() if held is not None]
-    if names:
-        path = names[0].rpartition(".")[0]
-        lacking = ", ".join(name for name, held in found.items() if held is None)
-        shape = args["out_features"], args["in_features"]
-        codes = torch.empty(shape, device="meta")
-        stored = _stored(_weight_of(path), path, packing, codes, None, names)
+    def stored(self) -> StoredWeight:
+        """What it holds; with an obstacle where that cannot be read."""
+        codes = torch.empty(self.shape, device="meta")
+        if self.is_whole:
+            codes = self.packing.unpack(self.parts, self.shape, self.parts["values"].dtype)
+        stored = _stored(self.fqn, self.path, self.packing, codes, self.scale, self.names)
+        if not self.lacking:
+            return stored
         obstacle = (
-            f"its {lacking} cannot be read: AOTInductor writes what has up to 8 elements into the "
-            "code, but for inductor_configs={'always_keep_tensor_constants': True}"
+            f"its {', '.join(self.lacking)} cannot be read: AOTInductor writes what has up to 8 "
+            "elements into the code, but for "
+            "inductor_configs={'always_keep_tensor_constants': True}"
         )
-        yield replace(stored, obstacle=obstacle)
+        return replace(stored, obstacle=obstacle)
+
+
+def _linear_calls(model: fx.GraphModule) -> Iterator[_LinearCall]:
+    """The calls of a graph that read packed parts which it holds, or some of them."""
+    for node in model.graph.nodes:
+        if (packing := _BY_OPERATOR.get(str(node.target))) is None:
+            continue
+        held, lacking = _held(model, node, (*packing.parts, "scale"))
+        if held:
+            args = bind(node)
+            yield _LinearCall(
+                packing,
+                torch.Size((args["out_features"], args["in_features"])),
+                {part: tensor for part, (_, tensor) in held.items() if part != "scale"},
+                held["scale"][1] if "scale" in held else None,
+                [name for name, _ in held.values()],
+                lacking,
+            )
+
+
+def _looked_up(
+    model: fx.GraphModule,
+) -> Iterator[tuple[str, RowTable, torch.dtype, list[str]]]:
+    """Path, table, dtype and names of what each lookup of a graph reads, where it holds that."""
+    for node in model.graph.nodes:
+        if str(node.target) not in _LOOKUPS:
+            continue
+        held, lacking = _held(model, node, ("rows", "affine", "remap"))
+        if not lacking:
+            args, affine = bind(node), held.get("affine")
+            table = RowTable(
+                rows=held["rows"][1],
+                affine=None if affine is None else affine[1],
+                remap=held["remap"][1],
+                columns=args["columns"],
+            )
+            names = [name for name, _ in held.values()]
+            yield names[0].rpartition(".")[0], table, getattr(torch, args["dtype"]), names
+
+
+def _held(
+    model: fx.GraphModule, node: fx.Node, parts: Sequence[str]
+) -> tuple[dict[str, tuple[str, Tensor]], list[str]]:
+    """Part -> name and tensor of those that the graph holds; and the parts that it does not."""
+    source, args = module_source(model), bind(node)
+    found = {part: source(args[part]) for part in parts if args[part] is not None}
+    held = {part: tensor for part, tensor in found.items() if tensor is not None}
+    return held, [part for part in found if part not in held]
 
 
 def _stored(

@@ -28,9 +28,9 @@ def is_lookup(node: fx.Node) -> bool:
     return OPERATORS[operator_name(node)].kind in _KINDS
 
 
-def looked_up(args: Mapping[str, Any]) -> Any:
-    """The indices, which torch's functions call `input`."""
-    return args.get("indices", args.get("input"))
+def indices_of(args: Mapping[str, Any]) -> str:
+    """The argument that has the indices, which torch's functions call `input`."""
+    return "indices" if "indices" in args else "input"
 
 
 def held_by(source: Source, value: fx.Node) -> tuple[str, Tensor] | None:
@@ -63,9 +63,8 @@ class TableNode(GraphPlace):
     @property
     def inputs(self) -> tuple[str, ...]:
         """See `GraphPlace`."""
-        indices = "indices" if "indices" in bind(self.node) else "input"
-        bag = self.owner is nn.EmbeddingBag
-        return (indices, "offsets", "per_sample_weights") if bag else (indices,)
+        of_bags = ("offsets", "per_sample_weights") if self.owner is nn.EmbeddingBag else ()
+        return (indices_of(bind(self.node)), *of_bags)
 
     @property
     def weight(self) -> fx.Node:

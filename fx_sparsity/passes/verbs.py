@@ -17,9 +17,9 @@ from fx_sparsity.graph.compiled import is_compiled
 from fx_sparsity.graph.example_inputs import ExampleInputs
 from fx_sparsity.graph.prepare import check_bound, plan_prepare
 from fx_sparsity.lowering import LoweringError, LoweringReport, lower
+from fx_sparsity.lowering.lower import check_squashed
 from fx_sparsity.lowering.policy import AUTO, Rules
 from fx_sparsity.sparsifier import BaseSparsifier, Mask, MaskError, SparsityRecord
-from fx_sparsity.sparsifier.mask import masked_weights
 from fx_sparsity.sparsifier.record import MaskRecord
 from fx_sparsity.verification import verify
 
@@ -226,8 +226,7 @@ class Lower(VerbPass):
                 "the graph of a torch.compile backend receives its weights as inputs; lower the "
                 'model before it is compiled, or compile with backend="fx_sparsity"'
             )
-        if masked := masked_weights(graph_module):
-            raise LoweringError(f"{', '.join(masked)} still masked: squash before lowering")
+        check_squashed(graph_module)
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """See `PassBase.call`."""

@@ -14,13 +14,12 @@ from fx_sparsity.graph import (
     Assignment,
     MappingError,
     MappingLike,
-    SparsityMapping,
     WeightMap,
     find_weights,
     squash,
 )
 from fx_sparsity.graph.example_inputs import ExampleInputs
-from fx_sparsity.graph.prepare import group_entry, mask_weights
+from fx_sparsity.graph.prepare import group_entry, mapping_for, mask_weights
 from fx_sparsity.patterns import SparsityConfig
 from fx_sparsity.quantization.backend import (
     Backend,
@@ -71,7 +70,7 @@ def sparsify_and_quantize(
         example_inputs: a tuple of positional, or a dict of keyword arguments.
         order: see above.
         backend: a name in `BACKENDS`, or a `Backend`.
-        mapping: which weight gets which pattern and level; None is the sparsifier's defaults.
+        mapping: which weight gets which pattern and level; None as in `prepare`.
         calibrate: runs the observed model on data; the example inputs by default. In the order
             `"qat"` it is needed, and trains the model that it is given; it may call
             `sparsifier.step()` as it goes.
@@ -119,7 +118,7 @@ def sparsify_and_quantize(
             "convert; 'sparsify_first' does the same"
         )
     weights = find_weights(model, example_inputs, dynamic_shapes=dynamic_shapes)
-    configs = None if mapping is None else _resolve(mapping, weights)
+    configs = _resolve(sparsifier, mapping, weights)
     options = {"config": config, "dynamic_shapes": dynamic_shapes}
 
     def quantized(float_model: nn.Module) -> Quantized:
@@ -180,13 +179,18 @@ def _told(verification: Verification) -> Verification:
     return verification
 
 
-def _resolve(mapping: MappingLike, weights: WeightMap) -> Assignment:
-    """What the mapping comes to.
+def _resolve(
+    sparsifier: BaseSparsifier, mapping: MappingLike | None, weights: WeightMap
+) -> Assignment | None:
+    """What the mapping comes to; None where there is none.
 
     Raises:
         MappingError: as `SparsityMapping.resolve`, or it masks nothing.
     """
-    assignment = SparsityMapping.of(mapping).resolve(weights)
+    resolved = mapping_for(sparsifier, mapping)
+    if resolved is None:
+        return None
+    assignment = resolved.resolve(weights)
     if not assignment:
         unmatched = f"; nothing matches {', '.join(assignment.unmatched)}"
         raise MappingError(
@@ -258,7 +262,7 @@ def sparsify_codes(
             quantized model does not hold any more, or not in a form that can be read.
         ZeroNotRepresentableError: a weight has no code that means zero.
     """
-    configs = None if mapping is None else _resolve(mapping, weights)
+    configs = _resolve(sparsifier, mapping, weights)
     names = {fqn: weights[fqn].aliases for fqn in (weights if configs is None else configs)}
     stored = by_name(read_weights(model), names)
     for copies in stored.values():

@@ -21,7 +21,6 @@ from torchao.quantization import (
     quantize_,
 )
 from torchao.quantization.qat import QATConfig
-from torchao.utils import TorchAOBaseTensor
 
 from fx_sparsity.graph import WeightMap, WeightSite
 from fx_sparsity.graph.example_inputs import ExampleInputs
@@ -37,6 +36,7 @@ from fx_sparsity.quantization.backend import (
     copied,
 )
 from fx_sparsity.quantization.grid import Grid
+from fx_sparsity.quantization.torchao_tensors import is_torchao
 from fx_sparsity.verification.stored import StoredWeight
 
 logger = logging.getLogger("fx_sparsity")
@@ -184,11 +184,6 @@ def _name(config: AOBaseConfig) -> str:
     if isinstance(config, QATConfig) and config.base_config is not None:
         return f"{name} of {_name(config.base_config)}"
     return name
-
-
-def is_torchao(tensor: Any) -> bool:
-    """Whether a tensor is of one of torchao's classes, or of one derived from them."""
-    return isinstance(tensor, TorchAOBaseTensor)
 
 
 def _by_key(config: AOBaseConfig | Configs | None, default: Configs) -> Configs:

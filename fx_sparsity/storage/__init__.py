@@ -15,6 +15,7 @@ from fx_sparsity.storage.load_sparse import load_sparse
 from fx_sparsity.storage.loading import faults, load
 from fx_sparsity.storage.mapped import MappedFile
 from fx_sparsity.storage.meta import parameters_on_meta
+from fx_sparsity.storage.onnx_export import export_onnx
 from fx_sparsity.storage.saving import export, save
 from fx_sparsity.storage.stored_bytes import stored_bytes
 
@@ -29,6 +30,7 @@ __all__ = [
     "SafetensorsFile",
     "SafetensorsWriter",
     "export",
+    "export_onnx",
     "faults",
     "load",
     "load_sparse",

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fx_sparsity.quantization.torchao_tensors import is_torchao
 from fx_sparsity.storage.container import FileFormatError
 
 Description = dict[str, Any]
@@ -38,16 +39,6 @@ def flatten(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Desc
         else:
             described[name] = _describe(name, value, tensors)
     return tensors, described
-
-
-def is_subclass(value: object) -> bool:
-    """Whether `value` is one of torchao's tensors, which are stored as their inner tensors.
-
-    Or of a class that is derived from one.
-    """
-    return isinstance(value, Tensor) and any(
-        base.__module__.partition(".")[0] == "torchao" for base in type(value).__mro__
-    )
 
 
 def rebuild(name: str, what: Description, tensor: Callable[[str], Tensor]) -> Any:
@@ -189,7 +180,7 @@ def _describe(name: str, value: Any, tensors: dict[str, Tensor]) -> Description:
         raise TypeError(f"{name}: expected a tensor, found {type(value).__name__}")
     if value.is_quantized:
         return _describe_quantized(name, value, tensors)
-    if is_subclass(value):
+    if is_torchao(value):
         return _describe_subclass(name, value, tensors)
     found = value.layout if value.layout != torch.strided else type(value).__name__
     raise TypeError(f"{name}: expected a strided tensor of plain numbers, found {found}")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fx_sparsity.verification.aoti_constants import Constant, Package, Pt2Error
-from fx_sparsity.verification.stored import StoredWeight, float_weight
+from fx_sparsity.verification.stored import LIVE_MASK, StoredWeight, float_weight
 
 _MADE_UP = re.compile(
     r"_frozen_param\d+|_tensor_constant\d+|_FOLDED\w*|constant_\w+|lifted_tensor_\d+"
@@ -136,11 +136,7 @@ def _of_parts(fqn: str, first: str, held: Mapping[str, Constant]) -> StoredWeigh
     assert codes is not None
     if not first.endswith("0"):
         live = f"{first.removesuffix('original')}0.mask" in held
-        return _unknown(
-            fqn,
-            codes,
-            "its mask is still live: squash before you export" if live else "it is computed",
-        )
+        return _unknown(fqn, codes, LIVE_MASK if live else "it is computed")
     rest = [held[name].tensor for i in (1, 2, 3) if (name := f"{path}{i}") in held]
     scale, zero_point = (*rest, None, None)[:2]
     known = codes.dtype == torch.int8 or (codes.is_floating_point() and codes.itemsize == 1)

@@ -20,7 +20,14 @@ from fx_sparsity.verification.onnx_file import read_onnx
 from fx_sparsity.verification.openvino_file import read_openvino
 from fx_sparsity.verification.package_weights import package_weights, skeleton
 from fx_sparsity.verification.pt2_file import is_archive, read_pt2
-from fx_sparsity.verification.stored import Forms, OwnFormat, StoredWeight, float_weight, is_float
+from fx_sparsity.verification.stored import (
+    LIVE_MASK,
+    Forms,
+    OwnFormat,
+    StoredWeight,
+    float_weight,
+    is_float,
+)
 
 READERS: list[Callable[[nn.Module], Iterable[StoredWeight]]] = []
 """What finds weights that are not plain floats; whoever stores them so adds its function."""
@@ -107,8 +114,7 @@ def _exported_masks(model: fx.GraphModule) -> Iterator[StoredWeight]:
         place = f"{path}.parametrizations.{attribute}".removeprefix(".")
         original = parameters.get(f"{place}.original")
         if original is not None and not isinstance(model.get_submodule(f"{place}.0"), Mask):
-            obstacle = "its mask is still live: squash before you export"
-            yield replace(float_weight(fqn, f"{place}.original", original), obstacle=obstacle)
+            yield replace(float_weight(fqn, f"{place}.original", original), obstacle=LIVE_MASK)
 
 
 def _computed_with(model: nn.Module, weight: StoredWeight) -> StoredWeight:

@@ -11,6 +11,9 @@ from fx_sparsity.errors import FxSparsityError
 from fx_sparsity.graph.uses import SeenWeight
 from fx_sparsity.patterns import Role
 
+LIVE_MASK = "its mask is still live: squash before you export"
+"""The obstacle of a weight that was exported with its mask."""
+
 
 class ZeroNotRepresentableError(FxSparsityError, ValueError):
     """No integer code of a quantized weight dequantizes to exactly zero."""

@@ -33,7 +33,7 @@ from fx_sparsity.env import describe
 from fx_sparsity.quantization import sparsify_and_quantize
 from fx_sparsity.quantization.pt2e import default_quantizer
 from fx_sparsity.reports import format_table
-from fx_sparsity.storage.onnx_export import export_onnx
+from fx_sparsity.storage import export_onnx
 
 TABLE = Path(__file__).with_name("runtimes.txt")
 TITLES = ("model", "order", "runtime", "masked", "zeros in the file", "max error", "ms", "dense ms")

@@ -16,6 +16,7 @@ from fx_sparsity.quantization import (
     sparsify_and_quantize,
     sparsify_codes,
 )
+from fx_sparsity.sparsifier import RecordedMasks
 from fx_sparsity.verification import ZeroNotRepresentableError, read_weights
 from tests.models import make, make_bert
 from tests.sparsifier.test_base import assert_unchanged, snapshot
@@ -36,6 +37,23 @@ def flow(model, inputs, backend, order, pattern, **kwargs):
         mapping=mapping,
         **kwargs,
     )
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_the_masks_of_a_record_are_the_flow_s(order):
+    """A pruned model keeps its zeros and gets no others: the head is in no record."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8)).eval()
+    inputs, sparsifier = (torch.randn(4, 16),), fxs.WeightNormSparsifier()
+    fxs.prepare(model, sparsifier, inputs, {"module_name": {"0": "2:4"}})
+    sparsifier.step()
+    model, record = fxs.squash(model, sparsifier)
+    _, proof = sparsify_and_quantize(
+        model, RecordedMasks(record), inputs, order=order, backend="pt2e"
+    )
+    (row,) = proof.raise_if_lost()
+    assert (row.fqn, row.dtype, row.pattern) == ("0.weight", "int8", "2:4")
+    assert torch.equal(proof.record["0.weight"].keep, record["0.weight"].keep)
 
 
 @pytest.mark.parametrize("name", ["recommender", "tied"])

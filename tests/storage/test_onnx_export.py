@@ -14,7 +14,7 @@ from torch import nn
 import fx_sparsity as fxs
 from fx_sparsity.quantization import sparsify_and_quantize
 from fx_sparsity.quantization.pt2e import default_quantizer
-from fx_sparsity.storage.onnx_export import export_onnx
+from fx_sparsity.storage import export_onnx
 from fx_sparsity.verification.onnx_file import OnnxError
 
 INPUTS = (torch.randn(8, 16, generator=torch.Generator().manual_seed(0)),)

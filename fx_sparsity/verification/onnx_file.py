@@ -72,7 +72,7 @@ def _weights(graph: Any) -> Iterator[StoredWeight]:
     """See `read_onnx`."""
     held = {initializer.name: initializer for initializer in graph.initializer}
     made_by = {output: node for node in graph.node for output in node.output}
-    seen: set[tuple[str, str]] = set()
+    seen: set[tuple[str, ...]] = set()
     for node in graph.node:
         for place, value in enumerate(node.input):
             reading = _walk(value, made_by, held)
@@ -83,8 +83,9 @@ def _weights(graph: Any) -> Iterator[StoredWeight]:
             weight = _stored(reading, made_by, held)
             if _GENERATED.fullmatch(reading.name):
                 weight = _of_the_module(weight, node, place, reading.transposed)
-            if (weight.fqn, weight.where) not in seen:
-                seen.add((weight.fqn, weight.where))
+            scaled = () if reading.dequantize is None else reading.dequantize.input[1:]
+            if (key := (weight.fqn, weight.where, *scaled)) not in seen:
+                seen.add(key)
                 yield weight
 
 

@@ -194,6 +194,20 @@ def test_codes_that_are_transposed_before_they_are_dequantized(tmp_path, size):
     assert np.array_equal(np.concatenate(rows), weight.dequantize().T.numpy())
 
 
+def test_codes_that_are_dequantized_in_two_ways(tmp_path):
+    path = one_layer(
+        tmp_path / "t.onnx",
+        [
+            helper.make_node("DequantizeLinear", ["w", "s"], ["a"]),
+            helper.make_node("DequantizeLinear", ["w", "s", "z"], ["b"]),
+            helper.make_node("MatMul", ["x", "a"], ["m"]),
+            helper.make_node("MatMul", ["m", "b"], ["y"]),
+        ],
+        *(("w", np.eye(4, dtype=np.int8)), ("s", np.float32(1)), ("z", np.int8(1))),
+    )
+    assert [int(weight.zeros().sum()) for weight in read_weights(path)] == [12, 4]
+
+
 LAYER = [helper.make_node("Gemm", ["x", "w"], ["y"], transB=1)]
 WEIGHT = ("w", np.eye(4, dtype=np.float32))
 

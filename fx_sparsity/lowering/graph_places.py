@@ -9,13 +9,19 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from fx_sparsity.graph.calls import bind, is_view, operator_name
-from fx_sparsity.graph.operators import OPERATORS, SAME_VALUES, LinearForm, Operator
+from fx_sparsity.graph.calls import Call, bind, is_view, operator_name
+from fx_sparsity.graph.operators import (
+    OPERATORS,
+    RENORMALIZATIONS,
+    SAME_VALUES,
+    LinearForm,
+    Operator,
+)
 from fx_sparsity.graph.sources import Source, exported_source, module_source
 from fx_sparsity.graph.uses import SeenWeight, noted_weights, seen_weights
 from fx_sparsity.lowering.layers import DenseLinear, read_torchao
 from fx_sparsity.lowering.places import GraphPlace
-from fx_sparsity.lowering.table_nodes import TableNode, indices_of, is_lookup
+from fx_sparsity.lowering.table_nodes import TableNode, held_by, indices_of, is_lookup
 from fx_sparsity.verification.graph_reader import read_value
 from fx_sparsity.verification.stored import StoredWeight, is_float
 
@@ -121,6 +127,7 @@ def program_places(program: ExportedProgram) -> Iterator[GraphPlace]:
 
 def places_by(graph_module: fx.GraphModule, source: Source) -> Iterator[GraphPlace]:
     """The nodes of a graph that may be lowered, with the weights that `source` tells."""
+    written = set(_written(graph_module.graph, source))
     for node, arg, seen in seen_weights(graph_module, source):
         row, args = OPERATORS[operator_name(node)], bind(node)
         form = row.linear if row.linear is not None and arg == row.linear.weight else None
@@ -136,12 +143,26 @@ def places_by(graph_module: fx.GraphModule, source: Source) -> Iterator[GraphPla
         if isinstance(value, Tensor):
             sizes = value.shape if form is None else value.shape[:-1]
             common |= {"tokens": {_product(sizes)}, "dtypes": {value.dtype}}
+        held = held_by(source, args[arg])
+        if held is not None and held[0] in written:
+            common["obstacle"] = "the graph writes to it, as lookups with max_norm do"
         if form is None:
             yield TableNode.of(names, args[arg], **common)
         else:
             held = source(args[arg])
             tensor = held[1] if held is not None else seen
             yield NodePlace(names, nn.Linear, tensor, operator=row, form=form, **common)
+
+
+def _written(graph: fx.Graph, source: Source) -> Iterator[str]:
+    """Names of the weights that a graph changes, in place or into a new tensor."""
+    for node in graph.nodes:
+        call = Call(node)
+        target = node.args[0] if call.name in RENORMALIZATIONS else call.written
+        while target is not None and source(target) is None:
+            target = Call(target).base
+        if target is not None and (held := source(target)) is not None:
+            yield held[0]
 
 
 def _dequantized(node: fx.Node) -> bool:

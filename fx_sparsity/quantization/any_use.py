@@ -41,7 +41,8 @@ class Int8AnyUseTensor(Int8Tensor):
     `scale` is float32 and broadcasts against `qdata`.
 
     Raises:
-        TypeError: an operator that would write to it.
+        TypeError: an operator that would write to it, or an item that would be set. What is picked
+            or reshaped is a copy: writing to that changes nothing here.
     """
 
     def dequantize(self, output_dtype: torch.dtype | None = None) -> Tensor:
@@ -130,6 +131,14 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> Any:
         rest[6] = len(indices)
     rows = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
     return func(rows, places, *rest, **kwargs)
+
+
+@Int8AnyUseTensor.implements_torch_function(Tensor.__setitem__)
+def _(func: Any, types: Any, args: Any, kwargs: Any) -> None:
+    into, where, values = args
+    if isinstance(into, Int8AnyUseTensor):  # torch would write to what `select` gives, a copy
+        raise TypeError("an item of a weight of 8-bit codes cannot be set")
+    func(into, where, values.dequantize())
 
 
 torch.serialization.add_safe_globals([Int8AnyUseTensor])

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fx_sparsity.errors import FxSparsityError
 from fx_sparsity.patterns import Pattern
@@ -173,7 +174,8 @@ def check_maskable(name: str, module: nn.Module, attribute: str) -> Tensor:
     """The tensor at `module.attribute`, once it is sure that a mask can go on it.
 
     Raises:
-        MaskError: no such tensor, not floating, parametrized already, or not held by the module.
+        MaskError: no such tensor, not floating, codes that stand for floats, parametrized already,
+            or not held by the module.
     """
     if parametrize.is_parametrized(module, attribute):
         kinds = [type(p).__name__ for p in module.parametrizations[attribute]]  # type: ignore[index]
@@ -185,12 +187,26 @@ def check_maskable(name: str, module: nn.Module, attribute: str) -> Tensor:
         raise MaskError(f"{name} is not a tensor, found {type(tensor).__name__}")
     if not tensor.is_floating_point():
         raise MaskError(f"{name} has dtype {tensor.dtype}; only floating weights can be masked")
+    if _holds_codes(tensor):
+        raise MaskError(
+            f"{name} is codes, held by {type(tensor).__name__}. The codes of a model that is "
+            "quantized already are masked by quantization.sparsify_codes"
+        )
     if attribute not in module._parameters and attribute not in module._buffers:
         raise MaskError(
             f"{name}: expected a parameter or a buffer, found a tensor that "
             f"{type(module).__name__} computes, or holds as a plain attribute"
         )
     return tensor
+
+
+def _holds_codes(tensor: Tensor) -> bool:
+    """Whether a tensor of several, such as torchao's, has one that is no plain floats."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return False
+    names, _ = tensor.__tensor_flatten__()
+    parts = [getattr(tensor, name) for name in names]
+    return any(not part.is_floating_point() or part.itemsize == 1 for part in parts)
 
 
 def check_memory(model: nn.Module, masked: Mapping[int, str]) -> None:

@@ -2,7 +2,7 @@
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -18,6 +18,8 @@ _GENERATED = re.compile(r"val_\d+|_frozen_param\d+")
 _SCOPES = "pkg.torch.onnx.name_scopes"
 """Under which torch's exporter notes the modules around an operator, the outermost first."""
 _PASSED = ("Transpose", "Cast", "Identity")
+_WRONG = (ValueError, TypeError, LookupError, RuntimeError, SyntaxError)
+"""What onnx, and what is done here, raise for files that are not as they should be."""
 
 
 class OnnxError(FxSparsityError, ValueError):
@@ -31,11 +33,13 @@ class _Reading(NamedTuple):
         name: of the initializer.
         dequantize: the node that codes go through; None where it holds floats.
         transposed: whether an odd number of transpositions is on the way.
+        turns: those between `dequantize` and its codes, the nearest to it first.
     """
 
     name: str
     dequantize: Any
     transposed: bool
+    turns: tuple[Any, ...]
 
 
 def read_onnx(path: str | Path) -> Iterator[StoredWeight]:
@@ -47,6 +51,7 @@ def read_onnx(path: str | Path) -> Iterator[StoredWeight]:
     `DequantizeLinear` is not looked into. Nothing that is read can be written.
 
     Raises:
+        FileNotFoundError: there is none.
         OnnxError: the package onnx is missing, or the file cannot be read.
     """
     try:
@@ -55,12 +60,19 @@ def read_onnx(path: str | Path) -> Iterator[StoredWeight]:
     except ImportError as error:
         raise OnnxError(f"{path}: pip install 'fx_sparsity[onnx]' to read it") from error
     try:
-        graph = onnx.load(path).graph
+        yield from _weights(onnx.load(path).graph)
     except DecodeError as error:
         raise OnnxError(f"{path}: no ONNX file: {error}") from error
+    except (*_WRONG, onnx.checker.ValidationError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise OnnxError(f"{path}: cannot be read: {reason}") from error
+
+
+def _weights(graph: Any) -> Iterator[StoredWeight]:
+    """See `read_onnx`."""
     held = {initializer.name: initializer for initializer in graph.initializer}
     made_by = {output: node for node in graph.node for output in node.output}
-    seen: set[tuple[str, str]] = set()
+    seen: set[tuple[str, ...]] = set()
     for node in graph.node:
         for place, value in enumerate(node.input):
             reading = _walk(value, made_by, held)
@@ -68,41 +80,44 @@ def read_onnx(path: str | Path) -> Iterator[StoredWeight]:
                 continue
             if node.op_type == "DequantizeLinear":
                 continue
-            weight = _stored(path, reading, made_by, held)
+            weight = _stored(reading, made_by, held)
             if _GENERATED.fullmatch(reading.name):
                 weight = _of_the_module(weight, node, place, reading.transposed)
-            if (weight.fqn, weight.where) not in seen:
-                seen.add((weight.fqn, weight.where))
+            scaled = () if reading.dequantize is None else reading.dequantize.input[1:]
+            if (key := (weight.fqn, weight.where, *scaled)) not in seen:
+                seen.add(key)
                 yield weight
 
 
 def _walk(value: str, made_by: dict[str, Any], held: dict[str, Any]) -> _Reading | None:
     """From an operator's input back to the initializer that it shows; None where there is none."""
     dequantize, transposed = None, False
+    turns: list[Any] = []
     while value not in held:
         node = made_by.get(value)
         if node is None or node.op_type not in (*_PASSED, "DequantizeLinear"):
             return None
         if node.op_type == "DequantizeLinear":
             dequantize = node
-        transposed ^= node.op_type == "Transpose"
+        if node.op_type == "Transpose":
+            transposed = not transposed
+            turns += [] if dequantize is None else [node]
         value = node.input[0]
-    return _Reading(value, dequantize, transposed)
+    return _Reading(value, dequantize, transposed, tuple(turns))
 
 
-def _stored(
-    path: str | Path, reading: _Reading, made_by: dict[str, Any], held: dict[str, Any]
-) -> StoredWeight:
+def _stored(reading: _Reading, made_by: dict[str, Any], held: dict[str, Any]) -> StoredWeight:
     """What an initializer holds, under its own name."""
     name, node = reading.name, reading.dequantize
-    tensor, dtype, codes = _tensor(path, held[name])
+    tensor, dtype, codes = _tensor(held[name])
     if node is None:
         return replace(float_weight(name, name, tensor), write=_refuse)
     settings = {attribute.name: attribute.i for attribute in node.attribute}
     axis, size = settings.get("axis", 1) % tensor.ndim, settings.get("block_size", 0)
     found = [_walk(value, made_by, held) for value in node.input[1:] if value]
-    parameters = [_tensor(path, held[one.name])[0] for one in found if one is not None]
-    expanded = [_along(parameter, tensor, axis, size) for parameter in parameters]
+    parameters = [_tensor(held[one.name])[0] for one in found if one is not None]
+    turns = [_order(turn, tensor.ndim) for turn in reading.turns]
+    expanded = [_along(parameter, tensor, axis, size, turns) for parameter in parameters]
     scheme = f"groups of {size}" if size else f"per-channel affine, axis {axis}"
     return StoredWeight(
         name,
@@ -119,7 +134,7 @@ def _stored(
     )
 
 
-def _tensor(path: str | Path, initializer: Any) -> tuple[Tensor, str, tuple[int, int] | None]:
+def _tensor(initializer: Any) -> tuple[Tensor, str, tuple[int, int] | None]:
     """(values or codes, name of the dtype, range of codes) of an initializer."""
     from onnx import TensorProto, numpy_helper
 
@@ -133,19 +148,43 @@ def _tensor(path: str | Path, initializer: Any) -> tuple[Tensor, str, tuple[int,
     try:
         tensor = torch.from_numpy(array.copy())  # of what lies in the file, which is read-only
     except TypeError as error:
-        raise OnnxError(f"{path}: {initializer.name}: cannot be read: {error}") from error
+        raise TypeError(f"{initializer.name}: {error}") from error
     limits = None if tensor.is_floating_point() else torch.iinfo(tensor.dtype)
     dtype = str(tensor.dtype).removeprefix("torch.")
     return tensor, dtype, None if limits is None else (limits.min, limits.max)
 
 
-def _along(parameter: Tensor, codes: Tensor, axis: int, size: int) -> Tensor:
-    """A scale or zero point of `DequantizeLinear`, broadcastable against the codes."""
+def _order(turn: Any, ndim: int) -> tuple[int, ...]:
+    """Which axis of what goes into a `Transpose` each axis of its result is."""
+    found = [tuple(attribute.ints) for attribute in turn.attribute if attribute.name == "perm"]
+    return found[0] if found else tuple(reversed(range(ndim)))
+
+
+def _along(
+    parameter: Tensor, codes: Tensor, axis: int, size: int, turns: Sequence[tuple[int, ...]]
+) -> Tensor:
+    """A scale or zero point of `DequantizeLinear`, broadcastable against the codes.
+
+    Args:
+        parameter: as it is stored.
+        codes: as they are stored.
+        axis: of what `DequantizeLinear` is given.
+        size: of a block along that axis; 0 for none.
+        turns: transpositions of the codes on their way, the last one first.
+    """
     if parameter.ndim == 0:
         return parameter
+    shape = list(codes.shape)
+    for turn in reversed(turns):
+        shape = [shape[dim] for dim in turn]
     if size:
-        return parameter.repeat_interleave(size, axis).narrow(axis, 0, codes.shape[axis])
-    return parameter.view([-1 if dim == axis else 1 for dim in range(codes.ndim)])
+        parameter = parameter.repeat_interleave(size, axis).narrow(axis, 0, shape[axis])
+    else:
+        parameter = parameter.view([-1 if dim == axis else 1 for dim in range(codes.ndim)])
+    for turn in turns:
+        parameter = parameter.permute([turn.index(dim) for dim in range(codes.ndim)])
+    parameter.expand(codes.shape)  # raises where it belongs to other codes
+    return parameter
 
 
 def _of_the_module(weight: StoredWeight, node: Any, place: int, transposed: bool) -> StoredWeight:

@@ -21,6 +21,8 @@ _DTYPES = {
 """What a weight may be stored in, as OpenVINO calls it; f64 and four bits are not read."""
 _STEPS = {"Subtract": "zero_point", "Multiply": "scale"}
 """Operator on codes -> what its other argument is."""
+_ORDERS = (["Multiply"], ["Multiply", "Subtract"])
+"""In which order they may be met, from the result back to the codes."""
 
 
 class OpenVinoError(FxSparsityError, ValueError):
@@ -54,17 +56,31 @@ def read_openvino(path: str | Path) -> Iterator[StoredWeight]:
         if node.get_type_name() in ("Convert", *_STEPS):
             continue
         for value in node.input_values():
-            weight = _stored(value.get_node())
-            if weight is not None and weight.where not in seen:
-                seen.add(weight.where)
+            made_of, weight = _stored(value.get_node())
+            if weight is not None and made_of not in seen:
+                seen.add(made_of)
                 yield weight
 
 
-def _stored(node: Any) -> StoredWeight | None:
-    """The weight that an operator's input shows; None where it is computed otherwise."""
+def _stored(node: Any) -> tuple[tuple[str, ...], StoredWeight | None]:
+    """The weight that an operator's input shows, after the names of the constants it is made of.
+
+    Those names are unique, as those that a file gives are not. None where it is computed otherwise.
+    """
+    chain = [node]
+    while chain[-1].get_type_name() in ("Convert", *_STEPS):
+        chain.append(chain[-1].input_value(0).get_node())
+    steps = [one for one in chain if one.get_type_name() in _STEPS]
+    made_of = (chain[-1], *(one.input_value(1).get_node() for one in steps))
+    return tuple(one.get_name() for one in made_of), _weight(node)
+
+
+def _weight(node: Any) -> StoredWeight | None:
     parameters: dict[str, Tensor] = {}
+    order = []
     while (kind := node.get_type_name()) != "Constant":
         if kind in _STEPS:
+            order.append(kind)
             parameter = _constant(node.input_value(1).get_node())
             if parameter is None:
                 return None
@@ -93,6 +109,7 @@ def _stored(node: Any) -> StoredWeight | None:
         scale,
         zero_point,
         (limits.min, limits.max),
+        obstacle="" if order in _ORDERS else "its codes are not subtracted from once, then scaled",
     )
 
 

@@ -151,6 +151,27 @@ def test_what_no_kernel_serves_stays_dense_with_the_reason():
     assert report.dense["counted"] == "more of its results is read than the bags"
 
 
+class Shortened(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one = nn.Embedding(ROWS, DIM, max_norm=1.0)
+        self.bag = nn.EmbeddingBag(ROWS, DIM, max_norm=0.5, mode="sum")
+
+    def forward(self, indices):
+        return self.one(indices) + self.bag(indices.unsqueeze(1))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("decomposed", [False, True])
+def test_an_exported_table_whose_rows_are_shortened_at_each_call_stays_dense(decomposed):
+    model = halved(Shortened())
+    program = torch.export.export(model, X[:1])
+    program = program.run_decompositions() if decomposed else program
+    program, report = lower(program, policy="always")
+    assert set(report.dense.values()) == {"the graph writes to it, as lookups with max_norm do"}
+    torch.testing.assert_close(program.module()(X[0]), model(X[0]))
+
+
 @torch.no_grad()
 def test_a_corrupt_table_of_a_program_is_named():
     program, _ = lower(torch.export.export(halved(Tables()), X), policy="always")

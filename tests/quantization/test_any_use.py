@@ -264,6 +264,29 @@ def test_ties_hold():
     assert quantized.head.weight is quantized.bag.weight
 
 
+def test_what_codes_cannot_take_is_refused_and_not_lost():
+    class Product(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = (nn.Parameter(torch.randn(8, 8)) for _ in range(2))
+
+        def forward(self, x):
+            return x @ self.first @ self.second
+
+    x = torch.randn(2, 8)
+    quantized, _ = flow(Product(), (x,), "sparsify_first", config={"first": Int8AnyUseConfig()})
+    with pytest.raises(TypeError, match="item of a weight of 8-bit codes cannot be set"):
+        quantized.first.data[0] = 0
+    quantized.second.data[0] = quantized.first[0]
+    quantized.second.data[1:] = quantized.first.data[1:]
+    assert torch.equal(quantized.second, quantized.first.dequantize())
+    sparsifier = fxs.WeightNormSparsifier()
+    with pytest.raises(fxs.FxSparsityError, match=r"^first is codes, held by Int8AnyUseTensor"):
+        fxs.prepare(quantized, sparsifier, (x,), {"module_name": {"first": "2:4"}})
+    fxs.prepare(quantized, sparsifier, (x,), "2:4")
+    assert sparsifier.names == ["second"]
+
+
 def test_axes_that_nothing_tells_are_asked_for(caplog):
     class Scaled(nn.Module):
         def __init__(self):

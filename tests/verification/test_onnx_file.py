@@ -158,6 +158,98 @@ def test_a_zero_point_that_is_computed_is_no_zero_point(tmp_path):
     assert weight.obstacle == "its scales or zero points are computed"
 
 
+def one_layer(path, nodes, *held, size=4):
+    """A file of few nodes from `x` to `y`, and of initializers."""
+    graph = helper.make_graph(
+        nodes,
+        "one layer",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, size])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, size])],
+        [numpy_helper.from_array(array, name) for name, array in held],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)]), path)
+    return path
+
+
+@pytest.mark.parametrize("size", [0, 2])
+def test_codes_that_are_transposed_before_they_are_dequantized(tmp_path, size):
+    codes = np.random.default_rng(0).integers(-3, 4, (4, 4), np.int8)
+    zeros = np.array([0, 1, 2, 3], np.int8)
+    scales = np.array([1, 2, 3, 4], np.float32)
+    if size:
+        zeros, scales = zeros.repeat(2).reshape(2, 4), scales.repeat(2).reshape(2, 4)
+    settings = {"axis": 0} | ({"block_size": size} if size else {})
+    path = one_layer(
+        tmp_path / "t.onnx",
+        [
+            helper.make_node("Transpose", ["w"], ["t"]),
+            helper.make_node("DequantizeLinear", ["t", "s", "z"], ["d"], **settings),
+            helper.make_node("MatMul", ["x", "d"], ["y"]),
+        ],
+        *(("w", codes), ("s", scales), ("z", zeros)),
+    )
+    (weight,) = read_weights(path)
+    session = onnxruntime.InferenceSession(path)
+    rows = [session.run(None, {"x": row.view(1, 4).numpy()})[0] for row in torch.eye(4)]
+    assert np.array_equal(np.concatenate(rows), weight.dequantize().T.numpy())
+
+
+def test_codes_that_are_dequantized_in_two_ways(tmp_path):
+    path = one_layer(
+        tmp_path / "t.onnx",
+        [
+            helper.make_node("DequantizeLinear", ["w", "s"], ["a"]),
+            helper.make_node("DequantizeLinear", ["w", "s", "z"], ["b"]),
+            helper.make_node("MatMul", ["x", "a"], ["m"]),
+            helper.make_node("MatMul", ["m", "b"], ["y"]),
+        ],
+        *(("w", np.eye(4, dtype=np.int8)), ("s", np.float32(1)), ("z", np.int8(1))),
+    )
+    assert [int(weight.zeros().sum()) for weight in read_weights(path)] == [12, 4]
+
+
+LAYER = [helper.make_node("Gemm", ["x", "w"], ["y"], transB=1)]
+WEIGHT = ("w", np.eye(4, dtype=np.float32))
+
+
+def beside(path, size=64, location="w.bin"):
+    """A file whose weight lies in another, of so many bytes."""
+    model = onnx.load(one_layer(path, LAYER, WEIGHT))
+    onnx.save(model, path, save_as_external_data=True, location="w.bin", size_threshold=0)
+    (path.parent / "w.bin").write_bytes(bytes(size))
+    path.write_bytes(path.read_bytes().replace(b"w.bin", location.encode()))
+
+
+def short(path):
+    model = onnx.load(one_layer(path, LAYER, WEIGHT))
+    model.graph.initializer[0].raw_data = bytes(61)
+    path.write_bytes(model.SerializeToString())
+
+
+def scales_of_another(path):
+    nodes = [
+        helper.make_node("DequantizeLinear", ["w", "s"], ["d"]),
+        helper.make_node("MatMul", ["x", "d"], ["y"]),
+    ]
+    one_layer(path, nodes, ("w", np.eye(4, dtype=np.int8)), ("s", np.ones(3, np.float32)))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda path: beside(path, size=5),
+        lambda path: beside(path, location="../.."),
+        lambda path: beside(path, location="x.bin"),
+        short,
+        scales_of_another,
+    ],
+)
+def test_a_damaged_file_is_one_line(tmp_path, make):
+    make(path := tmp_path / "damaged.onnx")
+    with pytest.raises(OnnxError, match=r"damaged.onnx: cannot be read: [^\n]+$"):
+        fxs.verify(path, fxs.SparsityRecord({}))
+
+
 def test_what_is_no_onnx_file(tmp_path, monkeypatch):
     (tmp_path / "text.onnx").write_text("no such thing")
     with pytest.raises(OnnxError, match=r"text.onnx: no ONNX file"):

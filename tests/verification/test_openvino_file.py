@@ -6,6 +6,7 @@ import numpy as np
 import openvino
 import pytest
 import torch
+from openvino import opset13 as ops
 from torch import nn
 
 import fx_sparsity as fxs
@@ -73,6 +74,48 @@ def test_a_lost_zero_is_seen(file, tmp_path):
         (row,) = (r for r in fxs.verify(tmp_path / "b.xml", record) if r.faults)
         assert row.fqn == stored.fqn
         assert f"1 of {row.wanted} zeros lost" in row.faults
+
+
+def written(path, result):
+    """An IR of one input, `result` of it."""
+    x = ops.parameter([1, 4], np.float32)
+    openvino.save_model(openvino.Model([result(x)], [x]), path, compress_to_fp16=False)
+    return read_weights(path)
+
+
+def constant(values, name):
+    made = ops.constant(np.array(values))
+    made.set_friendly_name(name)
+    return made
+
+
+def test_weights_of_one_name_are_all_read(tmp_path):
+    one, other = (np.full((4, 4), value, np.float32) for value in (1, 2))
+
+    def result(x):
+        x = ops.matmul(x, constant(one, "w"), False, True)
+        return ops.matmul(x, constant(other, "w"), False, True)
+
+    found = written(tmp_path / "m.xml", result)
+    assert sorted(float(weight.data.sum()) for weight in found) == [16, 32]
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        [(ops.multiply, 0.5), (ops.subtract, 2.0)],
+        [(ops.subtract, 0.0), (ops.subtract, 2.0), (ops.multiply, 0.5)],
+    ],
+)
+def test_codes_that_mean_something_else(tmp_path, steps):
+    def result(x):
+        value = ops.convert(constant(np.eye(4, dtype=np.int8), "w"), np.float32)
+        for step, other in steps:
+            value = step(value, ops.constant(np.float32(other)))
+        return ops.matmul(x, value, False, True)
+
+    (weight,) = written(tmp_path / "m.xml", result)
+    assert weight.obstacle == "its codes are not subtracted from once, then scaled"
 
 
 def test_of_another_model_and_none_at_all(file, tmp_path, monkeypatch):

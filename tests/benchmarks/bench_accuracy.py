@@ -250,7 +250,7 @@ def sparse_first() -> tuple[CalibratedSparsifier, Refinement]:
 
 EACH = 24
 """Calibration sequences of each domain."""
-REBUILT = Reconstruction(steps=448, learning_rate=2e-3, autocast=torch.bfloat16)
+REBUILT = Reconstruction(steps=480, learning_rate=2e-3, autocast=torch.bfloat16)
 
 
 def calibration(texts: list[Domain], encode: Callable[[str], list[int]]) -> list[dict[str, Tensor]]:

@@ -32,6 +32,7 @@ def test_the_real_encoder_keeps_every_zero(arguments, patterns):
     assert "lost" not in result.stdout
 
 
+@pytest.mark.exhaustive
 def test_the_encoder_that_is_pruned_with_data_stays_close(tmp_path):
     page = tmp_path / "report.html"
     result = run("prune_minilm.py", "--steps", "2", "--report", str(page))

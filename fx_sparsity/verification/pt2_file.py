@@ -112,14 +112,14 @@ def _loaded(path: str | Path, program: dict[str, Any]) -> ExportedProgram:
     """The program that lies there, which was looked through.
 
     Raises:
-        Pt2Error: it was saved by another torch, and this one cannot read it.
+        Pt2Error: torch cannot read it, maybe because another one saved it.
     """
     try:
         return torch.export.load(path)
-    except _WRONG as error:
+    except Exception as error:  # those of torch.export are private
         saved_by = program.get("torch_version", "of an unknown version")
         if saved_by == torch.__version__:
-            raise
+            raise Pt2Error(f"cannot be read: {_line(error)}") from error
         raise Pt2Error(
             f"saved by torch {saved_by}, and torch {torch.__version__} cannot read it: verify it "
             f"there, or export the model again ({_line(error)})"

@@ -247,6 +247,10 @@ SAVED = {
         lambda name, content: None if name == "data/weights/weight_1" else content,
         "cannot be read: ",
     ),
+    "a weight that is not listed": (
+        replacing("model_weights_config.json", b'"head.bias"', b'"head.other"'),
+        "cannot be read: Parameter head.bias is not in the state dict",
+    ),
     "half a program": (
         lambda name, content: content[:-100] if name == "models/model.json" else content,
         "cannot be read: ",

@@ -356,7 +356,7 @@ def _round_in_place(
         made: parameters that were rounded before, by `id`, which stay tied: kept alive, and codes.
 
     Raises:
-        BackendError: NaN or infinite values.
+        BackendError: NaN or infinite values, or axes that it has not.
     """
     owner, _, attribute = name.rpartition(".")
     module = model.get_submodule(owner)
@@ -366,7 +366,7 @@ def _round_in_place(
     if id(weight) not in made:
         try:
             codes = int8_any_use(weight, config.shared)
-        except ValueError as error:
+        except (ValueError, IndexError) as error:
             raise BackendError(
                 f"{name}: {error}; mend it, or exclude it with None in `config`"
             ) from error

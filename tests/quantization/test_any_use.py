@@ -300,6 +300,8 @@ def test_axes_that_nothing_tells_are_asked_for(caplog):
     model, inputs = Scaled().eval(), (torch.randn(3, 8),)
     with pytest.raises(BackendError, match=r"scale: no operator is known to read it as a weight"):
         flow(model, inputs, "sparsify_first", config={"scale": Int8AnyUseConfig()})
+    with pytest.raises(BackendError, match=r"^scale: Dimension out of range .*; mend it, or"):
+        flow(model, inputs, "sparsify_first", config={"scale": Int8AnyUseConfig((2,))})
     quantized, _ = flow(model, inputs, "sparsify_first", config={"scale": Int8AnyUseConfig((1,))})
     assert isinstance(quantized.scale, Int8AnyUseTensor)
     with torch.no_grad():

@@ -115,10 +115,13 @@ def backend(
             beside other options it is `{"inductor": torch._inductor.list_mode_options(mode)}`.
 
     Raises:
-        LoweringError: gradients are wanted, or an option that cannot be read.
+        LoweringError: gradients are wanted, an option that cannot be read, or a mode beside
+            `then`.
         MappingError: a weight cannot take its pattern.
     """
     chosen = BackendOptions.of(options)
+    if mode is not None and chosen.then is not None:
+        raise LoweringError("a mode is for Inductor, and 'then' takes its place; leave one out")
     _check_inference(example_inputs)
     with real_tensors(), torch.no_grad():
         lowered = _lowered(graph, example_inputs, chosen)

@@ -54,7 +54,13 @@ def variants(value):
                 yield [*value[:i], odd, *value[i + 1 :]]
 
 
-@pytest.mark.parametrize("layout", ["dense", "compressed", "sparse-bitmask"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "compressed",
+        *(pytest.param(x, marks=pytest.mark.exhaustive) for x in ("dense", "sparse-bitmask")),
+    ],
+)
 def test_odd_configurations(tmp_path, layout):
     source, target = save_source(tmp_path / "source"), tmp_path / "target"
     for config in variants(CONFIG):

@@ -83,7 +83,19 @@ def loaded(program):
     return torch.export.load(file)
 
 
-@pytest.mark.parametrize("name", [*MODELS, "bert", *TRANSFORMERS])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *MODELS,
+        "bert",
+        "gpt2",
+        *(
+            pytest.param(name, marks=pytest.mark.exhaustive)
+            for name in TRANSFORMERS
+            if name != "gpt2"
+        ),
+    ],
+)
 def test_frontends_agree(name):
     model, args, kwargs = build(name)
     program = export_model(model, args or kwargs)

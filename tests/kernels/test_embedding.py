@@ -520,6 +520,7 @@ def test_compiles_once_or_twice():
     assert count.frame_count <= 2
 
 
+@pytest.mark.exhaustive  # packages of lowered models are in tests/verification/test_pt2_file.py
 def test_exports(tmp_path):
     model = Both()
     indices = torch.randint(0, 20, (4, 3))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
 import fx_sparsity as fxs
 from fx_sparsity.kernels import SparseLinear
@@ -451,6 +451,8 @@ def test_two_backends_do_not_follow():
     compiled = compile_with(Model().eval(), then="eager", inductor={"freezing": True})
     with pytest.raises(Exception, match="'then' takes its place; leave one out"):
         compiled(X)
+    with pytest.raises(fxs.FxSparsityError, match="a mode is for Inductor"):
+        backend(fx.symbolic_trace(Model()), (X,), options={"then": "eager"}, mode="reduce-overhead")
 
 
 def test_a_mode_goes_on_to_inductor(monkeypatch):

@@ -1,6 +1,7 @@
 """Nodes of graphs that may be lowered: linear layers, and lookups in tables."""
 
-from collections.abc import Iterator, Mapping
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
@@ -10,6 +11,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from fx_sparsity.graph.calls import Call, bind, is_view, operator_name
+from fx_sparsity.graph.example_inputs import ExampleInputs, run_undisturbed
 from fx_sparsity.graph.operators import (
     OPERATORS,
     RENORMALIZATIONS,
@@ -118,6 +120,38 @@ class NodePlace(GraphPlace):
 def node_places(graph_module: fx.GraphModule) -> Iterator[GraphPlace]:
     """The nodes of a graph that may be lowered, with weights of the graph itself."""
     yield from places_by(graph_module, module_source(graph_module))
+
+
+def watch_nodes(
+    graph_module: fx.GraphModule, places: Sequence[GraphPlace], example_inputs: ExampleInputs
+) -> None:
+    """Run a graph on its example inputs, and note the inputs of places where nothing tells them.
+
+    What a trace, or a quantizer, adds to a graph has no values noted.
+
+    Raises:
+        InputError: the graph rejects the inputs.
+    """
+    unknown = [place for place in places if not place.tokens]
+    if not unknown:
+        return
+    copies: dict[fx.Node, fx.Node] = {}
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(graph_module.graph, copies))
+    graph.set_codegen(copy.deepcopy(graph_module.graph._codegen))
+    for place in unknown:
+        with graph.inserting_before(copies[place.node]):
+            x = copies[bind(place.node)[place.inputs[0]]]
+            graph.call_function(_noting(place), (x,))
+    run_undisturbed(fx.GraphModule(graph_module, graph), example_inputs)
+
+
+def _noting(place: GraphPlace) -> Callable[[Tensor], None]:
+    def note(x: Tensor) -> None:
+        place.tokens.add(prod(x.shape[:-1] if isinstance(place, NodePlace) else x.shape))
+        place.dtypes.add(x.dtype)
+
+    return note
 
 
 def program_places(program: ExportedProgram) -> Iterator[GraphPlace]:

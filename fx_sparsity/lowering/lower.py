@@ -14,7 +14,7 @@ from fx_sparsity.graph.example_inputs import ExampleInputs
 from fx_sparsity.kernels.embedding import RowPrunedEmbedding, RowPrunedEmbeddingBag
 from fx_sparsity.kernels.semi_structured import is_semi_structured, to_dense
 from fx_sparsity.lowering.dense_tables import Lookup, dense_table
-from fx_sparsity.lowering.graph_places import node_places, program_places
+from fx_sparsity.lowering.graph_places import node_places, program_places, watch_nodes
 from fx_sparsity.lowering.hub_guard import allow_saving, refuse_saving
 from fx_sparsity.lowering.layers import KINDS, DenseLinear
 from fx_sparsity.lowering.lowered import ByTokens, LoweredLinear
@@ -116,7 +116,7 @@ def lower(
     modules = list(module_places(model))
     if modules and example_inputs is not None:
         watch(model, modules, example_inputs)
-    nodes = list(node_places(model)) if isinstance(model, fx.GraphModule) else []
+    nodes = _nodes(model, example_inputs)
     planned = choose([*modules, *nodes], rules, counts, keep_dense)
     _check_used(rules)
     packed = pack_all(planned)
@@ -232,6 +232,16 @@ def _put(
     if packed:
         refuse_saving(model)
     return model
+
+
+def _nodes(model: nn.Module, example_inputs: ExampleInputs | None) -> list[GraphPlace]:
+    """Places of a graph, with the inputs that they are called with; none of other modules."""
+    if not isinstance(model, fx.GraphModule):
+        return []
+    places = list(node_places(model))
+    if example_inputs is not None:
+        watch_nodes(model, places, example_inputs)
+    return places
 
 
 def _of_nodes(

@@ -78,7 +78,7 @@ def _weights(graph: Any) -> Iterator[StoredWeight]:
             reading = _walk(value, made_by, held)
             if reading is None or len(held[reading.name].dims) < 2 or node.op_type in _PASSED:
                 continue
-            if node.op_type == "DequantizeLinear":
+            if node.op_type == "DequantizeLinear" or _is_boolean(held[reading.name]):
                 continue
             weight = _stored(reading, made_by, held)
             if _GENERATED.fullmatch(reading.name):
@@ -87,6 +87,13 @@ def _weights(graph: Any) -> Iterator[StoredWeight]:
             if (key := (weight.fqn, weight.where, *scaled)) not in seen:
                 seen.add(key)
                 yield weight
+
+
+def _is_boolean(initializer: Any) -> bool:
+    """Whether it selects, as masks of attention do, and is no weight."""
+    from onnx import TensorProto
+
+    return bool(initializer.data_type == TensorProto.BOOL)
 
 
 def _walk(value: str, made_by: dict[str, Any], held: dict[str, Any]) -> _Reading | None:

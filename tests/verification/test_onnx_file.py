@@ -250,6 +250,21 @@ def test_a_damaged_file_is_one_line(tmp_path, make):
         fxs.verify(path, fxs.SparsityRecord({}))
 
 
+def test_booleans_are_no_weights(tmp_path):
+    class Attended(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(8, 4)
+            self.register_buffer("mask", torch.tensor([[True, False, True, True]]))
+
+        def forward(self, x):
+            return torch.where(self.mask, self.linear(x), 0.0)
+
+    path = tmp_path / "m.onnx"
+    torch.onnx.export(Attended().eval(), (torch.randn(2, 8),), path, dynamo=True, verbose=False)
+    assert [weight.fqn for weight in read_weights(path)] == ["linear.weight"]
+
+
 def test_what_is_no_onnx_file(tmp_path, monkeypatch):
     (tmp_path / "text.onnx").write_text("no such thing")
     with pytest.raises(OnnxError, match=r"text.onnx: no ONNX file"):

@@ -13,6 +13,7 @@ import pytest
 import torch
 from expecttest import assert_expected_inline
 from torch import fx, nn
+from torch._guards import TracingContext
 from torch.ao.nn import quantized
 from torch.nn.utils import prune
 
@@ -96,6 +97,7 @@ OF_OBJECTS = {
     "Tensor": (lambda: torch.zeros(1), "_is_view _version"),
     "UntypedStorage": (lambda: torch.zeros(1).untyped_storage(), "_cdata"),
     "Graph": (fx.Graph, "_codegen"),
+    "TracingContext": (lambda: TracingContext(None), "guards_context tensor_to_context"),
     "OpOverload": (lambda: torch.ops.aten.add.Tensor, "_schema"),
     "state_dict": (nn.Linear(1, 1).state_dict, "_metadata"),
     "pruning method": (

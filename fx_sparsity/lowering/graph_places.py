@@ -135,10 +135,8 @@ def watch_nodes(
     unknown = [place for place in places if not place.tokens]
     if not unknown:
         return
-    copies: dict[fx.Node, fx.Node] = {}
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(graph_module.graph, copies))
-    graph.set_codegen(copy.deepcopy(graph_module.graph._codegen))
+    graph = copy.deepcopy(graph_module.graph)
+    copies = dict(zip(graph_module.graph.nodes, graph.nodes, strict=True))
     for place in unknown:
         with graph.inserting_before(copies[place.node]):
             x = copies[bind(place.node)[place.inputs[0]]]

@@ -20,8 +20,8 @@ from fx_sparsity.checkpoints.run import Run
 from fx_sparsity.graph.example_inputs import ExampleInputs, call_arguments
 from fx_sparsity.graph.mapping import MappingLike
 from fx_sparsity.pruning.batches import check_iterable
-from fx_sparsity.pruning.calibration import Sequential
 from fx_sparsity.pruning.methods import CalibratedSparsifier
+from fx_sparsity.pruning.methods.calibrated import Sequential
 from fx_sparsity.pruning.prune import GRADIENTS, PruneOptions, calibrate
 from fx_sparsity.pruning.report import PruningReport
 
@@ -72,7 +72,8 @@ def prune_checkpoint(
             what was done, and the masks in `sparsity.record`, which `SparsityRecord.load` reads.
         names: FQN in the model -> name in the checkpoint, where they differ. What the checkpoint
             holds beyond the model is copied as it is, and listed in `report.dense`.
-        sequential: as `prune` takes it.
+        sequential: as `prune` takes it, but True for every method by default: a run that was
+            killed then goes on from any weight to the same result.
         dynamic_shapes: as `prune` takes it.
         correct_bias: as `prune` takes it.
         token_weights: as `prune` takes them.

@@ -14,7 +14,7 @@ from fx_sparsity.checkpoints.report import CheckpointReport, CheckpointWeight
 from fx_sparsity.checkpoints.run import Run
 from fx_sparsity.graph.weight_map import WeightMap
 from fx_sparsity.patterns import SparsityConfig
-from fx_sparsity.pruning.calibration import Sequential
+from fx_sparsity.pruning.methods.calibrated import Sequential
 from fx_sparsity.pruning.plan import Plan
 from fx_sparsity.pruning.report import PrunedWeight
 from fx_sparsity.pruning.stores import Solved

@@ -20,10 +20,11 @@ from fx_sparsity.pruning.allocation import (
 )
 from fx_sparsity.pruning.allocation.levels import Prunable
 from fx_sparsity.pruning.batches import Batch, Frame
-from fx_sparsity.pruning.calibration import Calibration, Sequential
+from fx_sparsity.pruning.calibration import Calibration
 from fx_sparsity.pruning.effect import Effect
 from fx_sparsity.pruning.graph_blocks import block_of
 from fx_sparsity.pruning.methods import CalibratedSparsifier, Solution, Statistic, Statistics
+from fx_sparsity.pruning.methods.calibrated import Sequential
 from fx_sparsity.pruning.plan import Decision, Plan
 from fx_sparsity.pruning.pruner import Pruner
 from fx_sparsity.pruning.stores import Store, Untouched

@@ -5,13 +5,13 @@ What is observed is the whole model at once, or its repeated blocks in turn.
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
-from typing import Literal
 
 import torch
 from torch import nn
 
 from fx_sparsity.pruning.batches import Batch, Captured, Frame, canonical_names
 from fx_sparsity.pruning.bias import fits
+from fx_sparsity.pruning.methods.calibrated import Sequential
 from fx_sparsity.pruning.observe import observe
 from fx_sparsity.pruning.plan import shared_inputs
 from fx_sparsity.pruning.pruner import CalibrationError, Pruner
@@ -19,9 +19,6 @@ from fx_sparsity.pruning.reconstruction import Rebuilder
 from fx_sparsity.pruning.stages import Stages, describe, find_blocks
 from fx_sparsity.pruning.stores import Store
 from fx_sparsity.pruning.walk import Walk, advance
-
-Sequential = bool | Literal["blocks"]
-"""Whether batches go on with what pruned weights give out, or pruned blocks; see `prune`."""
 
 
 class Calibration:

@@ -53,7 +53,7 @@ class Probe:
 
     def pruned(self, chosen: Mapping[str, Plan]) -> AbstractContextManager[Trial]:
         """The model pruned by some plans for a while, see `trial.pruned`."""
-        how = (self.options.sequential, self.options.all_experts)
+        how = (self.options.in_turn(self.pruner.sparsifier), self.options.all_experts)
         return pruned(self.pruner, chosen, self.frame, self.store, self.batches, *how)
 
 

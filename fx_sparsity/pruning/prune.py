@@ -18,10 +18,11 @@ from fx_sparsity.pruning.allocate import allocate, needs_of
 from fx_sparsity.pruning.allocation import Allocation
 from fx_sparsity.pruning.batches import capture, check_forms, read_batches
 from fx_sparsity.pruning.bias import estimate_batch_norms, find_biases
-from fx_sparsity.pruning.calibration import Calibration, Sequential
+from fx_sparsity.pruning.calibration import Calibration
 from fx_sparsity.pruning.gradients import Loss, collect_gradients
 from fx_sparsity.pruning.held_out import hold_out
 from fx_sparsity.pruning.methods import CalibratedSparsifier, Statistic
+from fx_sparsity.pruning.methods.calibrated import Sequential
 from fx_sparsity.pruning.offload import offload_to
 from fx_sparsity.pruning.plan import decide
 from fx_sparsity.pruning.pruner import Pruner
@@ -41,7 +42,7 @@ def prune(
     batches: Iterable[ExampleInputs],
     mapping: MappingLike | None = None,
     *,
-    sequential: Sequential = True,
+    sequential: Sequential | None = None,
     dynamic_shapes: Any = None,
     loss: Loss | None = None,
     allocation: Allocation | None = None,
@@ -84,7 +85,8 @@ def prune(
             take a graph each. A graph that was exported with both kinds of arguments takes a dict.
         mapping: which weight gets which pattern and level. None gives every weight the
             sparsifier's defaults.
-        sequential: True has each weight see what the pruned ones before it give out. "blocks" has
+        sequential: None leaves it to the method: "blocks" for Wanda, True for all others. True has
+            each weight see what the pruned ones before it give out. "blocks" has
             all weights of a block, such as a layer of a language model, see what the pruned blocks
             before it give out, and the block as it was, as the code of Wanda and SparseGPT does;
             in memory are the statistics of one block and, once more, the activations at its
@@ -166,7 +168,7 @@ def prune(
 class PruneOptions(NamedTuple):
     """What `prune` takes beside model, method and data; see there."""
 
-    sequential: Sequential = True
+    sequential: Sequential | None = None
     dynamic_shapes: Any = None
     loss: Loss | None = None
     allocation: Allocation | None = None
@@ -177,6 +179,10 @@ class PruneOptions(NamedTuple):
     offload: str | os.PathLike[str] | None = None
     reconstruction: Reconstruction | None = None
     progress: bool = True
+
+    def in_turn(self, sparsifier: CalibratedSparsifier) -> Sequential:
+        """How the weights take turns: as asked for, or else as the method does it."""
+        return sparsifier.sequential if self.sequential is None else self.sequential
 
 
 def calibrate(
@@ -221,9 +227,8 @@ def calibrate(
                 store = held = HeldStore(store)
                 pruner = Pruner(sparsifier, plans, weights, biases, held)
                 rebuilder = Rebuilder(options.reconstruction, pruner, held)
-            calibration = Calibration(
-                frame, pruner, store, read, options.sequential, options.all_experts, rebuilder
-            )
+            how = (options.in_turn(sparsifier), options.all_experts)
+            calibration = Calibration(frame, pruner, store, read, *how, rebuilder)
             if frame.error is not None:
                 _log.warning(
                     "no graph, so the statistics of %s are taken at once; for a graph, change what "
@@ -235,7 +240,6 @@ def calibrate(
             if options.loss is not None and gradients:
                 pruner.hold(collect_gradients(model, used, options.loss, weights))
             if options.allocation is not None:
-                how = (options.sequential, options.all_experts)
                 plans.update(
                     allocate(options.allocation, pruner, frame, decision, store, used, *how)
                 )
@@ -268,9 +272,9 @@ def check_method(sparsifier: CalibratedSparsifier, options: PruneOptions) -> fro
         ValueError: it or the allocation needs gradients, and there is no loss; or `sequential` is
             neither of its values; or it rounds what is to be rebuilt.
     """
-    if options.sequential not in (True, False, "blocks"):
+    if options.sequential not in (None, True, False, "blocks"):
         raise ValueError(
-            f'sequential: expected True, False or "blocks", found {options.sequential!r}'
+            f'sequential: expected None, True, False or "blocks", found {options.sequential!r}'
         )
     if not isinstance(sparsifier, CalibratedSparsifier):
         raise TypeError(

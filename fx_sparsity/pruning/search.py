@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from fx_sparsity.graph.example_inputs import ExampleInputs
 from fx_sparsity.pruning.allocation.rules import Change, divergence
-from fx_sparsity.pruning.calibration import Sequential
 from fx_sparsity.pruning.evaluation import Evaluation
 from fx_sparsity.pruning.frontier import Choice, Frontier, Option
 from fx_sparsity.pruning.gradients import Loss
 from fx_sparsity.pruning.methods import CalibratedSparsifier
+from fx_sparsity.pruning.methods.calibrated import Sequential
 from fx_sparsity.pruning.plan import Plan
 from fx_sparsity.pruning.probe import Candidates, Probe, probing
 from fx_sparsity.pruning.prune import PruneOptions
@@ -59,7 +59,7 @@ def search(
     candidates: Candidates = CANDIDATES,
     change: Change = divergence,
     tokens: int | None = None,
-    sequential: Sequential = True,
+    sequential: Sequential | None = None,
     dynamic_shapes: Any = None,
     loss: Loss | None = None,
     token_weights: Iterable[Tensor] | None = None,

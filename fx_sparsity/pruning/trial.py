@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from fx_sparsity.pruning.batches import Batch, Frame
-from fx_sparsity.pruning.calibration import Calibration, Sequential
+from fx_sparsity.pruning.calibration import Calibration
 from fx_sparsity.pruning.effect import restored
+from fx_sparsity.pruning.methods.calibrated import Sequential
 from fx_sparsity.pruning.plan import Plan
 from fx_sparsity.pruning.pruner import Pruner
 from fx_sparsity.pruning.report import PrunedWeight

@@ -129,9 +129,24 @@ def test_what_has_no_blocks_is_pruned_weight_by_weight():
         assert torch.equal(found, wanted)
 
 
+def test_a_method_says_how_weights_take_turns_unless_it_is_told():
+    for method, by_blocks in (fxs.WandaSparsifier, True), (SparseGPTSparsifier, False):
+        found = {}
+        for asked in (None, True, "blocks"):
+            model, batches = stack()
+            _, report = fxs.prune(
+                model, method(), batches, "unstructured 50%", sequential=asked, progress=False
+            )
+            found[asked] = (report.reason, model(**batches[0]))
+        reason, outputs = found["blocks" if by_blocks else True]
+        assert found[None][0] == reason
+        assert torch.equal(found[None][1], outputs)
+        assert found[True][0] != found["blocks"][0]
+
+
 def test_other_words_are_refused():
     model, batches = stack()
-    with pytest.raises(ValueError, match="expected True, False or .blocks., found 'block'"):
+    with pytest.raises(ValueError, match="expected None, True, False or .blocks., found 'block'"):
         fxs.prune(model, TinyWanda(), batches, sequential="block")
 
 

@@ -1,7 +1,7 @@
 """The base of calibrated sparsifiers: a weight and its statistics in, a mask and an update out."""
 
 from abc import abstractmethod
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
@@ -10,6 +10,9 @@ from fx_sparsity.pruning.methods.statistics import Statistic, Statistics
 from fx_sparsity.quantization.grid import Grid
 from fx_sparsity.sparsifier.base import BaseSparsifier
 from fx_sparsity.sparsifier.target import MaskError
+
+Sequential = bool | Literal["blocks"]
+"""Whether batches go on with what pruned weights give out, or pruned blocks; see `prune`."""
 
 
 class Solution(NamedTuple):
@@ -37,10 +40,12 @@ class CalibratedSparsifier(BaseSparsifier):
     Attributes:
         needs: the statistics that `solve` looks at.
         grid: that kept values are rounded to; None where they are not.
+        sequential: how `prune` has the weights take turns unless it is told.
     """
 
     needs: frozenset[Statistic] = frozenset()
     grid: Grid | None = None
+    sequential: Sequential = True
 
     @abstractmethod
     def solve(self, weight: Tensor, stats: Statistics, tiling: Tiling, level: float) -> Solution:

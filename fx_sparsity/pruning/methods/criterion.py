@@ -125,7 +125,12 @@ class WandaSparsifier(CriterionSparsifier):
     Inputs that calibration never met, such as rows of a table that nobody looked up, have a norm of
     zero. They count a ten-thousandth of the least norm that there is instead, so that they go
     first, and among themselves by magnitude.
+
+    All weights of a block see it as it was, as in the paper's code: at 70% a language model then
+    loses less than if each weight saw those pruned before it.
     """
+
+    sequential = "blocks"
 
     def __init__(self) -> None:
         super().__init__(_wanda, needs={"input_norm"})

@@ -57,6 +57,7 @@ class Moonshot(CalibratedSparsifier):
             raise ValueError(f"share: expected a number from 0 to below 1, found {share!r}")
         self.method, self.share = method, share
         self.needs = method.needs | {"gradient_norm"}
+        self.sequential = method.sequential
 
     def solve(self, weight: Tensor, stats: Statistics, tiling: Tiling, level: float) -> Solution:
         """See `CalibratedSparsifier.solve`."""

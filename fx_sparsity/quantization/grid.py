@@ -63,12 +63,15 @@ class Grid:
     def nearest(self, values: Tensor, scale: Tensor) -> Tensor:
         """The codes next to some values, ties to even, as torchao rounds; in the values' dtype.
 
+        Also as torchao, values are multiplied by the reciprocal: the largest of a group may lie
+        between two codes, where the last bit of a quotient decides.
+
         Args:
             values: floating.
             scale: of each, broadcastable.
         """
         most = 2 ** (self.bits - 1)
-        return (values / scale).round_().clamp_(-most, most - 1)
+        return (values * (1 / scale)).round_().clamp_(-most, most - 1)
 
     def codes(self, values: Tensor, scales: Tensor) -> Tensor | None:
         """The codes that values stand for, if each value is its code times its scale, bit for bit.

@@ -5,7 +5,7 @@ import io
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torchao.quantization import (
@@ -102,6 +102,17 @@ def test_against_plain_loops_in_float64(bits, group, passes):
     passes=st.integers(0, 2),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     dead=st.booleans(),
+)
+@example(  # the largest of a row lies between two codes
+    rows=5,
+    width=118,
+    bits=4,
+    group=None,
+    pattern="unstructured",
+    level=0.9,
+    passes=0,
+    dtype=torch.float32,
+    dead=False,
 )
 def test_of_any_shape(rows, width, bits, group, pattern, level, passes, dtype, dead):
     pattern, level = ("unstructured", level) if width % 4 and pattern == "2:4" else (pattern, level)

@@ -217,12 +217,24 @@ class PT2EBackend(Backend):
         """See `Backend.convert`. Gives a GraphModule, ready for `torch.compile`."""
         assert isinstance(prepared.model, fx.GraphModule)
         with refusing("convert_pt2e", prepared.model):
-            converted = name_codes(drop_unread(convert_pt2e(prepared.model)))
-            # After and not before, since new operators have lost what the quantizer noted.
-            move_exported_model_to_eval(converted)
+            converted = convert_pt2e(prepared.model)
+            converted.graph.eliminate_dead_code()
+            converted = name_codes(drop_unread(converted))
+            # After and not before, since new operators have lost what the quantizer noted. And only
+            # where there is one to replace, since torchao captures what it looks for every time.
+            if any(map(_is_trained, converted.graph.nodes)):
+                move_exported_model_to_eval(converted)
         nn.Module.train(converted, False)
         check_runs(converted, example_inputs)
         return Quantized(converted, prepared.meant, prepared.in_float)
+
+
+def _is_trained(node: fx.Node) -> bool:
+    """Whether a node is a dropout or a batch norm in training mode."""
+    if not any(name in operator_name(node) for name in ("dropout", "batch_norm")):
+        return False
+    arguments = bind(node)
+    return arguments.get("train", arguments.get("training")) is not False
 
 
 def _one_name(prepared: fx.GraphModule, weights: WeightMap) -> Iterator[tuple[str, str]]:

@@ -58,6 +58,7 @@ def test_the_proof_refutes_wrong_roles(swapped):
         proof.check(wrong)
 
 
+@pytest.mark.exhaustive
 def test_weights_of_integer_arithmetic_are_found():
     """torch.export refuses I-BERT in `quant_mode`; the same model in float is the oracle."""
     settings = {**TEXT, "pad_token_id": 1}

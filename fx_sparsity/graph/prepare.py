@@ -89,11 +89,10 @@ def prepare(
         >>> sparsifier.get_mask("weight").sum(1).tolist()
         [4, 4, 4, 4]
     """
-    weights, assignment = plan_prepare(
+    planned = plan_prepare(
         subject, sparsifier, example_inputs, mapping, dynamic_shapes=dynamic_shapes, model=model
     )
-    _log_dense(weights, assignment)
-    return mask_weights(subject, sparsifier, weights, assignment, example_inputs, model)
+    return mask_planned(subject, sparsifier, planned, example_inputs, model)
 
 
 def plan_prepare(
@@ -140,6 +139,19 @@ def plan_prepare(
         for fqn in weights if assignment is None else assignment:
             sparsifier.check_shape(fqn, weights[fqn].shape)
     return weights, assignment
+
+
+def mask_planned(
+    subject: _Subject,
+    sparsifier: BaseSparsifier,
+    planned: tuple[WeightMap, Assignment | None],
+    example_inputs: ExampleInputs | None = None,
+    model: nn.Module | None = None,
+) -> _Subject:
+    """What `prepare` does with what `plan_prepare` returned; arguments and errors are the same."""
+    weights, assignment = planned
+    _log_dense(weights, assignment)
+    return mask_weights(subject, sparsifier, weights, assignment, example_inputs, model)
 
 
 def mapping_for(sparsifier: BaseSparsifier, mapping: MappingLike | None) -> SparsityMapping | None:

@@ -36,10 +36,13 @@ from fx_sparsity.quantization.backend import (
     copied,
 )
 from fx_sparsity.quantization.grid import Grid
+from fx_sparsity.quantization.torchao_saving import refuse_codes
 from fx_sparsity.quantization.torchao_tensors import is_torchao
+from fx_sparsity.sparsifier.hub_refusals import REFUSALS, guard_saving
 from fx_sparsity.verification.stored import StoredWeight
 
 logger = logging.getLogger("fx_sparsity")
+REFUSALS.append(refuse_codes)
 
 Names = tuple[str, ...]
 """Every FQN of one parameter of one module; several where the module is shared."""
@@ -163,6 +166,7 @@ class TorchAOBackend(Backend):
         model = _quantized(prepared.model, prepared.config)
         nn.Module.train(model, False)  # not `.eval()`, which exported graphs refuse
         check_runs(model, example_inputs)
+        guard_saving(model)
         return Quantized(model, prepared.meant, prepared.in_float)
 
     def read(self, model: nn.Module) -> Iterator[StoredWeight]:

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import fx
 from torch.export import ExportedProgram
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fx_sparsity.graph.calls import bind
 from fx_sparsity.graph.sources import exported_source
@@ -46,6 +45,9 @@ def unroll_bags(program: ExportedProgram) -> bool:
 
 def _size(node: fx.Node, program: ExportedProgram) -> Any:
     """Rows in each bag: a number, or the node that computes it; None where bags may differ."""
+    # Brings sympy along, which nothing else here needs.
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
     args = bind(node)
     offsets, count = args["offsets"], args["indices"].meta["val"].shape[0]
     end = count + bool(args.get("include_last_offset"))  # the last offset is where bags end

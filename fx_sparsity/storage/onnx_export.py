@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fx_sparsity.graph.example_inputs import ExampleInputs, call_arguments
+from fx_sparsity.quantization.torchao_tensors import is_torchao
 from fx_sparsity.sparsifier.mask import masked_weights
 from fx_sparsity.storage.onnx_bags import unroll_bags
 from fx_sparsity.verification import read_weights
@@ -45,8 +46,8 @@ def export_onnx(
             dynamic shapes that it was quantized with, and no others.
 
     Raises:
-        OnnxError: live masks, the packages onnx and onnxscript are missing, or an operator that
-            ONNX does not have.
+        OnnxError: live masks, codes of torchao, the packages onnx and onnxscript are missing, or
+            an operator that ONNX does not have.
 
     Examples:
         >>> export_onnx(nn.Linear(8, 4).eval(), (torch.randn(2, 8),), "model.onnx")
@@ -58,6 +59,11 @@ def export_onnx(
         from onnx_ir import DataType, Shape
     except ImportError as error:
         raise OnnxError(f"{path}: pip install 'fx_sparsity[onnx]' to write it") from error
+    if codes := [fqn for fqn, tensor in model.named_parameters() if is_torchao(tensor)]:
+        raise OnnxError(
+            f"{path}: {', '.join(codes)} hold codes of torchao, which would be floats in it; "
+            f"{_TAKEN}"
+        )
     args, kwargs = call_arguments(example_inputs)
     quantized = any(weight.quantized for weight in read_weights(model))
     settings: dict[str, Any] = {

@@ -1,6 +1,7 @@
 """The verbs as passes, in torch's `PassManager`, beside other people's."""
 
 import copy
+import importlib
 
 import pytest
 import torch
@@ -36,6 +37,22 @@ def pruned(mapping=HALF):
     fxs.prepare(subject, sparsifier, (X,), mapping)
     sparsifier.step()
     return fxs.squash(subject, sparsifier)
+
+
+def test_prepare_looks_for_weights_once(monkeypatch):
+    prepare, calls = importlib.import_module("fx_sparsity.graph.prepare"), []
+    found = prepare.find_weights
+    monkeypatch.setattr(prepare, "find_weights", lambda *a, **k: calls.append(a) or found(*a, **k))
+    sparsifier = fxs.WeightNormSparsifier()
+    masking = passes.Prepare(sparsifier, HALF)
+    graph = masking(exported(model(), (X,))).graph_module
+    assert len(calls) == 1
+    assert sparsifier.names == ["0.weight", "2.weight"]
+    again = passes.Prepare(other := fxs.WeightNormSparsifier(), HALF)
+    again.requires(graph)  # of another graph than the one that it is called with
+    again.call(exported(model(), (X,)))
+    assert len(calls) == 3
+    assert other.names == ["0.weight", "2.weight"]
 
 
 class Gelu(PassBase):

@@ -8,11 +8,9 @@ from fx_sparsity.quantization.torchao_tensors import is_torchao
 
 def refuse_codes(module: nn.Module) -> BackendError | None:
     """See `REFUSALS`."""
-    quantizer = getattr(
-        module, "hf_quantizer", None
-    )  # transformers', which knows how to write them
     names = [name for name, tensor in module.named_parameters() if is_torchao(tensor)]
-    if quantizer is not None or not names:
+    by_transformers = getattr(module, "hf_quantizer", None) is not None
+    if by_transformers or not names:
         return None
     return BackendError(
         f"{type(module).__name__} has codes of torchao, such as {names[0]}, and save_pretrained "

@@ -16,7 +16,8 @@ from fx_sparsity.graph import MappingLike, prepare, squash, unprepare
 from fx_sparsity.graph.compiled import is_compiled
 from fx_sparsity.graph.example_inputs import ExampleInputs
 from fx_sparsity.graph.mapping import Assignment
-from fx_sparsity.graph.prepare import check_bound, mask_planned, plan_prepare
+from fx_sparsity.graph.prepare import check_bound, mask_planned
+from fx_sparsity.graph.prepare_plan import plan_prepare
 from fx_sparsity.graph.weight_map import WeightMap
 from fx_sparsity.lowering import LoweringError, LoweringReport, lower
 from fx_sparsity.lowering.lower import check_squashed

@@ -1,7 +1,6 @@
 """The verbs as passes, in torch's `PassManager`, beside other people's."""
 
 import copy
-import importlib
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from torch.fx.passes.infra.pass_manager import PassManager
 
 import fx_sparsity as fxs
 from fx_sparsity import passes
+from fx_sparsity.graph import prepare_plan
 from fx_sparsity.sparsifier import MaskError, RecordedMasks
 from tests.models import make
 
@@ -40,9 +40,10 @@ def pruned(mapping=HALF):
 
 
 def test_prepare_looks_for_weights_once(monkeypatch):
-    prepare, calls = importlib.import_module("fx_sparsity.graph.prepare"), []
-    found = prepare.find_weights
-    monkeypatch.setattr(prepare, "find_weights", lambda *a, **k: calls.append(a) or found(*a, **k))
+    found, calls = prepare_plan.find_weights, []
+    monkeypatch.setattr(
+        prepare_plan, "find_weights", lambda *a, **k: calls.append(a) or found(*a, **k)
+    )
     sparsifier = fxs.WeightNormSparsifier()
     masking = passes.Prepare(sparsifier, HALF)
     graph = masking(exported(model(), (X,))).graph_module

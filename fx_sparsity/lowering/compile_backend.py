@@ -25,6 +25,7 @@ from fx_sparsity.graph.compiled import (
     named_backend,
     real_tensors,
 )
+from fx_sparsity.graph.context_blocks import OpenRegions
 from fx_sparsity.graph.sources import Source, compiled_source
 from fx_sparsity.graph.uses import canonical_fqn
 from fx_sparsity.lowering.dense_tables import Lookup
@@ -227,6 +228,7 @@ def _lowered(
     graph: fx.GraphModule, example_inputs: Sequence[Any], options: BackendOptions
 ) -> fx.GraphModule:
     """The graph, with masks and kernels."""
+    OpenRegions()(graph)
     owner = compiled_callable() if options.model is None else options.model
     model = owner if isinstance(owner, nn.Module) else None
     mapping = None if options.mapping is None else SparsityMapping.of(options.mapping)

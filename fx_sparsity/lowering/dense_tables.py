@@ -154,7 +154,7 @@ def _signed_codes(module: nn.Module, weight: Any) -> DenseTable | str:
     """A table that is one of torchao's tensors; or why there is no kernel for it."""
     if not is_torchao(weight) or weight.is_meta:
         return f"no kernel for a {type(weight).__name__} on {weight.device.type}"
-    from fx_sparsity.quantization.torchao_backend import read_tensor
+    from fx_sparsity.quantization.torchao_codes import read_tensor
 
     stored = read_tensor("weight", weight)
     by_row = stored.scale is not None and stored.scale.shape == (len(stored.data), 1)

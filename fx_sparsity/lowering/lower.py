@@ -15,9 +15,9 @@ from fx_sparsity.kernels.embedding import RowPrunedEmbedding, RowPrunedEmbedding
 from fx_sparsity.kernels.semi_structured import is_semi_structured, to_dense
 from fx_sparsity.lowering.dense_tables import Lookup, dense_table
 from fx_sparsity.lowering.graph_places import node_places, program_places, watch_nodes
-from fx_sparsity.lowering.hub_guard import allow_saving, refuse_saving
 from fx_sparsity.lowering.layers import KINDS, DenseLinear
 from fx_sparsity.lowering.lowered import ByTokens, LoweredLinear
+from fx_sparsity.lowering.packed_saving import refuse_packed
 from fx_sparsity.lowering.places import (
     GraphPlace,
     ModulePlace,
@@ -40,12 +40,15 @@ from fx_sparsity.lowering.plan import (
 from fx_sparsity.lowering.policy import AUTO, LoweringError, Policy, Rules, checked_tokens
 from fx_sparsity.lowering.report import LoweringReport
 from fx_sparsity.lowering.rewrite import LowerNodes, lower_program
+from fx_sparsity.sparsifier.hub_refusals import REFUSALS, guard_saving
 from fx_sparsity.sparsifier.mask import masked_weights
 from fx_sparsity.sparsifier.record import MaskRecord
 from fx_sparsity.verification.gate import verify
 
 _log = logging.getLogger(__name__)
 _Subject = TypeVar("_Subject", bound=nn.Module | ExportedProgram)
+
+REFUSALS.append(refuse_packed)
 
 
 def lower(
@@ -137,6 +140,9 @@ def unlower(model: nn.Module) -> nn.Module:
     Returns:
         The model, which is another module where its root was lowered.
 
+    Raises:
+        LoweringError: an ExportedProgram; `lower` has left the one that it was given as it was.
+
     Examples:
         >>> model = nn.Sequential(nn.Linear(64, 64))
         >>> model[0].weight.data[:, ::2] = 0
@@ -146,6 +152,11 @@ def unlower(model: nn.Module) -> nn.Module:
         >>> fxs.unlower(lowered)[0]
         Linear(in_features=64, out_features=64, bias=True)
     """
+    if isinstance(model, ExportedProgram):
+        raise LoweringError(
+            "unlower: expected a module, found an ExportedProgram; lower makes another one of it, "
+            "so keep the program that it was given, or export the model once it is unlowered"
+        )
     dense: dict[int, nn.Module] = {}
     tied: dict[int, DenseLinear] = {}
     kept: set[int] = set()
@@ -163,7 +174,7 @@ def unlower(model: nn.Module) -> nn.Module:
             model = replaced(model, path, dense[id(module)])
         elif is_semi_structured(weight := getattr(module, "weight", None)):
             module.weight = nn.Parameter(to_dense(weight), requires_grad=False)
-    allow_saving(model)
+    guard_saving(model)
     return model
 
 
@@ -230,7 +241,7 @@ def _put(
         assert isinstance(model, fx.GraphModule)
         LowerNodes(nodes)(model)
     if packed:
-        refuse_saving(model)
+        guard_saving(model)
     return model
 
 

@@ -15,7 +15,10 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from fx_sparsity.graph import MappingLike, prepare, squash, unprepare
 from fx_sparsity.graph.compiled import is_compiled
 from fx_sparsity.graph.example_inputs import ExampleInputs
-from fx_sparsity.graph.prepare import check_bound, plan_prepare
+from fx_sparsity.graph.mapping import Assignment
+from fx_sparsity.graph.prepare import check_bound, mask_planned
+from fx_sparsity.graph.prepare_plan import plan_prepare
+from fx_sparsity.graph.weight_map import WeightMap
 from fx_sparsity.lowering import LoweringError, LoweringReport, lower
 from fx_sparsity.lowering.lower import check_squashed
 from fx_sparsity.lowering.policy import AUTO, Rules
@@ -24,6 +27,8 @@ from fx_sparsity.sparsifier.record import MaskRecord
 from fx_sparsity.verification import verify
 
 _Subject = TypeVar("_Subject", fx.GraphModule, ExportedProgram)
+_Planned = tuple[fx.GraphModule, tuple[WeightMap, Assignment | None]]
+"""A graph, and what `plan_prepare` found there."""
 
 
 class VerbPass(PassBase):
@@ -80,6 +85,7 @@ class Prepare(VerbPass):
         self.mapping = mapping
         self.example_inputs = example_inputs
         self.model = model
+        self._planned: _Planned | None = None
 
     def requires(self, graph_module: fx.GraphModule) -> None:
         """The graph has the weights that the mapping names, and a mask can stand on them.
@@ -88,14 +94,21 @@ class Prepare(VerbPass):
             MappingError: as `prepare`.
             MaskError: as `prepare`.
         """
-        plan_prepare(
-            graph_module, self.sparsifier, self.example_inputs, self.mapping, model=self.model
+        self._planned = (
+            graph_module,
+            plan_prepare(
+                graph_module, self.sparsifier, self.example_inputs, self.mapping, model=self.model
+            ),
         )
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """See `PassBase.call`."""
+        if self._planned is None or self._planned[0] is not graph_module:
+            self.requires(graph_module)
+        assert self._planned is not None
+        (_, planned), self._planned = self._planned, None
         before = len(self.sparsifier.names)
-        prepare(graph_module, self.sparsifier, self.example_inputs, self.mapping, model=self.model)
+        mask_planned(graph_module, self.sparsifier, planned, self.example_inputs, self.model)
         return PassResult(graph_module, len(self.sparsifier.names) > before)
 
     def ensures(self, graph_module: fx.GraphModule) -> None:

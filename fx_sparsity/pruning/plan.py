@@ -12,7 +12,8 @@ from fx_sparsity.errors import FxSparsityError
 from fx_sparsity.graph.calls import bind, writes
 from fx_sparsity.graph.mapping import SparsityMapping
 from fx_sparsity.graph.operators import OPERATORS, groups_of, groups_of_owner, shows_inputs
-from fx_sparsity.graph.prepare import group_entry, refusals
+from fx_sparsity.graph.prepare_plan import refusals
+from fx_sparsity.graph.put_masks import group_entry
 from fx_sparsity.graph.sources import named_tensors
 from fx_sparsity.graph.uses import canonical_fqn
 from fx_sparsity.graph.weight_map import Use, WeightSite

@@ -24,6 +24,7 @@ from fx_sparsity.pruning.probe import Candidates, Probe, probing
 from fx_sparsity.pruning.prune import PruneOptions
 from fx_sparsity.pruning.report import PrunedWeight
 from fx_sparsity.pruning.stores import Untouched
+from fx_sparsity.quantization.torchao_tensors import within
 from fx_sparsity.reports import Bytes, Table, WeightReport
 
 CANDIDATES = (
@@ -338,7 +339,9 @@ def _other_bytes(model: nn.Module, weights: Sequence[Tensor]) -> int:
     seen = {weight.data_ptr() for weight in weights}
     total = 0
     for tensor in model.state_dict().values():
-        if isinstance(tensor, Tensor) and not (tensor.numel() and tensor.data_ptr() in seen):
-            seen.add(tensor.data_ptr())
-            total += COSTS.stored_bytes(tensor)
+        if isinstance(tensor, Tensor):
+            place = within(tensor)[0].data_ptr()
+            if not (tensor.numel() and place in seen):
+                seen.add(place)
+                total += COSTS.stored_bytes(tensor)
     return total

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fx_sparsity.graph.passes import InsertMasks
-from fx_sparsity.graph.prepare import mask_one_by_one
+from fx_sparsity.graph.put_masks import mask_one_by_one
 from fx_sparsity.graph.weight_map import WeightMap
 from fx_sparsity.pruning.batches import is_exported
 from fx_sparsity.pruning.methods import CalibratedSparsifier

@@ -141,4 +141,16 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> None:
     func(into, where, values.dequantize())
 
 
+@Int8AnyUseTensor.implements_torch_function(Tensor.share_memory_)
+def _(func: Any, types: Any, args: Any, kwargs: Any) -> Int8AnyUseTensor:
+    for part in (args[0].qdata, args[0].scale):  # the tensor around them has no memory of its own
+        part.share_memory_()
+    return args[0]
+
+
+@Int8AnyUseTensor.implements_torch_function(Tensor.is_shared)
+def _(func: Any, types: Any, args: Any, kwargs: Any) -> bool:
+    return args[0].qdata.is_shared() and args[0].scale.is_shared()
+
+
 torch.serialization.add_safe_globals([Int8AnyUseTensor])

@@ -19,7 +19,8 @@ from fx_sparsity.graph import (
     squash,
 )
 from fx_sparsity.graph.example_inputs import ExampleInputs
-from fx_sparsity.graph.prepare import group_entry, mapping_for, mask_weights
+from fx_sparsity.graph.prepare_plan import mapping_for
+from fx_sparsity.graph.put_masks import group_entry, mask_weights
 from fx_sparsity.patterns import SparsityConfig
 from fx_sparsity.quantization.backend import (
     Backend,

@@ -116,7 +116,7 @@ def _tensor(places: Sequence[tuple[nn.Module, str]], kept: dict[str, Any] | None
         places: that hold it.
         kept: what the sparsifier's state has of its grid.
     """
-    from fx_sparsity.quantization.torchao_backend import tensor_of_codes
+    from fx_sparsity.quantization.torchao_codes import tensor_of_codes
 
     if not places:
         return "no parameter of the model has its name"

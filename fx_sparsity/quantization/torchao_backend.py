@@ -1,31 +1,26 @@
 """torchao's `quantize_`: weights become tensors that hold codes, modules stay what they are."""
 
 import logging
-import re
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch import nn
 from torchao.core.config import AOBaseConfig
 from torchao.quantization import (
     FqnToConfig,
     Int8DynamicActivationInt8WeightConfig,
     Int8DynamicActivationIntxWeightConfig,
-    Int8Tensor,
-    IntxUnpackedToInt8Tensor,
     IntxWeightOnlyConfig,
     PerAxis,
     quantize_,
 )
 from torchao.quantization.qat import QATConfig
 
-from fx_sparsity.graph import WeightMap, WeightSite
+from fx_sparsity.graph import WeightMap
 from fx_sparsity.graph.example_inputs import ExampleInputs
 from fx_sparsity.patterns import Role
-from fx_sparsity.quantization.any_use import Int8AnyUseConfig, int8_any_use, shared_axes
+from fx_sparsity.quantization.any_use import Int8AnyUseConfig, int8_any_use
 from fx_sparsity.quantization.backend import (
     Backend,
     BackendError,
@@ -35,16 +30,22 @@ from fx_sparsity.quantization.backend import (
     check_unmasked,
     copied,
 )
-from fx_sparsity.quantization.grid import Grid
+from fx_sparsity.quantization.torchao_codes import mend_empty_scales, read_tensor
+from fx_sparsity.quantization.torchao_configs import (
+    NO_PARAMETER,
+    Configs,
+    Names,
+    Plan,
+    by_key,
+    planned_configs,
+)
+from fx_sparsity.quantization.torchao_saving import refuse_codes
 from fx_sparsity.quantization.torchao_tensors import is_torchao
+from fx_sparsity.sparsifier.hub_refusals import REFUSALS, guard_saving
 from fx_sparsity.verification.stored import StoredWeight
 
 logger = logging.getLogger("fx_sparsity")
-
-Names = tuple[str, ...]
-"""Every FQN of one parameter of one module; several where the module is shared."""
-Plan = Mapping[Names, AOBaseConfig]
-Configs = Mapping[type[nn.Module] | str, AOBaseConfig | None]
+REFUSALS.append(refuse_codes)
 
 EMBEDDING_CONFIG = IntxWeightOnlyConfig(weight_dtype=torch.int8, granularity=PerAxis(0))
 """8-bit embeddings, one symmetric scale a row."""
@@ -66,13 +67,6 @@ OWNER_ROLES: dict[type[nn.Module], tuple[Role, ...]] = {
     nn.Linear: ("out", "in"),
     nn.Embedding: ("row", "dim"),
 }
-FLOAT_CODES = (
-    torch.float8_e4m3fn,
-    torch.float8_e5m2,
-    torch.float8_e4m3fnuz,
-    torch.float8_e5m2fnuz,
-)
-INTEGER_CODES = (torch.int8, torch.uint8)
 
 
 class TorchAOBackend(Backend):
@@ -131,11 +125,11 @@ class TorchAOBackend(Backend):
         del dynamic_shapes
         check_unmasked(model)
         prepared = copied(model, training=None if qat else False)
-        configs = _by_key(config, QAT_CONFIGS if qat else DEFAULT_CONFIGS)
-        plan, left = _plan(prepared, configs, weights)
+        configs = by_key(config, QAT_CONFIGS if qat else DEFAULT_CONFIGS)
+        plan, left = planned_configs(prepared, configs, weights)
         planned = {name for names in plan for name in names}
         in_float = {
-            fqn: next(left.get(name, _NO_PARAMETER) for name in site.names if name not in planned)
+            fqn: next(left.get(name, NO_PARAMETER) for name in site.names if name not in planned)
             for fqn, site in weights.items()
             if not planned.issuperset(site.names)
         }
@@ -163,6 +157,7 @@ class TorchAOBackend(Backend):
         model = _quantized(prepared.model, prepared.config)
         nn.Module.train(model, False)  # not `.eval()`, which exported graphs refuse
         check_runs(model, example_inputs)
+        guard_saving(model)
         return Quantized(model, prepared.meant, prepared.in_float)
 
     def read(self, model: nn.Module) -> Iterator[StoredWeight]:
@@ -184,121 +179,6 @@ def _name(config: AOBaseConfig) -> str:
     if isinstance(config, QATConfig) and config.base_config is not None:
         return f"{name} of {_name(config.base_config)}"
     return name
-
-
-def _by_key(config: AOBaseConfig | Configs | None, default: Configs) -> Configs:
-    """What the user gave, as a mapping.
-
-    Raises:
-        BackendError: something else than keys and configurations.
-    """
-    if config is None:
-        return default
-    if isinstance(config, FqnToConfig):
-        config = {
-            nn.Linear if key == "_default" else key: value
-            for key, value in config.fqn_to_config.items()
-        }
-    elif isinstance(config, AOBaseConfig):
-        config = {nn.Linear: config}
-    if not isinstance(config, Mapping):
-        raise BackendError(
-            f"config: expected one of torchao's configurations or a mapping to them, found {config}"
-        )
-    for key, value in config.items():
-        is_class = isinstance(key, type) and issubclass(key, nn.Module)
-        if not (is_class or isinstance(key, str)):
-            raise BackendError(f"config: expected module classes and names as keys, found {key!r}")
-        if not (value is None or isinstance(value, AOBaseConfig)):
-            raise BackendError(
-                f"config: expected None or one of torchao's configurations for {key!r}, "
-                f"found {value!r}"
-            )
-    return config
-
-
-_NO_PARAMETER = "it is computed, and no parameter of the model by itself"
-_NO_KEY = "no key of `config` names it"
-_EXCLUDED = "`config` has None for it"
-_RENORMALIZED = "its lookups renormalize it (max_norm), and codes cannot be written to"
-
-
-def _plan(
-    model: nn.Module, configs: Configs, weights: WeightMap
-) -> tuple[dict[Names, AOBaseConfig], dict[str, str]]:
-    """Which parameters get which configuration, and why the others get none, by each name.
-
-    Raises:
-        BackendError: a key names no parameter of two or more dimensions, and no owner of one; or
-            `Int8AnyUseConfig` for one whose axes are not known.
-    """
-    held: dict[tuple[int, str], list[str]] = {}
-    modules: dict[int, nn.Module] = {}
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        modules[id(module)] = module
-        for attribute, parameter in module._parameters.items():
-            if parameter is not None and parameter.ndim >= 2:
-                fqn = f"{prefix}.{attribute}".removeprefix(".")
-                held.setdefault((id(module), attribute), []).append(fqn)
-    sites = weights.by_any_name()
-    plan: dict[Names, AOBaseConfig] = {}
-    left: dict[str, str] = {}
-    used: set[type[nn.Module] | str] = set()
-    for (module_id, attribute), names in held.items():
-        module = modules[module_id]
-        site = next((sites[name] for name in names if name in sites), None)
-        keys = _matching(configs, module, attribute, names)
-        if site is not None and nn.Module in configs:
-            keys.append(nn.Module)
-        used.update(keys)
-        chosen = configs[keys[0]] if keys else None
-        if chosen is None:
-            left |= dict.fromkeys(names, _EXCLUDED if keys else _NO_KEY)
-        elif keys[0] is nn.Module and getattr(module, "max_norm", None) is not None:
-            left |= dict.fromkeys(names, _RENORMALIZED)
-        else:
-            plan[tuple(names)] = _with_axes(names[0], chosen, site)
-    if unused := [key for key in configs if isinstance(key, str) and key not in used]:
-        raise BackendError(
-            f"config: {', '.join(unused)} names no parameter of two or more dimensions of this "
-            f"{type(model).__name__}, nor a module with such a weight"
-        )
-    return plan, left
-
-
-def _with_axes(name: str, config: AOBaseConfig, site: WeightSite | None) -> AOBaseConfig:
-    """A configuration that knows which axes share a scale.
-
-    Raises:
-        BackendError: nothing tells.
-    """
-    if not isinstance(config, Int8AnyUseConfig) or config.shared is not None:
-        return config
-    if site is None:
-        raise BackendError(
-            f"{name}: no operator is known to read it as a weight, so that nothing tells which of "
-            "its axes share a scale; give them as Int8AnyUseConfig(shared=...), or exclude it with "
-            "None in `config`"
-        )
-    return replace(config, shared=shared_axes(site.roles))
-
-
-def _matching(
-    configs: Configs, module: nn.Module, attribute: str, names: list[str]
-) -> list[type[nn.Module] | str]:
-    """The keys that name a parameter, but for `nn.Module`; the most specific first."""
-    owners = [name.rpartition(".")[0] for name in names] if attribute == "weight" else []
-    patterns = [key for key in configs if isinstance(key, str) and key.startswith("re:")]
-    keys: list[type[nn.Module] | str] = [name for name in (*names, *owners) if name in configs]
-    for candidates in (names, owners):
-        keys += [
-            pattern
-            for pattern in patterns
-            if any(re.fullmatch(pattern.removeprefix("re:"), name) for name in candidates)
-        ]
-    if attribute == "weight" and not isinstance(module, NonDynamicallyQuantizableLinear):
-        keys += [base for base in type(module).__mro__ if base in configs and base is not nn.Module]
-    return keys
 
 
 def _tell_own_forwards(model: nn.Module, plan: Plan) -> None:
@@ -337,7 +217,7 @@ def _quantized(model: nn.Module, plan: Plan) -> nn.Module:
                 f"{names[0]}: torchao leaves a weight of shape {tuple(weight.shape)} and "
                 f"{weight.dtype} in float, with {config}; exclude it with None in `config`"
             )
-        _mend_empty_scales(weight)
+        mend_empty_scales(weight)
     return model
 
 
@@ -417,140 +297,3 @@ def _check_replaceable(name: str, module: nn.Module) -> None:
                 f"{name}: torchao trains a plain {base.__name__} instead, and the forward of "
                 f"{type(module).__name__} would be lost; exclude it with None in `config`"
             )
-
-
-@torch.no_grad()
-def _mend_empty_scales(weight: Any) -> None:
-    """Make zeros of blocks that are all zero: torchao divides them by a float8 scale of zero."""
-    if _has_codes(weight) and weight.qdata.dtype in FLOAT_CODES:
-        empty = weight.scale == 0
-        weight.scale.masked_fill_(empty, 1)
-        codes = weight.qdata.to(torch.float32)
-        weight.qdata.copy_(codes.masked_fill(_spread(empty, codes.shape), 0))
-
-
-def tensor_of_codes(codes: Tensor, scales: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:
-    """One of torchao's weight-only tensors, of codes and scales as they are.
-
-    Codes of 8 bits with one scale a row are what `Int8WeightOnlyConfig` makes, whose scales are
-    float32; others what `IntxWeightOnlyConfig` does.
-
-    Args:
-        codes: int8 [out, in].
-        scales: float32 [out, groups], where groups divide a row.
-        grid: that they are of.
-        dtype: that the tensor stands for.
-    """
-    width = codes.shape[1]
-    if grid.bits == 8 and scales.shape[1] == 1:
-        zeros = torch.zeros_like(scales, dtype=torch.int8)
-        return Int8Tensor(codes, scales, [1, width], dtype, zero_point=zeros)
-    scales = scales.to(grid.scale_dtype)
-    return IntxUnpackedToInt8Tensor(
-        codes,
-        scales,
-        torch.zeros_like(scales, dtype=torch.int8),
-        getattr(torch, f"int{grid.bits}"),
-        (1, width // scales.shape[1]),
-        dtype,
-        None,
-    )
-
-
-def read_tensor(fqn: str, tensor: Any, roles: tuple[Role, ...] | None = None) -> StoredWeight:
-    """One of torchao's tensors, under the name `fqn`.
-
-    Integer codes are read as they are. Float8 codes are read as their values, which float32 holds
-    exactly; both of their zeros are zero. `(code - zero_point) * scale`, rounded to the dtype of
-    the tensor, is what its own `dequantize` returns. Tensors that keep codes in another layout,
-    such as packed 4-bit ones, are read as an `obstacle`, and nothing about their values is known.
-
-    Args:
-        fqn: of the parameter or buffer that holds it.
-        tensor: as `is_torchao` has it.
-        roles: of its axes, where they are known.
-    """
-    if not _has_codes(tensor):
-        kind = type(tensor).__name__
-
-        def refuse(values: Tensor) -> None:
-            raise BackendError(f"{fqn}: codes of a {kind} cannot be written")
-
-        return StoredWeight(
-            fqn,
-            fqn,
-            kind,
-            "layout of its own",
-            torch.full((), torch.nan, device=tensor.device).expand(tensor.shape),
-            refuse,
-            scale=torch.ones((), device=tensor.device),
-            zero_point=torch.zeros((), device=tensor.device),
-            obstacle=f"codes of a {kind} cannot be read",
-            roles=roles,
-        )
-    codes: Tensor = tensor.qdata
-    scale: Tensor = tensor.scale
-    zero_point = getattr(tensor, "zero_point", None)
-    if zero_point is None:
-        zero_point = torch.zeros_like(scale, dtype=torch.int8)
-
-    @torch.no_grad()
-    def write(values: Tensor) -> None:
-        codes.copy_(values)
-
-    in_float = codes.dtype in FLOAT_CODES
-    dtype = getattr(tensor, "target_dtype", codes.dtype)
-    return StoredWeight(
-        fqn,
-        fqn,
-        str(dtype).removeprefix("torch."),
-        _scheme(codes, scale, zero_point),
-        codes.detach().to(torch.float32) if in_float else codes.detach().clone(),
-        write,
-        _spread(scale.detach(), codes.shape),
-        _spread(zero_point.detach(), codes.shape),
-        None if in_float else _code_range(dtype, getattr(tensor, "reduce_range", False)),
-        roles=roles,
-    )
-
-
-def _has_codes(tensor: Any) -> bool:
-    """Whether a tensor stores one code an element, with scales that tile it."""
-    codes, scale = getattr(tensor, "qdata", None), getattr(tensor, "scale", None)
-    return (
-        isinstance(codes, Tensor)
-        and isinstance(scale, Tensor)
-        and codes.dtype in (*INTEGER_CODES, *FLOAT_CODES)
-        and codes.shape == tensor.shape
-        and scale.ndim == codes.ndim
-        and all(n and size % n == 0 for size, n in zip(codes.shape, scale.shape, strict=True))
-    )
-
-
-def _spread(values: Tensor, shape: torch.Size) -> Tensor:
-    """Values of blocks, broadcastable against a tensor of `shape` that the blocks tile."""
-    for dim, (blocks, size) in enumerate(zip(values.shape, shape, strict=True)):
-        if 1 < blocks < size:
-            values = values.repeat_interleave(size // blocks, dim)
-    return values
-
-
-def _scheme(codes: Tensor, scale: Tensor, zero_point: Tensor) -> str:
-    """Such as `per-group symmetric, 1x32`."""
-    kind = "float" if zero_point.is_floating_point() else "integer"
-    mapping = f"affine ({kind} zero point)" if bool(zero_point.any()) else "symmetric"
-    block = [size // n for size, n in zip(codes.shape, scale.shape, strict=True)]
-    split = [dim for dim, blocks in enumerate(scale.shape) if blocks > 1]
-    if not split:
-        return f"per-tensor {mapping}"
-    if len(split) == 1 and block[split[0]] == 1:
-        return f"per-channel {mapping}, axis {split[0]}"
-    return f"per-group {mapping}, {'x'.join(map(str, block))}"
-
-
-def _code_range(dtype: torch.dtype, reduced: bool) -> tuple[int, int]:
-    """Smallest and largest code of an integer dtype, of 1 to 8 bits; halved where reduced."""
-    name = str(dtype).removeprefix("torch.")
-    levels = 2 ** int(name.removeprefix("u").removeprefix("int"))
-    low, high = (0, levels - 1) if name.startswith("u") else (-levels // 2, levels // 2 - 1)
-    return (low // 2, high // 2) if reduced else (low, high)

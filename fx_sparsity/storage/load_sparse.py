@@ -14,7 +14,6 @@ from fx_sparsity.kernels import SparseLinear
 from fx_sparsity.kernels.packings import packing_for
 from fx_sparsity.lowering.dense_tables import ROWS, DenseTable, Lookup
 from fx_sparsity.lowering.graph_places import node_places
-from fx_sparsity.lowering.hub_guard import refuse_saving
 from fx_sparsity.lowering.layers import DenseLinear
 from fx_sparsity.lowering.lowered import LoweredLinear
 from fx_sparsity.lowering.places import GraphPlace, ModulePlace, module_places
@@ -24,6 +23,7 @@ from fx_sparsity.lowering.rewrite import LowerNodes
 from fx_sparsity.lowering.table_nodes import TableNode, held_by
 from fx_sparsity.quantization.codes import CodedWeight
 from fx_sparsity.reports import Table, WeightReport
+from fx_sparsity.sparsifier.hub_refusals import guard_saving
 from fx_sparsity.storage.compressed_file import CompressedFile
 from fx_sparsity.storage.container import elements_of
 from fx_sparsity.storage.loading import check_fits, check_sums
@@ -145,7 +145,7 @@ def load_sparse(path: str | Path, model: nn.Module, *, check: bool = False) -> L
         LowerNodes(nodes)(model)
     rows += _others(file, model, matrices, known)
     if made or nodes:
-        refuse_saving(model)
+        guard_saving(model)
     return LoadReport(tuple(rows))
 
 

@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 from fx_sparsity.graph.example_inputs import ExampleInputs, call_arguments
+from fx_sparsity.quantization.torchao_tensors import is_torchao
 from fx_sparsity.sparsifier.mask import masked_weights
+from fx_sparsity.storage.onnx_bags import unroll_bags
 from fx_sparsity.verification import read_weights
 from fx_sparsity.verification.onnx_file import OnnxError
 
@@ -30,10 +32,11 @@ def export_onnx(
 ) -> None:
     """Write a squashed model, quantized by pt2e or in float, as one ONNX file with all its zeros.
 
-    This is `torch.onnx.export(dynamo=True)`, and two things besides. Activations that pt2e
+    This is `torch.onnx.export(dynamo=True)`, and three things besides. Activations that pt2e
     quantizes as they come go through `DynamicQuantizeLinear`, which torch's exporter does not
     write. A linear layer of a quantized model is `MatMul` and `Add`, whatever the dimensions of its
-    input: `Gemm` would need a bias in integers, or ONNX Runtime computes it in float.
+    input: `Gemm` would need a bias in integers, or ONNX Runtime computes it in float. Embedding
+    bags of one size are lookups and sums, where torch's exporter makes a loop over bags.
 
     Args:
         model: not changed. Codes have the names of their weights in the file.
@@ -43,8 +46,8 @@ def export_onnx(
             dynamic shapes that it was quantized with, and no others.
 
     Raises:
-        OnnxError: live masks, the packages onnx and onnxscript are missing, or an operator that
-            ONNX does not have.
+        OnnxError: live masks, codes of torchao, the packages onnx and onnxscript are missing, or
+            an operator that ONNX does not have.
 
     Examples:
         >>> export_onnx(nn.Linear(8, 4).eval(), (torch.randn(2, 8),), "model.onnx")
@@ -56,21 +59,30 @@ def export_onnx(
         from onnx_ir import DataType, Shape
     except ImportError as error:
         raise OnnxError(f"{path}: pip install 'fx_sparsity[onnx]' to write it") from error
+    if codes := [fqn for fqn, tensor in model.named_parameters() if is_torchao(tensor)]:
+        raise OnnxError(
+            f"{path}: {', '.join(codes)} hold codes of torchao, which would be floats in it; "
+            f"{_TAKEN}"
+        )
     args, kwargs = call_arguments(example_inputs)
     quantized = any(weight.quantized for weight in read_weights(model))
+    settings: dict[str, Any] = {
+        "dynamo": True,
+        "verbose": False,
+        "optimize": False,
+        "dynamic_shapes": dynamic_shapes,
+        "custom_translation_table": _translations() if quantized else {},
+    }
     try:
-        program = torch.onnx.export(
-            model,
-            args,
-            kwargs=kwargs,
-            dynamo=True,
-            verbose=False,
-            dynamic_shapes=dynamic_shapes,
-            custom_translation_table=_translations() if quantized else {},
-        )
+        program = torch.onnx.export(model, args, kwargs=kwargs, **settings)
+        assert program is not None
+        # What the exporter traced is written again, where there were bags of one size.
+        if program.exported_program is not None and unroll_bags(program.exported_program):
+            program = torch.onnx.export(program.exported_program, **settings)
+            assert program is not None
+        program.optimize()
     except torch.onnx.OnnxExporterError as error:
         raise OnnxError(f"{path}: not written: {_reason(error)}") from error
-    assert program is not None
     # The exporter notes what torch gives: scales in float64, zero points in int64, of shape [1].
     for node in program.model.graph:
         if node.op_type == "DynamicQuantizeLinear":

@@ -1,19 +1,25 @@
 """What a tensor takes in a file, without the file's header."""
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from fx_sparsity.pruning.costs import COSTS
+from fx_sparsity.quantization.torchao_tensors import is_torchao
+from fx_sparsity.storage.described_state import flatten, is_plain
 from fx_sparsity.storage.formats import Contents, sizes
 
 
 def stored_bytes(tensor: Tensor) -> int:
     """Bytes that `save` writes of a tensor, in the format that is smallest for it.
 
-    Of a tensor that is no plain one, such as torchao's, those that it takes in memory.
+    Of one that is quantized, its codes and scales; of others that are no plain ones, those that
+    they take in memory.
     """
-    if type(tensor) not in (Tensor, nn.Parameter):
-        return tensor.nbytes
-    return min(sizes(Contents(tensor.detach().cpu())).values())
+    if is_plain(tensor):
+        return min(sizes(Contents(tensor.detach().cpu())).values())
+    if tensor.is_quantized or is_torchao(tensor):
+        parts, _ = flatten({"": tensor})
+        return sum(map(stored_bytes, parts.values()))
+    return tensor.nbytes
 
 
 COSTS.stored_bytes = stored_bytes

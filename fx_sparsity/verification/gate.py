@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, overload
 
+import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
@@ -351,7 +352,7 @@ def _found(
     for weight in read_weights(model):
         if weight.data.ndim < 2:
             continue
-        zeros = weight.data.new_zeros(0) if weight.obstacle else weight.zeros()
+        zeros = torch.zeros(0) if weight.obstacle else weight.zeros()
         axes = weight.roles or roles.get(weight.fqn) or roles.get(weight.where)
         if axes is not None and len(axes) != zeros.ndim:
             axes = None
@@ -425,12 +426,13 @@ def _row(
     meant: bool | None,
     holds: bool | None,
 ) -> VerifiedWeight:
-    device = weight.data.device
-    keep = weight.seen(mask.keep).to(device)
+    kept = weight.seen(mask.keep)
     extra: int | None = None
     max_change: float | None = None
     zero_total = zero_in_code = zero_dequantized = not_finite = emptied = 0
-    if not weight.obstacle:
+    if not weight.obstacle:  # there may be no data, otherwise
+        device = weight.data.device
+        keep = kept.to(device)
         zeros, values = weight.zeros(), weight.dequantize()
         zero_total = int(zeros.count_nonzero())
         zero_in_code = int((zeros & ~keep).count_nonzero())
@@ -454,7 +456,7 @@ def _row(
         meant=meant,
         elements=weight.data.numel(),
         zeros=zero_total,
-        wanted=int((~keep).count_nonzero()),
+        wanted=int((~kept).count_nonzero()),
         zero_in_code=zero_in_code,
         zero_dequantized=zero_dequantized,
         extra=extra,

@@ -565,6 +565,16 @@ def test_the_most_specific_rule_wins():
     assert policy.Policy({"x": None}).rule(("y.weight",), nn.Linear) == (None, "no rule names it")
 
 
+def test_a_program_has_no_way_back():
+    program = torch.export.export(sparse(), (X,))
+    lowered, _ = lower(program, policy="always")
+    for subject in (lowered, program):
+        with pytest.raises(
+            LoweringError, match="expected a module, found an ExportedProgram.*keep"
+        ):
+            unlower(subject)
+
+
 def test_a_lowered_model_is_not_saved_for_what_cannot_load_it(tmp_path):
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 100}

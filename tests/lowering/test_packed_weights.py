@@ -228,3 +228,19 @@ def test_every_flow_keeps_its_zeros_when_it_is_lowered(flow):
     lowered, report = lower(model, (X,), "always")
     assert set(report.lowered) == set(before) == {"0.weight", "2.weight"}
     assert {row.fqn: row.zeros for row in fxs.verify(lowered)} == before
+
+
+def test_a_part_that_a_graph_does_not_hold_is_told():
+    """As in packages, into whose code AOTInductor writes small constants."""
+    model, record = masked(nn.Sequential(nn.Linear(64, 48)))
+    lowered, _ = lower(model, (X,), {"0": "bitmask"})
+    graph = torch.export.export(lowered, (X,)).module()
+    for node in graph.graph.nodes:
+        if node.op == "get_attr" and node.target.endswith("offsets"):
+            with graph.graph.inserting_before(node):
+                node.replace_all_uses_with(graph.graph.placeholder("elsewhere"))
+    graph.recompile()
+    (row,) = (row for row in fxs.verify(graph, record) if row.fqn == "0.weight")
+    assert [fault.partition(":")[0] for fault in row.faults] == ["its offsets cannot be read"]
+    assert row.wanted == int((~record["0.weight"].keep).sum())
+    assert any(row.obstacle.startswith("its offsets") for row in fxs.verify(graph))

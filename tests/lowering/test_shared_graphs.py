@@ -92,3 +92,28 @@ def test_masks_of_a_layer_are_that_of_its_own_weights(way, below):
         with torch.compiler.set_stance("fail_on_recompile"):
             torch.testing.assert_close(compiled(X), expected(X))
     assert len(sparsifier.names) == 4
+
+
+@torch.compiler.nested_compile_region
+def region(layer, x):
+    return layer.b(layer.a(x).relu())
+
+
+class Regions(Layers):
+    def forward(self, x):
+        for layer in self.layers:
+            x = x + region(layer, x)
+        return x
+
+
+def test_each_call_of_a_region_has_kernels_of_its_own():
+    """Dynamo calls one subgraph for all of them."""
+    torch._dynamo.reset()
+    model, reports = Regions(False, 3).eval(), []
+    options = {"mapping": HALF, "policy": "always", "then": "aot_eager", "report": reports.append}
+    compiled = torch.compile(model, backend=backend, options=options, fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(X), masked(model)(X), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(compiled(X[:3]), masked(model)(X[:3]), rtol=1e-4, atol=1e-5)
+    assert all(len(report.lowered) == 6 for report in reports)
+    assert reports

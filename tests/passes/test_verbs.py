@@ -10,6 +10,7 @@ from torch.fx.passes.infra.pass_manager import PassManager
 
 import fx_sparsity as fxs
 from fx_sparsity import passes
+from fx_sparsity.graph import prepare_plan
 from fx_sparsity.sparsifier import MaskError, RecordedMasks
 from tests.models import make
 
@@ -36,6 +37,23 @@ def pruned(mapping=HALF):
     fxs.prepare(subject, sparsifier, (X,), mapping)
     sparsifier.step()
     return fxs.squash(subject, sparsifier)
+
+
+def test_prepare_looks_for_weights_once(monkeypatch):
+    found, calls = prepare_plan.find_weights, []
+    monkeypatch.setattr(
+        prepare_plan, "find_weights", lambda *a, **k: calls.append(a) or found(*a, **k)
+    )
+    sparsifier = fxs.WeightNormSparsifier()
+    masking = passes.Prepare(sparsifier, HALF)
+    graph = masking(exported(model(), (X,))).graph_module
+    assert len(calls) == 1
+    assert sparsifier.names == ["0.weight", "2.weight"]
+    again = passes.Prepare(other := fxs.WeightNormSparsifier(), HALF)
+    again.requires(graph)  # of another graph than the one that it is called with
+    again.call(exported(model(), (X,)))
+    assert len(calls) == 3
+    assert other.names == ["0.weight", "2.weight"]
 
 
 class Gelu(PassBase):

@@ -14,6 +14,7 @@ from torchao.quantization import Int8Tensor, Int8WeightOnlyConfig
 import fx_sparsity as fxs
 from fx_sparsity.quantization import BackendError, get_backend, sparsify_and_quantize
 from fx_sparsity.quantization.any_use import Int8AnyUseConfig, Int8AnyUseTensor, int8_any_use
+from fx_sparsity.quantization.torchao_tensors import is_torchao
 
 ORDERS = ("sparsify_first", "quantize_first")
 SIZES = {
@@ -155,6 +156,40 @@ def test_writing_is_refused_and_casts_keep_codes():
     with pytest.raises(ValueError, match="NaN or infinite"):
         int8_any_use(torch.tensor([[1.0, torch.inf]]), (1,))
     assert int8_any_use(torch.zeros(2, 2), (1,)).dequantize().eq(0).all()
+
+
+def test_a_hub_model_of_codes_is_not_saved_for_what_cannot_load_it(tmp_path):
+    quantized, _ = flow(*language_model("gpt2"), "sparsify_first")
+    with pytest.raises(
+        BackendError, match=r"GPT2LMHeadModel has codes of torchao.*fx_sparsity.save"
+    ):
+        copy.deepcopy(quantized).save_pretrained(tmp_path / "hub")
+    assert not (tmp_path / "hub").exists()
+    fxs.save(quantized, tmp_path / "codes.safetensors")
+    lowered, _ = fxs.lower(quantized, policy="always")
+    with pytest.raises(fxs.FxSparsityError, match="GPT2LMHeadModel is lowered"):
+        lowered.save_pretrained(tmp_path / "hub")
+    with pytest.raises(BackendError, match="GPT2LMHeadModel has codes of torchao"):
+        fxs.unlower(lowered).save_pretrained(tmp_path / "hub")
+    quantized = fxs.unlower(lowered)
+    for module in quantized.modules():
+        for attribute, tensor in list(module._parameters.items()):
+            if is_torchao(tensor):
+                setattr(module, attribute, nn.Parameter(tensor.dequantize()))
+    quantized.save_pretrained(tmp_path / "floats")
+    assert (tmp_path / "floats" / "model.safetensors").exists()
+
+
+def test_codes_are_shared_between_processes():
+    module = nn.Linear(8, 4)
+    module.weight = nn.Parameter(int8_any_use(torch.randn(4, 8), (1,)), requires_grad=False)
+    codes = module.weight.qdata.clone()
+    assert not module.weight.is_shared()
+    module.share_memory()
+    assert module.weight.is_shared()
+    assert module.weight.qdata.is_shared()
+    assert module.weight.scale.is_shared()
+    assert torch.equal(module.weight.qdata, codes)
 
 
 @pytest.mark.parametrize("order", ORDERS)

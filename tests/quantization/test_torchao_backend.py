@@ -34,7 +34,8 @@ from fx_sparsity.quantization import (
     sparsify_and_quantize,
     sparsify_codes,
 )
-from fx_sparsity.quantization.torchao_backend import TorchAOBackend, read_tensor
+from fx_sparsity.quantization.torchao_backend import TorchAOBackend
+from fx_sparsity.quantization.torchao_codes import read_tensor
 from fx_sparsity.quantization.torchao_tensors import is_torchao
 from fx_sparsity.verification import ZeroNotRepresentableError, read_weights, verify
 from tests.models import Root, make

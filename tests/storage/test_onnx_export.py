@@ -10,9 +10,11 @@ import pytest
 import torch
 from onnx import numpy_helper
 from torch import nn
+from torchao.quantization import Int8WeightOnlyConfig
 
 import fx_sparsity as fxs
 from fx_sparsity.quantization import sparsify_and_quantize
+from fx_sparsity.quantization.any_use import Int8AnyUseConfig
 from fx_sparsity.quantization.pt2e import default_quantizer
 from fx_sparsity.storage import export_onnx
 from fx_sparsity.verification.onnx_file import OnnxError
@@ -119,6 +121,15 @@ def test_what_onnx_cannot_hold_is_told_in_a_line(tmp_path, monkeypatch):
     with pytest.raises(OnnxError, match="ONNX takes those of the backend pt2e") as refused:
         export_onnx(other, INPUTS, path)
     assert "\n" not in str(refused.value)
+    for config in (Int8WeightOnlyConfig(), {"0": Int8AnyUseConfig()}):
+        codes, _ = sparsify_and_quantize(
+            *(layers(), fxs.WeightNormSparsifier(), INPUTS),
+            order="sparsify_first",
+            backend="torchao",
+            config=config,
+        )
+        with pytest.raises(OnnxError, match=r"0\.weight.*would be floats in it.*backend pt2e"):
+            export_onnx(codes, INPUTS, path)
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(OnnxError, match=r"pip install 'fx_sparsity\[onnx\]'"):
         export_onnx(layers(), INPUTS, path)

@@ -1,0 +1,25 @@
+// Linear layers of 4-bit codes, whose scales and zero points are one a group of inputs. See
+// int4.py.
+#pragma once
+
+#include "call.h"
+
+namespace fx {
+
+// Of all packings: an output's codes c stand for (c - zero point) * scale.
+struct Groups4 {
+  const void* scale;          // [panels, count, 16]
+  bool is_bfloat;             // the scales are bf16, else fp32
+  const int8_t* zero_points;  // [panels, count, 16]; null where all are 0
+  const float* row_sums;      // [outputs] of what codes stand for, where activations are quantized
+  int64_t count;              // groups in a row
+};
+
+// Panel by panel 64 bytes a step, see nibbles.h.
+struct DenseInt4 {
+  const uint8_t* values;
+};
+
+void linear(const Call& call, const Groups4& groups, const DenseInt4& weight);
+
+}  // namespace fx

@@ -79,7 +79,8 @@ INT4: dict[str, Int4Packing] = {packing.name: packing for packing in (DenseInt4P
 PACKINGS: dict[str, Packing] = {
     packing.name: packing
     for packing in (BitmaskPacking(), NMPacking(), BlockPacking(), SemiStructuredPacking())
-} | INT4
+}
+PACKINGS.update(INT4)
 
 
 def packing_for(name: str, device: torch.device, in_groups: bool = False) -> str:

@@ -141,7 +141,8 @@ class Policy:
         if rule not in (AUTO, ALWAYS):
             if linear != (rule in PACKINGS):
                 return Choice(None, reason=f"{rule!r} is no packing for it")
-            packing = packing_for(rule, layer.device)
+            in_groups = isinstance(layer, DenseLinear) and layer.in_groups
+            packing = packing_for(rule, layer.device, in_groups)
             if (refusal := layer.refusal(packing)) is not None:
                 raise LoweringError(f"{fqn}: packing {packing!r} cannot hold it: {refusal}")
             return Choice(packing)

@@ -53,17 +53,22 @@ def without_zero_points(codes: Tensor, zero_points: Tensor, shape: torch.Size) -
 
 
 def to_steps(codes: Tensor) -> Tensor:
-    """[out, in] -> uint8 [panels, steps, 16, 8], edges 0: signed codes in the lower four bits."""
+    """int8 [out, in] -> [panels, steps, 16, 8], edges 0."""
     full = pad(codes, (0, -codes.shape[1] % _STEP, 0, -codes.shape[0] % LANES))
-    steps = full.view(-1, LANES, full.shape[1] // _STEP, _STEP).permute(0, 2, 1, 3)
-    return steps.contiguous().view(torch.uint8) & 15
+    steps = full.view(-1, LANES, full.shape[1] // _STEP, _STEP)
+    return steps.permute(0, 2, 1, 3).contiguous()
 
 
 def from_steps(steps: Tensor, shape: torch.Size) -> Tensor:
-    """Undo `to_steps`: int8 [out, in]."""
+    """Undo `to_steps`."""
     count, number, lanes, step = steps.shape
-    full = steps.permute(0, 2, 1, 3).reshape(count * lanes, number * step)[: shape[0], : shape[1]]
-    return (full.contiguous().view(torch.int8) << 4) >> 4
+    full = steps.permute(0, 2, 1, 3).reshape(count * lanes, number * step)
+    return full[: shape[0], : shape[1]].contiguous()
+
+
+def signed(halves: Tensor) -> Tensor:
+    """uint8, of which the lower four bits count -> int8, the signed codes that they are."""
+    return (halves.view(torch.int8) << 4) >> 4
 
 
 class DenseInt4Packing:
@@ -85,14 +90,14 @@ class DenseInt4Packing:
 
     def pack(self, weight: Tensor, zero_point: Tensor | None = None) -> dict[str, Tensor]:
         """Pack [out, in] that is not refused."""
-        steps = to_steps(codes_of(weight, zero_point))
+        steps = to_steps(codes_of(weight, zero_point)).view(torch.uint8) & 15
         values = steps[..., :4] | steps[..., 4:] << 4
         return {"values": values.flatten(1), "zero_points": zero_points_part(zero_point)}
 
     def unpack(self, parts: Mapping[str, Tensor], shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """What codes have beyond their zero point, int8 [out, in]; `dtype` is of no account."""
         values = parts["values"].view(-1, ceil_div(shape[1], _STEP), LANES, 4)
-        codes = from_steps(torch.cat([values & 15, values >> 4], -1), shape)
+        codes = from_steps(signed(torch.cat([values, values >> 4], -1)), shape)
         return without_zero_points(codes, parts["zero_points"], shape)
 
     def check(self, parts: Mapping[str, Tensor], shape: torch.Size, dtype: torch.dtype) -> None:

@@ -34,6 +34,11 @@ def kept(packing, shape, generator):
     """int8, what the zeros leave."""
     if packing == "dense_int4":
         return torch.ones(shape, dtype=torch.int8)
+    if packing == "nm_int4":
+        score = torch.rand(shape[0], -(-shape[1] // 4), 4, generator=generator)
+        two = torch.zeros_like(score).scatter(-1, score.topk(2).indices, 1).flatten(1)
+        two *= torch.rand(two.shape, generator=generator) < 0.9
+        return two[:, : shape[1]].to(torch.int8)
     raise AssertionError(packing)
 
 

@@ -1,8 +1,9 @@
 // The product of panels of 4-bit codes and activations, whatever the packing.
 //
-// A packing gives cursors: `packed.panel(p)` starts at a panel's first step, `next()` returns the
-// Weights of step after step, see nibbles.h. A run is some steps of one group: their sum is scaled
-// and added to the total.
+// A packing gives cursors: `packed.panel(p)` starts at a panel's first step, `begin(g)` is called
+// before the first step of each group, `next()` returns the Weights of step after step, see
+// nibbles.h. Where it kTakesOffsets, they are codes less their zero points. A run is some steps of
+// one group: their sum is scaled and added to the total.
 #pragma once
 
 #include <array>
@@ -81,11 +82,16 @@ struct Activations {
 
   template <class X>
   void lay_out(const X* row, int64_t columns, Input* to) {
-    for (int64_t step = 0; step < steps; step++, to += height * 8) {
-      const int64_t there = row ? columns - step * 8 : 0;
+    const int64_t whole = row ? columns / 8 : 0;
+    for (int64_t step = 0; step < whole; step++, row += 8, to += height * 8) {
+#pragma GCC unroll 8
+      for (int j = 0; j < 8; j++) convert(row[Math::place(j)], to[j]);
+    }
+    const int64_t rest = row ? columns % 8 : 0;
+    for (int64_t step = whole; step < steps; step++, to += height * 8) {
       for (int j = 0; j < 8; j++) {
         const int place = Math::place(j);
-        place < there ? convert(row[step * 8 + place], to[j]) : void(to[j] = Input{});
+        place < rest ? convert(row[place], to[j]) : void(to[j] = Input{});
       }
     }
   }
@@ -107,12 +113,19 @@ struct Activations {
   Buffer<Number> sums_;
 };
 
+// Those that a packing leaves to be taken off the sums.
+template <class Packed>
+const int8_t* zero_points(const Groups4& groups) {
+  return Packed::kTakesOffsets ? nullptr : groups.zero_points;
+}
+
 // What the sums of one panel's runs are multiplied with.
 template <class Math>
 class PanelScales {
  public:
-  PanelScales(const Groups4& groups, int64_t panel)
-      : groups_(groups), at_(panel * groups.count * kLanes) {}
+  // `zero_points` are null where there are none, or the packing takes them off.
+  PanelScales(const Groups4& groups, const int8_t* zero_points, int64_t panel)
+      : groups_(groups), zero_points_(zero_points), at_(panel * groups.count * kLanes) {}
 
   // The scaled sum of a run of group `g`; `x` is the sum of its activations, not read without zero
   // points.
@@ -122,11 +135,9 @@ class PanelScales {
     using Lanes = std::conditional_t<Math::kInteger, Ints, Floats>;
     const int64_t at = at_ + g * kLanes;
     Lanes lanes = std::bit_cast<Lanes>(sum);
-    if (groups_.zero_points) {
-      using Codes [[gnu::vector_size(kLanes)]] = int8_t;
-      const auto codes = load_as<Codes>(groups_.zero_points + at);
+    if (zero_points_) {
       const auto factor = typename Activations<Math>::Number(Math::kFactor);
-      lanes -= __builtin_convertvector(codes, Lanes) * (factor * *x);
+      lanes -= __builtin_convertvector(zero_points(at), Lanes) * (factor * *x);
     }
     const Floats scale = groups_.is_bfloat
         ? load_floats(static_cast<const BFloat*>(groups_.scale) + at)
@@ -135,7 +146,16 @@ class PanelScales {
   }
 
  private:
+  Ints zero_points(int64_t at) const {
+    using Codes [[gnu::vector_size(16)]] = int8_t;
+    using Shorts [[gnu::vector_size(32)]] = int16_t;
+    const auto codes = load_as<Codes>(zero_points_ + at);
+    // Twice as wide in each step; in one step the compiler would take the codes one by one.
+    return __builtin_convertvector(__builtin_convertvector(codes, Shorts), Ints);
+  }
+
   const Groups4& groups_;
+  const int8_t* const zero_points_;
   const int64_t at_;
 };
 
@@ -167,11 +187,13 @@ void multiply_panels(
   };
   auto panels = cursors(std::make_index_sequence<Panels>());
   const auto scales = [&]<size_t... p>(std::index_sequence<p...>) {
-    return std::array{PanelScales<Math>(groups, first + p)...};
+    return std::array{PanelScales<Math>(groups, zero_points<Packed>(groups), first + p)...};
   }(std::make_index_sequence<Panels>());
   const auto* x = tiles.values(0);
   const auto* sums = tiles.sums(0);
   for (int64_t g = 0; g < groups.count; g++) {
+#pragma GCC unroll 8
+    for (int p = 0; p < Panels; p++) panels[p].begin(g);
     for (int64_t run = 0; run < tiles.runs.in_group; run++, sums += Rows) {
       typename Math::Sum sum[Panels][Rows] = {};
       for (int64_t i = tiles.runs.length(run); i > 0; i--, x += Rows * 8) {
@@ -211,10 +233,12 @@ void multiply_tiles(
   for (int64_t p = begin; p < end; p++) {
     std::fill_n(totals.get(), tiles.count * Rows, Floats{});
     auto panel = packed.panel(p);
-    const PanelScales<Math> scales(groups, p);
+    const PanelScales<Math> scales(groups, zero_points<Packed>(groups), p);
     int64_t at = 0;
     for (int64_t index = 0; index < tiles.runs.count; index++) {
-      const int64_t length = tiles.runs.length(index % tiles.runs.in_group);
+      const int64_t group = index / tiles.runs.in_group, run = index % tiles.runs.in_group;
+      const int64_t length = tiles.runs.length(run);
+      if (!run) panel.begin(group);
       for (int64_t i = 0; i < length; i++) weights[i] = panel.next();
       for (int64_t t = 0; t < tiles.count; t++) {
         const auto* x = tiles.values(t) + at * Rows * 8;
@@ -226,7 +250,7 @@ void multiply_tiles(
         const auto* sums = tiles.sums(t) + index * Rows;
 #pragma GCC unroll 8
         for (int r = 0; r < Rows; r++) {
-          totals[t * Rows + r] += scales.scaled(index / tiles.runs.in_group, sum[r], sums + r);
+          totals[t * Rows + r] += scales.scaled(group, sum[r], sums + r);
         }
       }
       at += length;
@@ -245,7 +269,7 @@ void multiply(
   constexpr int most = Math::kTileRows >= 8 ? 8 : 4;
   const int64_t panels = (result.outputs + kLanes - 1) / kLanes;
   const Runs runs(columns, groups.count);
-  const bool sum = groups.zero_points != nullptr;
+  const bool sum = zero_points<Packed>(groups) != nullptr;
   const int64_t grain = std::max<int64_t>(1, (1 << 12) / runs.steps);
   if (result.rows > most) {
     const Activations<Math> tiles(x, result.rows, columns, runs, most, sum);
@@ -254,7 +278,7 @@ void multiply(
     });
   }
   with_rows<most>(result.rows, [&]<int Rows>() {
-    constexpr int side = std::max(1, std::min(Math::kStreams, 4) / (Rows > 1 ? Rows / 2 : 1));
+    constexpr int side = Rows == 1 ? 4 : Rows < 8 ? 2 : 1;
     const Activations<Math> tiles(x, result.rows, columns, runs, Rows, sum);
     parallel_for(0, panels, grain, [&](int64_t begin, int64_t end) {
       int64_t p = begin;
@@ -266,12 +290,13 @@ void multiply(
   });
 }
 
-// `packed.template operator()<Math>()` gives the weight's panels as Math reads them.
-template <class Packed>
+// `packed.template operator()<Math>()` gives the weight's panels as Math, one of a level's
+// Arithmetics, reads them.
+template <template <class> class Arithmetics, class Packed>
 void linear(const Call& call, const Groups4& groups, const Packed& packed) {
   const auto by = [&]<class Cpu, class X>(Cpu, const X* x) {
-    using Integer = typename Int4Of<Cpu>::I4;
-    using Float = typename Int4Of<Cpu>::template F4<X>;
+    using Integer = typename Arithmetics<Cpu>::I4;
+    using Float = typename Arithmetics<Cpu>::template F4<X>;
     if (call.quantizer == Quantizer::none) {
       return multiply<Float>(
           packed.template operator()<Float>(), groups, x, call.columns, call.result);

@@ -10,9 +10,13 @@ constexpr int64_t kAhead = 512;  // bytes from what is read to what is prefetche
 template <class Math>
 class DensePanels {
  public:
+  static constexpr bool kTakesOffsets = false;
+
   class Panel {
    public:
     explicit Panel(const uint8_t* values) : values_(values) {}
+
+    void begin(int64_t) {}
 
     typename Math::Weights next() {
       __builtin_prefetch(values_ + kAhead);
@@ -38,7 +42,7 @@ class DensePanels {
 }  // namespace
 
 void linear(const Call& call, const Groups4& groups, const DenseInt4& weight) {
-  linear(call, groups, [&]<class Math>() { return DensePanels<Math>(weight, call); });
+  linear<Int4Of>(call, groups, [&]<class Math>() { return DensePanels<Math>(weight, call); });
 }
 
 }  // namespace fx

@@ -20,6 +20,12 @@ struct DenseInt4 {
   const uint8_t* values;
 };
 
+// Panel by panel 48 bytes a step, see select.h; 16 more may be read.
+struct NMInt4 {
+  const uint8_t* values;
+};
+
 void linear(const Call& call, const Groups4& groups, const DenseInt4& weight);
+void linear(const Call& call, const Groups4& groups, const NMInt4& weight);
 
 }  // namespace fx

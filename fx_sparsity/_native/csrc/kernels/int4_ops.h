@@ -54,5 +54,16 @@ Tensor dense_linear_int4(
       [&](const Call& call, const Groups4& groups) { fx::linear(call, groups, packed); });
 }
 
+Tensor nm_linear_int4(
+    Tensor x, Tensor values, Tensor zero_points, Optional scale, Optional row_sums, Optional bias,
+    int64_t in_features, int64_t out_features, std::string quantize_input,
+    std::string activation) {
+  const int64_t size = panels_of(out_features) * ceil_div(in_features, 8) * 48;
+  const NMInt4 packed{bytes_of("values", values, size + 16)};
+  return int4_linear(
+      x, zero_points, scale, row_sums, bias, in_features, out_features, quantize_input, activation,
+      [&](const Call& call, const Groups4& groups) { fx::linear(call, groups, packed); });
+}
+
 }  // namespace
 }  // namespace fx::ops

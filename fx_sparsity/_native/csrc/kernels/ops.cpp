@@ -30,6 +30,7 @@ STABLE_TORCH_LIBRARY_IMPL(fx_sparsity, CPU, m) {
   m.impl("nm_linear", TORCH_BOX(&fx::ops::nm_linear));
   m.impl("block_linear", TORCH_BOX(&fx::ops::block_linear));
   m.impl("dense_linear.int4", TORCH_BOX(&fx::ops::dense_linear_int4));
+  m.impl("nm_linear.int4", TORCH_BOX(&fx::ops::nm_linear_int4));
   m.impl("row_pruned_embedding", TORCH_BOX(&fx::ops::row_pruned_embedding));
   m.impl("row_pruned_embedding_bag", TORCH_BOX(&fx::ops::row_pruned_embedding_bag));
 }

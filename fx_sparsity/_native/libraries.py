@@ -25,16 +25,6 @@ _KERNELS = (
     "activations",
     "pack",
 )
-    "ops",
-    "block",
-    "int4",
-    "int4_nm",
-    "bitmask",
-    "embedding",
-    "expanded",
-    "activations",
-    "pack",
-)
 """Those that take longest to compile first, so that no processor is left with one of them."""
 
 MASKS = Library("masks", [_CSRC / "masks" / "ops.cpp"])

@@ -34,6 +34,8 @@ def kept(packing, shape, generator):
     """int8, what the zeros leave."""
     if packing == "dense_int4":
         return torch.ones(shape, dtype=torch.int8)
+    if packing == "bitmask_int4":
+        return (torch.rand(shape, generator=generator) < 0.4).to(torch.int8)
     if packing == "nm_int4":
         score = torch.rand(shape[0], -(-shape[1] // 4), 4, generator=generator)
         two = torch.zeros_like(score).scatter(-1, score.topk(2).indices, 1).flatten(1)

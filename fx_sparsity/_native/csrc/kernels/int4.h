@@ -25,7 +25,17 @@ struct NMInt4 {
   const uint8_t* values;
 };
 
+// A bit for each code, 16 bytes a step: those of the first four inputs, and those of the others. The
+// codes that are kept lie in two streams in the same bytes: in the lower halves those of all first
+// four inputs of a panel, in the upper halves the others.
+struct BitmaskInt4 {
+  const uint8_t* mask;
+  const uint8_t* values;   // 64 more may be read
+  const int64_t* offsets;  // where each panel's begin
+};
+
 void linear(const Call& call, const Groups4& groups, const DenseInt4& weight);
 void linear(const Call& call, const Groups4& groups, const NMInt4& weight);
+void linear(const Call& call, const Groups4& groups, const BitmaskInt4& weight);
 
 }  // namespace fx

@@ -65,5 +65,20 @@ Tensor nm_linear_int4(
       [&](const Call& call, const Groups4& groups) { fx::linear(call, groups, packed); });
 }
 
+Tensor bitmask_linear_int4(
+    Tensor x, Tensor mask, Tensor values, Tensor offsets, Tensor zero_points, Optional scale,
+    Optional row_sums, Optional bias, int64_t in_features, int64_t out_features,
+    std::string quantize_input, std::string activation) {
+  const int64_t panels = panels_of(out_features);
+  BitmaskInt4 packed{};
+  packed.mask = bytes_of("mask", mask, panels * ceil_div(in_features, 8) * 16);
+  packed.offsets =
+      static_cast<const int64_t*>(data_of("offsets", offsets, ScalarType::Long, panels + 1));
+  packed.values = bytes_of("values", values, packed.offsets[panels] + 64);
+  return int4_linear(
+      x, zero_points, scale, row_sums, bias, in_features, out_features, quantize_input, activation,
+      [&](const Call& call, const Groups4& groups) { fx::linear(call, groups, packed); });
+}
+
 }  // namespace
 }  // namespace fx::ops

@@ -4,7 +4,8 @@
 // halves those of the other four, so that either become a step of 8-bit codes by a mask alone.
 // What such an arithmetic ("Math") has, beside the Input, Sum, dot and numbers of lanes_portable.h:
 //   Bytes            64 bytes as packed
-//   load(p) -> Bytes
+//   load(p) -> Bytes, expand(mask, p, fill) -> Bytes
+//   fill(zero_points) -> Fill, the bytes of which expand makes what no bit of the mask is set for
 //   widen(a, b) -> Weights, by the lower halves of `a` and the upper ones of `b`
 //   kFactor          the number of times that sums are too large
 //   place(j)         which of 8 inputs comes at place j among the activations that `dot` reads
@@ -14,6 +15,8 @@
 #include "cpu.h"
 
 namespace fx {
+
+using Codes16 [[gnu::vector_size(16)]] = int8_t;
 
 // By way of a level's arithmetic of 8-bit codes.
 template <class Eight, class Halves>
@@ -26,6 +29,19 @@ struct Nibbles : Eight {
   };
   static constexpr int place(int j) { return j; }
   static Bytes load(const uint8_t* p) { return Eight::load(reinterpret_cast<const int8_t*>(p)); }
+  using Fill = Codes16;
+  static Fill fill(const int8_t* zero_points) {
+    const auto codes = load_as<Codes16>(zero_points);
+    return (codes & 15) | (codes << 4);
+  }
+  static Bytes expand(uint64_t mask, const uint8_t* p, const Fill& fill) {
+    const Bytes kept = Eight::expand(mask, reinterpret_cast<const int8_t*>(p));
+    if (const Codes16 none{}; !std::memcmp(&fill, &none, sizeof none)) return kept;
+    int8_t bytes[64];
+    std::memcpy(bytes, &kept, sizeof bytes);
+    for (int i = 0; i < 64; i++) bytes[i] = mask >> i & 1 ? bytes[i] : fill[i / 4];
+    return Eight::load(bytes);
+  }
   static Weights widen(const Bytes& a, const Bytes& b) {
     return {Eight::widen(Halves::low(a)), Eight::widen(Halves::high(b))};
   }
@@ -99,11 +115,29 @@ struct Int4Of<Avx512Vnni> {
 #if FX_AVX512 && FX_VBMI2
 namespace avx512 {
 
+// One of 16 codes in each byte of its output.
+inline __m512i lanes(const int8_t* codes) {
+  const __m512i one = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
+  const __m128i firsts = _mm_setr_epi8(0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12);
+  return _mm512_shuffle_epi8(one, _mm512_broadcast_i32x4(firsts));
+}
+
 struct NibbleSteps : Registers {
   using Bytes = __m512i;
   static constexpr int kGroup = 8;
   static constexpr int place(int j) { return j; }
   static Bytes load(const uint8_t* p) { return _mm512_loadu_si512(p); }
+  using Fill = __m512i;
+  static Fill fill(const int8_t* zero_points) {
+    const __m512i codes = lanes(zero_points);
+    const __m512i lower = _mm512_set1_epi8(15), shifted = _mm512_slli_epi16(codes, 4);
+    return _mm512_ternarylogic_epi32(lower, codes, shifted, 0xca);
+  }
+  // As in expand.h, but what is in the destination already stays where no bit is set.
+  static Bytes expand(uint64_t mask, const uint8_t* p, Fill fill) {
+    asm("vpexpandb %1, %0%{%2%}" : "+v"(fill) : "v"(_mm512_loadu_si512(p)), "Yk"(mask));
+    return fill;
+  }
 };
 
 // Codes sixteenfold: the upper halves as they are, the lower ones by a table that is looked up in by

@@ -13,8 +13,6 @@
 
 namespace fx {
 
-using Codes16 [[gnu::vector_size(16)]] = int8_t;
-
 // By way of steps without gaps, for a level's arithmetic of 8-bit codes.
 template <class Eight>
 struct Spread : Eight {
@@ -63,12 +61,7 @@ struct SelectSteps : Registers {
   struct Fields {
     __m512i codes, places;  // four bytes an output
   };
-  static Offsets offsets(const int8_t* zero_points) {
-    const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(zero_points));
-    const __m512i one = _mm512_cvtepu8_epi32(codes);
-    return _mm512_shuffle_epi8(one, _mm512_broadcast_i32x4(_mm_setr_epi8(
-        0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12)));
-  }
+  static Offsets offsets(const int8_t* zero_points) { return lanes(zero_points); }
   static Fields read(const uint8_t* p, Offsets offsets) {
     // Six bytes in each eight, and from there six bits in each byte.
     const __m512i spread = _mm512_set_epi64(

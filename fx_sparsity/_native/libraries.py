@@ -19,6 +19,7 @@ _KERNELS = (
     "int4",
     "int4_nm",
     "int4_bitmask",
+    "int4_block",
     "bitmask",
     "embedding",
     "expanded",

@@ -71,6 +71,17 @@ def signed(halves: Tensor) -> Tensor:
     return (halves.view(torch.int8) << 4) >> 4
 
 
+def to_bytes(steps: Tensor) -> Tensor:
+    """int8 [..., 16, 8] -> uint8 [..., 16, 4]: the first four codes in the lower halves."""
+    halves = steps.contiguous().view(torch.uint8) & 15
+    return halves[..., :4] | halves[..., 4:] << 4
+
+
+def from_bytes(values: Tensor) -> Tensor:
+    """Undo `to_bytes`."""
+    return signed(torch.cat([values, values >> 4], -1))
+
+
 class DenseInt4Packing:
     """All codes, two a byte: 4 bits a weight, and its share of a scale.
 
@@ -90,14 +101,13 @@ class DenseInt4Packing:
 
     def pack(self, weight: Tensor, zero_point: Tensor | None = None) -> dict[str, Tensor]:
         """Pack [out, in] that is not refused."""
-        steps = to_steps(codes_of(weight, zero_point)).view(torch.uint8) & 15
-        values = steps[..., :4] | steps[..., 4:] << 4
+        values = to_bytes(to_steps(codes_of(weight, zero_point)))
         return {"values": values.flatten(1), "zero_points": zero_points_part(zero_point)}
 
     def unpack(self, parts: Mapping[str, Tensor], shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """What codes have beyond their zero point, int8 [out, in]; `dtype` is of no account."""
         values = parts["values"].view(-1, ceil_div(shape[1], _STEP), LANES, 4)
-        codes = from_steps(signed(torch.cat([values, values >> 4], -1)), shape)
+        codes = from_steps(from_bytes(values), shape)
         return without_zero_points(codes, parts["zero_points"], shape)
 
     def check(self, parts: Mapping[str, Tensor], shape: torch.Size, dtype: torch.dtype) -> None:

@@ -10,6 +10,7 @@ from fx_sparsity.kernels.bitmask import BitmaskPacking
 from fx_sparsity.kernels.block import BlockPacking
 from fx_sparsity.kernels.int4 import DenseInt4Packing
 from fx_sparsity.kernels.int4_bitmask import BitmaskInt4Packing
+from fx_sparsity.kernels.int4_block import BlockInt4Packing
 from fx_sparsity.kernels.int4_nm import NMInt4Packing
 from fx_sparsity.kernels.nm import NMPacking
 from fx_sparsity.kernels.panels import PackingError
@@ -76,7 +77,13 @@ class Int4Packing(Packing, Protocol):
 
 
 INT4: dict[str, Int4Packing] = {
-    packing.name: packing for packing in (BitmaskInt4Packing(), NMInt4Packing(), DenseInt4Packing())
+    packing.name: packing
+    for packing in (
+        BitmaskInt4Packing(),
+        NMInt4Packing(),
+        BlockInt4Packing(),
+        DenseInt4Packing(),
+    )
 }
 """Those that take 4-bit codes alone."""
 

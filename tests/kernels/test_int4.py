@@ -36,6 +36,11 @@ def kept(packing, shape, generator):
         return torch.ones(shape, dtype=torch.int8)
     if packing == "bitmask_int4":
         return (torch.rand(shape, generator=generator) < 0.4).to(torch.int8)
+    if packing == "block_int4":
+        grid = torch.rand(-(-shape[0] // 32), -(-shape[1] // 32), generator=generator) < 0.6
+        grid[-1, 0] = False
+        whole = grid.repeat_interleave(32, 0).repeat_interleave(32, 1)
+        return whole[: shape[0], : shape[1]].to(torch.int8)
     if packing == "nm_int4":
         score = torch.rand(shape[0], -(-shape[1] // 4), 4, generator=generator)
         two = torch.zeros_like(score).scatter(-1, score.topk(2).indices, 1).flatten(1)

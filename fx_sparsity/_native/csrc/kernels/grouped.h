@@ -33,6 +33,13 @@ struct Runs {
         in_group((steps + kMostSteps - 1) / kMostSteps),
         count(groups * in_group) {}
 
+  // Runs of `length` steps each, over `all` of them.
+  static Runs even(int64_t length, int64_t all) {
+    Runs runs(8 * length, 1);
+    runs.count = all / length;
+    return runs;
+  }
+
   // Of run `i` of a group.
   int64_t length(int64_t i) const { return std::min(kMostSteps, steps - i * kMostSteps); }
 
@@ -50,7 +57,7 @@ struct Activations {
   Activations(const X* x, int64_t rows, int64_t columns, const Runs& runs, int64_t height, bool sum)
       : count((rows + height - 1) / height),
         height(height),
-        steps((columns + 7) / 8),
+        steps(runs.count / runs.in_group * runs.steps),
         runs(runs),
         values_(count * steps * height * 8),
         sums_(sum ? count * runs.count * height : 0) {
@@ -290,27 +297,32 @@ void multiply(
   });
 }
 
-// `packed.template operator()<Math>()` gives the weight's panels as Math, one of a level's
-// Arithmetics, reads them.
-template <template <class> class Arithmetics, class Packed>
-void linear(const Call& call, const Groups4& groups, const Packed& packed) {
+// Calls `work.template operator()<Math>(x, result)` with the arithmetic, one of a level's
+// Arithmetics, that activations ask for, and with these as it takes them.
+template <template <class> class Arithmetics, class Work>
+void with_arithmetic(const Call& call, const Work& work) {
   const auto by = [&]<class Cpu, class X>(Cpu, const X* x) {
     using Integer = typename Arithmetics<Cpu>::I4;
     using Float = typename Arithmetics<Cpu>::template F4<X>;
-    if (call.quantizer == Quantizer::none) {
-      return multiply<Float>(
-          packed.template operator()<Float>(), groups, x, call.columns, call.result);
-    }
+    if (call.quantizer == Quantizer::none) return work.template operator()<Float>(x, call.result);
     Result result = call.result;
     const Quantized q = quantize(x, result.rows, call.columns, call.quantizer);
     result.x_scale = q.scale.get();
     result.x_zero_point = q.zero_point.get();
-    multiply<Integer>(
-        packed.template operator()<Integer>(), groups, q.codes.get(), call.columns, result);
+    const uint8_t* const codes = q.codes.get();
+    work.template operator()<Integer>(codes, result);
   };
   with_cpu([&]<class Cpu>(Cpu cpu) {
     call.result.is_bfloat ? by(cpu, static_cast<const BFloat*>(call.x))
                           : by(cpu, static_cast<const float*>(call.x));
+  });
+}
+
+// `packed.template operator()<Math>()` gives the weight's panels as Math reads them.
+template <template <class> class Arithmetics, class Packed>
+void linear(const Call& call, const Groups4& groups, const Packed& packed) {
+  with_arithmetic<Arithmetics>(call, [&]<class Math>(const auto* x, const Result& result) {
+    multiply<Math>(packed.template operator()<Math>(), groups, x, call.columns, result);
   });
 }
 

@@ -34,8 +34,16 @@ struct BitmaskInt4 {
   const int64_t* offsets;  // where each panel's begin
 };
 
+// Blocks of 4 steps, each of 2 panels of 64 bytes, see nibbles.h; row of blocks by row of blocks.
+struct BlockInt4 {
+  const uint8_t* values;
+  const int32_t* index;    // of each block along the inputs
+  const int64_t* offsets;  // where the blocks of each row of blocks begin
+};
+
 void linear(const Call& call, const Groups4& groups, const DenseInt4& weight);
 void linear(const Call& call, const Groups4& groups, const NMInt4& weight);
 void linear(const Call& call, const Groups4& groups, const BitmaskInt4& weight);
+void linear(const Call& call, const Groups4& groups, const BlockInt4& weight);
 
 }  // namespace fx

@@ -80,5 +80,21 @@ Tensor bitmask_linear_int4(
       [&](const Call& call, const Groups4& groups) { fx::linear(call, groups, packed); });
 }
 
+Tensor block_linear_int4(
+    Tensor x, Tensor values, Tensor index, Tensor offsets, Tensor zero_points, Optional scale,
+    Optional row_sums, Optional bias, int64_t in_features, int64_t out_features,
+    std::string quantize_input, std::string activation) {
+  const int64_t rows = ceil_div(panels_of(out_features), 2);
+  BlockInt4 packed{};
+  packed.offsets =
+      static_cast<const int64_t*>(data_of("offsets", offsets, ScalarType::Long, rows + 1));
+  const int64_t blocks = packed.offsets[rows];
+  packed.index = static_cast<const int32_t*>(data_of("index", index, ScalarType::Int, blocks));
+  packed.values = bytes_of("values", values, blocks * 512);
+  return int4_linear(
+      x, zero_points, scale, row_sums, bias, in_features, out_features, quantize_input, activation,
+      [&](const Call& call, const Groups4& groups) { fx::linear(call, groups, packed); });
+}
+
 }  // namespace
 }  // namespace fx::ops

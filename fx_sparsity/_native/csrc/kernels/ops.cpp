@@ -32,6 +32,7 @@ STABLE_TORCH_LIBRARY_IMPL(fx_sparsity, CPU, m) {
   m.impl("dense_linear.int4", TORCH_BOX(&fx::ops::dense_linear_int4));
   m.impl("nm_linear.int4", TORCH_BOX(&fx::ops::nm_linear_int4));
   m.impl("bitmask_linear.int4", TORCH_BOX(&fx::ops::bitmask_linear_int4));
+  m.impl("block_linear.int4", TORCH_BOX(&fx::ops::block_linear_int4));
   m.impl("row_pruned_embedding", TORCH_BOX(&fx::ops::row_pruned_embedding));
   m.impl("row_pruned_embedding_bag", TORCH_BOX(&fx::ops::row_pruned_embedding_bag));
 }

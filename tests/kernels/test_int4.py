@@ -86,7 +86,7 @@ def cases(draw):
 
 @pytest.mark.parametrize("packing", sorted(INT4))
 @given(case=cases())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_packs_exactly_and_multiplies(packing, case):
     assert KERNELS.ready(), KERNELS.state()
     weight, scale, zero_point = made(packing, *case["made"])
@@ -105,20 +105,42 @@ def test_packs_exactly_and_multiplies(packing, case):
         check_layer(module, weight, scale, x)
 
 
-@pytest.mark.parametrize("packing", sorted(INT4))
-@pytest.mark.parametrize("quantizer", ["none", "token_affine"])
-def test_operator(packing, quantizer):
-    """Fake, gradient and export as torch wants them; and plain torch gives the same."""
+def called(packing, quantizer):
+    """The operator, and operands."""
     weight, scale, zero_point = made(packing, 37, 2, 32, True)
     module = SparseLinear.from_dense(
         weight, packing=packing, scale=scale, zero_point=zero_point, quantize_input=quantizer
     )
     x = torch.randn(3, 64, requires_grad=True)
     rest = (module.scale, module.row_sums, torch.randn(37), 64, 37, quantizer, "gelu")
-    operands = (x, *module.parts().values(), *rest)
-    torch.library.opcheck(linear_operator(INT4[packing]), operands)
+    return linear_operator(INT4[packing]), (x, *module.parts().values(), *rest)
+
+
+@pytest.mark.parametrize("packing", sorted(INT4))
+@pytest.mark.parametrize("quantizer", ["none", "token_affine"])
+def test_plain_torch_gives_the_same(packing, quantizer):
+    operator, operands = called(packing, quantizer)
     plain = plain_linear(INT4[packing], *operands)
-    torch.testing.assert_close(linear_operator(INT4[packing])(*operands), plain)
+    torch.testing.assert_close(operator(*operands), plain)
+    plain.sum().backward()
+    gradient = operands[0].grad.clone()
+    operands[0].grad = None
+    operator(*operands).sum().backward()
+    if quantizer == "none":
+        torch.testing.assert_close(operands[0].grad, gradient)
+
+
+OPERATORS = [
+    pytest.param(packing, quantizer, marks=[] if quick else [pytest.mark.exhaustive])
+    for packing in sorted(INT4)
+    for quantizer in ("none", "token_affine")
+    for quick in [(packing, quantizer) == ("bitmask_int4", "token_affine")]
+]
+
+
+@pytest.mark.parametrize(("packing", "quantizer"), OPERATORS)
+def test_opcheck(packing, quantizer):
+    torch.library.opcheck(*called(packing, quantizer))
 
 
 @pytest.mark.parametrize("packing", sorted(INT4))

@@ -16,7 +16,11 @@ from fx_sparsity.kernels.nm import NMPacking
 from fx_sparsity.kernels.panels import PackingError
 from fx_sparsity.kernels.semi_structured import SemiStructuredPacking
 
-__all__ = ["INT4", "PACKINGS", "Int4Packing", "Packing", "PackingError", "packing_for"]
+__all__ = ["DENSE", "INT4", "PACKINGS", "Int4Packing", "Packing", "PackingError", "packing_for"]
+
+
+DENSE = "dense"
+"""How the names of packings begin that leave nothing out."""
 
 
 class Packing(Protocol):

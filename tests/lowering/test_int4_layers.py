@@ -17,6 +17,7 @@ from torchao.quantization import (
 import fx_sparsity as fxs
 from fx_sparsity.lowering import check_packed, timing
 from fx_sparsity.lowering.layers import DenseLinear
+from fx_sparsity.lowering.policy import _fastest, _up_to_dense
 
 CONFIGS = {
     "dynamic": Int8DynamicActivationIntxWeightConfig(
@@ -107,6 +108,20 @@ def test_reports_call_dense_what_is_dense():
     model, _ = quantized("dynamic", None)
     _, report = fxs.lower(model, (X,), policy="always")
     assert "2 of 2 weights lowered, 2 of them by kernels for dense weights" in report.summary
+
+
+@pytest.mark.parametrize(("sparse", "chosen"), [(2.5, "nm_int4"), (2.01, "dense_int4")])
+def test_what_dense_does_as_well_is_left_to_dense(sparse, chosen):
+    def timed(gain):
+        return {1: timing.Timing("eager", 100.0, 100.0 / gain, gain, gain)}
+
+    choice = _fastest({"nm_int4": timed(sparse), "dense_int4": timed(2.0)}, False)
+    assert choice.packing == chosen
+
+
+def test_packings_larger_than_dense_are_not_tried():
+    assert _up_to_dense(["nm_int4", "dense_int4", "bitmask_int4"]) == ["nm_int4", "dense_int4"]
+    assert _up_to_dense(["nm", "bitmask"]) == ["nm", "bitmask"]
 
 
 def test_dense_forms_of_torch_are_timed_as_well():

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fx_sparsity.kernels import group_scales, int4, panels
+from fx_sparsity.kernels.native import packs_natively
 from fx_sparsity.kernels.panels import PackingError, ceil_div, expect, expect_parts
 
 _PADDING = 64
@@ -39,6 +40,33 @@ class BitmaskInt4Packing:
 
     def pack(self, weight: Tensor, zero_point: Tensor | None = None) -> dict[str, Tensor]:
         """Pack [out, in] that is not refused; what its zero point stands for is not kept."""
+        if zero_point is None and packs_natively(weight):
+            return self._pack_natively(weight)
+        return self._pack_plainly(weight, zero_point)
+
+    def _pack_natively(self, weight: Tensor) -> dict[str, Tensor]:
+        """Without zero points a stream is what "bitmask" makes of its inputs alone."""
+        steps = ceil_div(weight.shape[1], 8)
+        full = pad(weight, (0, 8 * steps - weight.shape[1])).unflatten(1, (steps, 2, 4))
+        halves = [full[:, :, half].flatten(1).contiguous() for half in range(2)]
+        counts = torch.empty(2, panels.panel_count(weight.shape), dtype=torch.int64)
+        for half, count in zip(halves, counts, strict=True):
+            torch.ops.fx_sparsity.count_panels(half, count)
+        offsets = pad(counts.amax(0).cumsum(0), (1, 0))
+        mask = torch.empty(2, counts.shape[1], steps, 8, dtype=torch.uint8)
+        streams = weight.new_zeros(2, int(offsets[-1]))
+        for half, bits, stream in zip(halves, mask, streams, strict=True):
+            torch.ops.fx_sparsity.pack_panels(half, 0, 0, offsets, bits, stream)
+        low, high = streams.view(torch.uint8)
+        return {
+            "mask": mask.permute(1, 2, 0, 3).flatten(2).contiguous(),
+            "values": pad(low & 15 | high << 4, (0, _PADDING)),
+            "offsets": offsets,
+            "zero_points": int4.zero_points_part(None),
+        }
+
+    def _pack_plainly(self, weight: Tensor, zero_point: Tensor | None) -> dict[str, Tensor]:
+        """What `pack` does, in plain torch and on any device."""
         kept = _streams(int4.to_steps(weight)) != 0
         offsets = _offsets(kept)
         place = _places(kept, offsets)[kept]

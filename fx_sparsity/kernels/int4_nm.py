@@ -10,6 +10,13 @@ from fx_sparsity.kernels import group_scales, int4, panels
 from fx_sparsity.kernels.panels import LANES, PackingError, ceil_div, expect, expect_parts
 
 _N, _M = 2, 4
+_PLACES = torch.tensor(
+    [
+        ([i for i in range(_M) if kept >> i & 1] + [i for i in range(_M) if not kept >> i & 1])[:_N]
+        for kept in range(2**_M)
+    ]
+).sort(-1)[0]
+"""[16, 2]: for four bits that say what is kept, these or, where they are fewer, zeros as well."""
 _PADDING = 16
 """Bytes that a kernel may read past the last step."""
 
@@ -43,9 +50,9 @@ class NMInt4Packing:
         """Pack [out, in] that is not refused."""
         if reason := self.refusal(weight, zero_point):
             raise PackingError(f"{self.name}: {reason}")
-        zeros = _fours(weight) == 0
-        # What is kept, then as many zeros as are needed, in their order.
-        place = zeros.to(torch.uint8).argsort(stable=True, dim=-1)[..., :_N].sort(-1).values
+        bits = torch.tensor([1, 2, 4, 8], dtype=torch.uint8, device=weight.device)
+        which = ((_fours(weight) != 0) * bits).sum(-1, dtype=torch.uint8)
+        place = _PLACES.to(weight.device)[which.int()]
         code = _fours(int4.codes_of(weight, zero_point)).gather(-1, place) & 15
         fields = (code.int() << 2 | place.int()).flatten(-2)  # [panels, steps, 16, 4]
         bits = (fields << torch.tensor([0, 6, 12, 18], dtype=torch.int32)).sum(-1, keepdim=True)

@@ -143,6 +143,16 @@ def test_opcheck(packing, quantizer):
     torch.library.opcheck(*called(packing, quantizer))
 
 
+@pytest.mark.parametrize("shape", [(37, 2, 32), (20, 1, 61), (16, 1, 8), (1, 1, 1)])
+def test_a_mask_is_packed_as_in_plain_torch(shape):
+    assert KERNELS.ready(), KERNELS.state()
+    weight, _, _ = made("bitmask_int4", *shape, False)
+    packing = INT4["bitmask_int4"]
+    plain = packing._pack_plainly(weight, None)
+    for name, part in packing.pack(weight).items():
+        assert torch.equal(part, plain[name]), name
+
+
 @pytest.mark.parametrize("packing", sorted(INT4))
 def test_state_and_dtypes(packing):
     """A state dict may bring other zeros, groups and dtypes of scales; conversions leave codes be."""

@@ -94,8 +94,8 @@ struct Activations {
 #pragma GCC unroll 8
       for (int j = 0; j < 8; j++) convert(row[Math::place(j)], to[j]);
     }
-    const int64_t rest = row ? columns % 8 : 0;
-    for (int64_t step = whole; step < steps; step++, to += height * 8) {
+    int64_t rest = row ? columns % 8 : 0;
+    for (int64_t step = whole; step < steps; step++, to += height * 8, rest = 0) {
       for (int j = 0; j < 8; j++) {
         const int place = Math::place(j);
         place < rest ? convert(row[place], to[j]) : void(to[j] = Input{});

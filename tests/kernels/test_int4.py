@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fx_sparsity._native import KERNELS
@@ -84,7 +84,18 @@ def cases(draw):
     }
 
 
+EDGE = {
+    "made": (33, 1, 1, True, 0),
+    "quantizer": "none",
+    "dtype": torch.float32,
+    "tokens": 1,
+    "level": LEVELS[0],
+}
+"""A block of which all but one input lie behind the edge."""
+
+
 @pytest.mark.parametrize("packing", sorted(INT4))
+@example(case=EDGE)
 @given(case=cases())
 @settings(max_examples=40, deadline=None)
 def test_packs_exactly_and_multiplies(packing, case):

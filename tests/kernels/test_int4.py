@@ -141,15 +141,15 @@ def test_plain_torch_gives_the_same(packing, quantizer):
         torch.testing.assert_close(operands[0].grad, gradient)
 
 
-OPERATORS = [
-    pytest.param(packing, quantizer, marks=[] if quick else [pytest.mark.exhaustive])
-    for packing in sorted(INT4)
-    for quantizer in ("none", "token_affine")
-    for quick in [(packing, quantizer) == ("bitmask_int4", "token_affine")]
-]
+@pytest.mark.parametrize("packing", sorted(INT4))
+def test_schema_and_fake(packing):
+    utils = ("test_schema", "test_faketensor", "test_autograd_registration")
+    torch.library.opcheck(*called(packing, "token_affine"), test_utils=utils)
 
 
-@pytest.mark.parametrize(("packing", "quantizer"), OPERATORS)
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("packing", sorted(INT4))
+@pytest.mark.parametrize("quantizer", ["none", "token_affine"])
 def test_opcheck(packing, quantizer):
     torch.library.opcheck(*called(packing, quantizer))
 

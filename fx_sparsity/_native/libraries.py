@@ -13,7 +13,19 @@ def _levels() -> list[str]:
     return ["-DFX_EVERY_LEVEL"] if "FX_SPARSITY_CPU" in os.environ else []
 
 
-_KERNELS = ("ops", "block", "bitmask", "embedding", "expanded", "activations", "pack")
+_KERNELS = (
+    "ops",
+    "block",
+    "int4",
+    "int4_nm",
+    "int4_bitmask",
+    "int4_block",
+    "bitmask",
+    "embedding",
+    "expanded",
+    "activations",
+    "pack",
+)
 """Those that take longest to compile first, so that no processor is left with one of them."""
 
 MASKS = Library("masks", [_CSRC / "masks" / "ops.cpp"])

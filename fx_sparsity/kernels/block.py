@@ -93,15 +93,7 @@ class BlockPacking:
         rows, columns = _grid(shape, dtype, values.shape[2], values.shape[1])
         panels.expect("index", index, (values.shape[0],), torch.int32)
         panels.expect("offsets", offsets, (rows + 1,), torch.int64)
-        ends = int(offsets[0]) == 0 and int(offsets[-1]) == len(values)
-        if not ends or bool((offsets.diff() < 0).any()):
-            raise PackingError("offsets do not lead from the first block to the last")
-        if bool(((index < 0) | (index >= columns)).any()):
-            raise PackingError(f"index leads out of the {columns} blocks of a row")
-        starts = torch.zeros(len(values) + 1, dtype=torch.bool, device=index.device)
-        starts[offsets] = True
-        if bool(((index.diff() <= 0) & ~starts[1 : len(index)]).any()):
-            raise PackingError("index does not increase within a row")
+        panels.expect_rows_of_blocks(index, offsets, columns)
         inside = self.unpack(parts, shape, dtype).count_nonzero()
         if int(inside) != int(values.count_nonzero()):
             raise PackingError(f"values hold elements outside of {list(shape)}")

@@ -6,10 +6,11 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from fx_sparsity.kernels import group_scales
 from fx_sparsity.kernels.activations import ACTIVATIONS, QUANTIZERS
 from fx_sparsity.kernels.ops import expect_input, linear_operator
 from fx_sparsity.kernels.packed_module import PackedModule
-from fx_sparsity.kernels.packings import PACKINGS, Packing, PackingError
+from fx_sparsity.kernels.packings import INT4, PACKINGS, Packing, PackingError
 
 
 class SparseLinear(PackedModule):
@@ -24,12 +25,14 @@ class SparseLinear(PackedModule):
         in_features: size of the last dimension of the activations.
         out_features: size of the last dimension of the result.
         packing: a key of `PACKINGS`.
-        weight_dtype: of the packed values: fp32, bf16 or int8; on CUDA fp16 and float8, too.
+        weight_dtype: of the weight: fp32, bf16 or int8, 4-bit codes being int8 as well; on CUDA
+            fp16 and float8, too.
         quantize_input: one of "none" (activations as they are), for int8 weights
             "token_symmetric", "token_affine" and "tensor_affine", and for float8 weights, which
             have no other, "token_float8"; see `activations.quantize`.
         activation: one of "none", "relu", "gelu", "gelu_tanh", "silu".
-        scale: fp32 [out], one a row of int8 or float8 codes; else None.
+        scale: fp32 [out], one a row of int8 or float8 codes; of packings of 4-bit codes [panels,
+            groups, 16], see `group_scales`; else None.
         bias: [out], or None.
     """
 
@@ -73,6 +76,7 @@ class SparseLinear(PackedModule):
         *,
         packing: str,
         scale: Tensor | None = None,
+        zero_point: Tensor | None = None,
         quantize_input: str = "none",
         activation: str = "none",
     ) -> Self:
@@ -83,7 +87,10 @@ class SparseLinear(PackedModule):
                 codes, too.
             bias: [out], or None.
             packing: a key of `PACKINGS`.
-            scale: [out], what each row's codes are multiplied by; for codes only.
+            scale: [out], what each row's codes are multiplied by; for codes only. [out, groups]
+                for packings of 4-bit codes, by equal groups of a multiple of 8 inputs.
+            zero_point: int8 [out, groups], what was taken off 4-bit codes so that 0 is zero: they
+                are stored with it. None where that was nothing.
             quantize_input: how activations are quantized for codes.
             activation: applied to the result.
 
@@ -95,15 +102,22 @@ class SparseLinear(PackedModule):
         _expect_one_of("quantize_input", quantize_input, ("none", *QUANTIZERS))
         _expect_one_of("activation", activation, ACTIVATIONS)
         weight = weight.detach()
-        if reason := PACKINGS[packing].refusal(weight):
-            raise PackingError(f"{packing}: {reason}")
         for name, vector in (("bias", bias), ("scale", scale)):
-            if vector is not None and vector.shape != weight.shape[:1]:
+            grouped = name == "scale" and packing in INT4 and vector is not None
+            if vector is not None and not grouped and vector.shape != weight.shape[:1]:
                 raise ValueError(
                     f"{name} is {list(vector.shape)}, expected [{weight.shape[0]}], one an output"
                 )
             if vector is not None and vector.device != weight.device:
                 raise ValueError(f"{name} is on {vector.device}, the weight on {weight.device}")
+        if packing in INT4:
+            return cls._from_int4(
+                weight, bias, packing, scale, zero_point, quantize_input, activation
+            )
+        if zero_point is not None:
+            raise ValueError(f"packing {packing!r} takes no zero points, only {', '.join(INT4)} do")
+        if reason := PACKINGS[packing].refusal(weight):
+            raise PackingError(f"{packing}: {reason}")
         coded = weight.dtype in QUANTIZERS.values()
         if coded != (scale is not None):
             raise ValueError(f"a {weight.dtype} weight {'needs a' if coded else 'takes no'} scale")
@@ -122,6 +136,44 @@ class SparseLinear(PackedModule):
             packing=packing,
             scale=None if scale is None else scale.detach().float().contiguous(),
             row_sums=weight.sum(1, dtype=torch.int32) if codes == torch.int8 else None,
+            quantize_input=quantize_input,
+            activation=activation,
+        )
+
+    @classmethod
+    def _from_int4(
+        cls,
+        weight: Tensor,
+        bias: Tensor | None,
+        packing: str,
+        scale: Tensor | None,
+        zero_point: Tensor | None,
+        quantize_input: str,
+        activation: str,
+    ) -> Self:
+        """See `from_dense`."""
+        if scale is None:
+            raise ValueError("4-bit codes need a scale")
+        if QUANTIZERS.get(quantize_input) not in (None, torch.int8):
+            raise ValueError(f"4-bit codes do not go with quantize_input={quantize_input!r}")
+        by_output = scale.detach().view(len(scale), -1)
+        if reason := group_scales.refusal(by_output, weight.shape):
+            raise ValueError(reason)
+        if zero_point is not None and zero_point.shape != by_output.shape:
+            raise ValueError(
+                f"zero points are {list(zero_point.shape)}, scales {list(by_output.shape)}"
+            )
+        if reason := INT4[packing].refusal(weight, zero_point):
+            raise PackingError(f"{packing}: {reason}")
+        quantized = quantize_input != "none"
+        return cls(
+            INT4[packing].pack(weight, zero_point),
+            weight.shape,
+            weight.dtype,
+            bias,
+            packing=packing,
+            scale=group_scales.to_panels(group_scales.narrowed(by_output)),
+            row_sums=group_scales.weighted_sums(weight, by_output) if quantized else None,
             quantize_input=quantize_input,
             activation=activation,
         )
@@ -164,9 +216,7 @@ class SparseLinear(PackedModule):
         """See `PackedModule.check`."""
         if self._device.type == "meta":
             return
-        self._packing.check(self.parts(), self._shape, self.weight_dtype)
-        if self.row_sums is not None:
-            self._expect_sums(self.dense_codes(), self.row_sums)
+        self._expect_parts(self.parts(), self.scale, self.row_sums)
 
     def dense_codes(self) -> Tensor:
         """The weight as it was packed, [out, in], in `weight_dtype`; +0.0 for what was zero."""
@@ -175,7 +225,9 @@ class SparseLinear(PackedModule):
     def dense_weight(self) -> Tensor:
         """What the layer multiplies by, [out, in]: floats, or codes times their scale in fp32."""
         codes = self.dense_codes()
-        return codes if self.scale is None else codes.float() * self.scale.unsqueeze(1)
+        if self.scale is None:
+            return codes
+        return codes.float() * group_scales.expanded(self.scale, self._shape)
 
     @property
     def nbytes(self) -> int:
@@ -204,8 +256,24 @@ class SparseLinear(PackedModule):
     def _shape(self) -> torch.Size:
         return torch.Size((self.out_features, self.in_features))
 
-    def _expect_sums(self, codes: Tensor, row_sums: Tensor) -> None:
-        if not torch.equal(codes.sum(1, dtype=torch.int32), row_sums):
+    def _expect_parts(
+        self, parts: Mapping[str, Tensor], scale: Tensor | None, row_sums: Tensor | None
+    ) -> None:
+        """Raise PackingError unless a kernel can read them, and they go together."""
+        self._packing.check(parts, self._shape, self.weight_dtype)
+        grouped = self.packing in INT4
+        if grouped and scale is not None:
+            group_scales.check(scale, parts["zero_points"], self._shape)
+        if row_sums is None:
+            return
+        codes = self._packing.unpack(parts, self._shape, self.weight_dtype)
+        if not grouped:
+            agree = torch.equal(codes.sum(1, dtype=torch.int32), row_sums)
+        else:
+            assert scale is not None
+            by_output = group_scales.from_panels(scale, self.out_features)
+            agree = torch.allclose(group_scales.weighted_sums(codes, by_output), row_sums)
+        if not agree:
             raise PackingError("row_sums are not the sums of the packed codes")
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
@@ -214,17 +282,18 @@ class SparseLinear(PackedModule):
         found = {name: state_dict[prefix + name] for name in names if prefix + name in state_dict}
         if len(found) == len(names):
             try:
-                self._packing.check(found, self._shape, self.weight_dtype)
-                if self.row_sums is not None and prefix + "row_sums" in state_dict:
-                    codes = self._packing.unpack(found, self._shape, self.weight_dtype)
-                    self._expect_sums(codes, state_dict[prefix + "row_sums"])
+                scale, sums = (state_dict.get(prefix + name) for name in ("scale", "row_sums"))
+                sums = sums if self.row_sums is not None else None
+                self._expect_parts(found, self.scale if scale is None else scale, sums)
             except PackingError as error:
                 rest[-1].append(f"{prefix[:-1] or 'SparseLinear'}: {error}")
                 return
+            if self.packing in INT4 and scale is not None:  # groups, and dtype, may be others
+                found = {**found, "scale": scale}
             for name, part in found.items():
                 own = getattr(self, name)
-                if own.shape != part.shape:
-                    setattr(self, name, own.new_empty(part.shape))
+                if own.shape != part.shape or own.dtype != part.dtype:
+                    setattr(self, name, own.new_empty(part.shape, dtype=part.dtype))
         super()._load_from_state_dict(state_dict, prefix, *rest)
         self._settle()
 

@@ -28,12 +28,17 @@ def libraries() -> tuple[Path, Path]:
 
 
 def cpu_kernel(name: str, x: Tensor) -> Callable[..., Tensor] | None:
-    """The operator `name`, with its namespace, once the library gave it a kernel for `x`."""
+    """The operator `name`, with namespace and overload, once the library gave it a kernel for `x`.
+
+    The overload called "default" goes without saying.
+    """
     # Private, since torch.library tells of no kernels; without it plain torch would call itself.
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     if x.device.type == "cpu" and KERNELS.ready() and has_kernel(name, "CPU"):
         namespace, _, operator = name.partition("::")
-        return getattr(getattr(torch.ops, namespace), operator).default
+        operator, _, overload = operator.partition(".")
+        packet = getattr(getattr(torch.ops, namespace), operator)
+        return getattr(packet, overload or "default")
     return None
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from fx_sparsity.kernels import group_scales
 from fx_sparsity.kernels.activations import ACTIVATIONS, activation_gradient, quantize
 from fx_sparsity.kernels.native import cpu_kernel
 from fx_sparsity.kernels.packings import PACKINGS, Packing
@@ -28,9 +29,10 @@ def linear_operator(packing: Packing) -> Linear:
     """The operator that multiplies by a packed weight.
 
     Schema, after x [..., in] and the packing's parts:
-        scale: fp32 [out], of int8 or float8 codes; None for other weights.
-        row_sums: int32 [out], sums of the codes of each output; None unless activations are
-            quantized to integers.
+        scale: fp32 [out], of int8 or float8 codes; of 4-bit codes fp32 or bf16 [panels, groups,
+            16], see `group_scales`; None for other weights.
+        row_sums: int32 [out], sums of the codes of each output, or, of 4-bit codes, fp32 [out],
+            sums of what they stand for; None unless activations are quantized to integers.
         bias: of the dtype of x, [out]; or None.
         in_features, out_features: the shape of the weight.
         quantize_input: "none", or one of `QUANTIZERS`.
@@ -104,9 +106,13 @@ def plain_linear(packing: Packing, x: Tensor, *rest: Any) -> Tensor:
     else:
         codes, x_scale, zero_point = quantize(x, quantizer)
         weight = _unpacked(packing, parts, shape)
-        # Exact: sums of products of 8-bit numbers fit into the 53 bits of a double.
-        product = linear(codes.double() - zero_point, weight.double())
-        y = product.float() * (x_scale * scale)
+        codes = codes.double() - zero_point
+        if scale.dim() == 1:
+            # Exact: sums of products of 8-bit numbers fit into the 53 bits of a double.
+            y = linear(codes, weight.double()).float() * (x_scale * scale)
+        else:
+            factors = weight.double() * group_scales.expanded(scale, shape)
+            y = linear(codes, factors).float() * x_scale
     if bias is not None:
         y = y + bias.float()
     return ACTIVATIONS[activation](y).to(x.dtype)
@@ -123,7 +129,7 @@ def _dense(
 ) -> Tensor:
     """The weight in fp32, scaled if it consists of codes."""
     weight = _unpacked(packing, parts, shape).float()
-    return weight if scale is None else weight * scale.unsqueeze(1)
+    return weight if scale is None else weight * group_scales.expanded(scale, shape)
 
 
 def expect_input(x: Tensor, in_features: int) -> None:

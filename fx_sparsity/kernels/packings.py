@@ -8,11 +8,19 @@ from torch import Tensor
 
 from fx_sparsity.kernels.bitmask import BitmaskPacking
 from fx_sparsity.kernels.block import BlockPacking
+from fx_sparsity.kernels.int4 import DenseInt4Packing
+from fx_sparsity.kernels.int4_bitmask import BitmaskInt4Packing
+from fx_sparsity.kernels.int4_block import BlockInt4Packing
+from fx_sparsity.kernels.int4_nm import NMInt4Packing
 from fx_sparsity.kernels.nm import NMPacking
 from fx_sparsity.kernels.panels import PackingError
 from fx_sparsity.kernels.semi_structured import SemiStructuredPacking
 
-__all__ = ["PACKINGS", "Packing", "PackingError", "packing_for"]
+__all__ = ["DENSE", "INT4", "PACKINGS", "Int4Packing", "Packing", "PackingError", "packing_for"]
+
+
+DENSE = "dense"
+"""How the names of packings begin that leave nothing out."""
 
 
 class Packing(Protocol):
@@ -60,12 +68,44 @@ class Packing(Protocol):
         ...
 
 
+class Int4Packing(Packing, Protocol):
+    """A packing of 4-bit codes, which may have zero points by groups; see int4.py."""
+
+    def refusal(self, weight: Tensor, zero_point: Tensor | None = None) -> str | None:
+        """See `Packing`; the weight is what codes have beyond `zero_point`, int8 [out, groups]."""
+        ...
+
+    def pack(self, weight: Tensor, zero_point: Tensor | None = None) -> dict[str, Tensor]:
+        """See `refusal`."""
+        ...
+
+
+INT4: dict[str, Int4Packing] = {
+    packing.name: packing
+    for packing in (
+        BitmaskInt4Packing(),
+        NMInt4Packing(),
+        BlockInt4Packing(),
+        DenseInt4Packing(),
+    )
+}
+"""Those that take 4-bit codes alone."""
+
 PACKINGS: dict[str, Packing] = {
     packing.name: packing
     for packing in (BitmaskPacking(), NMPacking(), BlockPacking(), SemiStructuredPacking())
 }
+PACKINGS.update(INT4)
 
 
-def packing_for(name: str, device: torch.device) -> str:
-    """The packing that `name` means where a weight lies: "nm" has a layout of its own on CUDA."""
+def packing_for(name: str, device: torch.device, in_groups: bool = False) -> str:
+    """The packing that `name` means for a weight.
+
+    Args:
+        name: of a packing; "nm" has a layout of its own on CUDA.
+        device: where the weight lies.
+        in_groups: whether it has scales by groups, for which the packings of 4-bit codes are.
+    """
+    if in_groups and f"{name}_int4" in INT4:
+        return f"{name}_int4"
     return SemiStructuredPacking.name if name == NMPacking.name and device.type == "cuda" else name

@@ -101,3 +101,22 @@ def expect_parts(parts: Mapping[str, Tensor], names: tuple[str, ...]) -> None:
     if len({part.device for part in parts.values()}) > 1:
         where = ", ".join(f"{name} on {part.device}" for name, part in parts.items())
         raise PackingError(f"parts lie on several devices: {where}")
+
+
+def expect_rows_of_blocks(index: Tensor, offsets: Tensor, columns: int) -> None:
+    """Raise PackingError unless blocks lie in rows of `columns`, each once, in ascending order.
+
+    Args:
+        index: int32 [blocks], the position of each in its row.
+        offsets: int64 [rows + 1], where each row's blocks begin, and where the last end.
+        columns: blocks of a row.
+    """
+    ends = int(offsets[0]) == 0 and int(offsets[-1]) == len(index)
+    if not ends or bool((offsets.diff() < 0).any()):
+        raise PackingError("offsets do not lead from the first block to the last")
+    if bool(((index < 0) | (index >= columns)).any()):
+        raise PackingError(f"index leads out of the {columns} blocks of a row")
+    starts = torch.zeros(len(index) + 1, dtype=torch.bool, device=index.device)
+    starts[offsets] = True
+    if bool(((index.diff() <= 0) & ~starts[1 : len(index)]).any()):
+        raise PackingError("index does not increase within a row")

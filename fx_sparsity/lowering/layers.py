@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
+from fx_sparsity.kernels import group_scales, int4
 from fx_sparsity.kernels.activations import QUANTIZERS
-from fx_sparsity.kernels.packings import PACKINGS
+from fx_sparsity.kernels.packings import INT4, PACKINGS
 from fx_sparsity.kernels.semi_structured import SemiStructuredPacking
 from fx_sparsity.lowering.lowered import LoweredLinear
 from fx_sparsity.patterns import Role
@@ -31,7 +32,9 @@ class DenseLinear:
     Attributes:
         weight: [out, in]: floating, or int8 or float8 codes of which 0 means zero.
         bias: [out], or None.
-        scale: of the codes, float32 [out]; None where the weight is floating.
+        scale: of the codes, float32 [out], or [out, groups] of codes of 4 bits; None where the
+            weight is floating.
+        zero_point: int8 [out, groups], what was taken off 4-bit codes; None where nothing was.
         quantize_input: how its activations are quantized, as `SparseLinear.from_dense` takes it.
         activation: that the layer applies to its result, as `SparseLinear.from_dense` takes it.
         input_dtype: of the activations, as far as the weight tells.
@@ -46,11 +49,18 @@ class DenseLinear:
     activation: str = "none"
     input_dtype: torch.dtype = torch.float32
     from_codes: bool = False
+    zero_point: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
-        """Of the weight and its scales."""
-        return self.weight.nbytes + (0 if self.scale is None else self.scale.nbytes)
+        """Of the weight with its scales and zero points."""
+        tensors = (self.weight, self.scale, self.zero_point)
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+    @property
+    def in_groups(self) -> bool:
+        """Whether its scales are those of groups of inputs, as 4-bit codes have them."""
+        return self.scale is not None and self.scale.dim() == 2
 
     @property
     def density(self) -> float:
@@ -80,7 +90,10 @@ class DenseLinear:
 
     @property
     def dtype(self) -> str:
-        """Of the weight, such as `float32`."""
+        """Of the weight, such as `float32`, or `int4 by 64`."""
+        if self.in_groups:
+            assert self.scale is not None
+            return f"int4 by {self.shape[1] // self.scale.shape[1]}"
         return str(self.weight.dtype).removeprefix("torch.")
 
     @property
@@ -98,7 +111,7 @@ class DenseLinear:
 
     def candidates(self) -> tuple[dict[str, LoweredLinear], list[str]]:
         """The layer in each packing that fits, by its name; and why the others do not."""
-        refusals = {name: self.refusal(name) for name in PACKINGS}
+        refusals = {name: self.refusal(name) for name in (INT4 if self.in_groups else PACKINGS)}
         fitting = {name: self.pack(name) for name, refusal in refusals.items() if refusal is None}
         return fitting, [f"{name}: {refusal}" for name, refusal in refusals.items() if refusal]
 
@@ -110,6 +123,10 @@ class DenseLinear:
                 return f"no kernel for CUDA, where {known!r} is the packing of 2:4"
             if self.scale is not None and self.quantize_input == "none":
                 return f"no kernel for weight-only {self.dtype}"
+        if packing in INT4:
+            return INT4[packing].refusal(self.weight, self.zero_point)
+        if self.in_groups:
+            return f"one scale an output is what it takes; for groups there are {', '.join(INT4)}"
         return PACKINGS[packing].refusal(self.weight)
 
     def pack(self, packing: str, tied: LoweredLinear | None = None) -> LoweredLinear:
@@ -128,6 +145,7 @@ class DenseLinear:
                 self.bias,
                 packing=packing,
                 scale=self.scale,
+                zero_point=self.zero_point,
                 quantize_input=self.quantize_input,
                 activation=self.activation,
             )
@@ -146,13 +164,22 @@ class DenseLinear:
     @classmethod
     def unpack(cls, packed: LoweredLinear) -> "DenseLinear":
         """What `pack` was given: exact for every kept value, +0.0 for the others."""
+        scale, zero_point = packed.scale, None
+        if packed.packing in INT4:
+            assert scale is not None
+            outputs = packed.out_features
+            scale = group_scales.from_panels(scale, outputs).float()
+            zero_points = packed.parts()["zero_points"]
+            if zero_points.numel():
+                zero_point = group_scales.from_panels(zero_points, outputs)
         return cls(
             packed.dense_codes(),
             packed.bias,
-            packed.scale,
+            scale,
             packed.quantize_input,
             packed.activation,
             torch.float32 if packed.scale is not None else packed.weight_dtype,
+            zero_point=zero_point,
         )
 
 
@@ -229,7 +256,7 @@ class TransposedLinear(FloatLinear):
 
 
 class TorchAOLinear(FloatLinear):
-    """`nn.Linear` whose weight is one of torchao's tensors: 8 bits, one scale an output."""
+    """`nn.Linear` whose weight is one of torchao's: 8 bits by outputs, or 4 bits by groups."""
 
     def covers(self, module: nn.Module) -> bool:
         """See `Kind`."""
@@ -250,9 +277,8 @@ class TorchAOLinear(FloatLinear):
 
     def restore(self, template: Any, layer: DenseLinear) -> nn.Module:
         """See `Kind`."""
-        assert layer.scale is not None
         module, description = template
-        weight = restore_torchao(description, layer.weight, layer.scale)
+        weight = restore_torchao(description, layer)
         return super().restore(module, replace(layer, weight=weight))
 
 
@@ -276,9 +302,8 @@ class TransposedTorchAOLinear(FloatLinear):
 
     def restore(self, template: Any, layer: DenseLinear) -> nn.Module:
         """See `Kind`."""
-        assert layer.scale is not None
         module, description = template
-        weight = _turned(restore_torchao(description, layer.weight, layer.scale))
+        weight = _turned(restore_torchao(description, layer))
         return super().restore(module, replace(layer, weight=weight))
 
 
@@ -366,8 +391,10 @@ _HOOKS = (
 
 def read_torchao(weight: Any) -> DenseLinear | str:
     """The layer, without its bias, whose weight is one of torchao's; or why it has no kernel."""
-    from torchao.quantization import Float8Tensor, Int8Tensor
+    from torchao.quantization import Float8Tensor, Int8Tensor, IntxUnpackedToInt8Tensor
 
+    if isinstance(weight, IntxUnpackedToInt8Tensor):
+        return _read_intx(weight)
     if not isinstance(weight, Int8Tensor | Float8Tensor):
         return f"a {type(weight).__name__} has no kernel"
     if weight.ndim != 2 or tuple(weight.scale.shape) != (len(weight), 1):
@@ -387,6 +414,36 @@ def read_torchao(weight: Any) -> DenseLinear | str:
     scale = weight.scale.detach().float().flatten()
     codes = weight.qdata.detach()
     return DenseLinear(codes, None, scale, quantize_input, input_dtype=weight.dtype)
+
+
+_INTX_INPUTS = {None: "none", "int8_asym_per_token": "token_affine"}
+"""How torchao's `Intx` tensors say that activations are quantized -> one of `QUANTIZERS`."""
+
+
+def _read_intx(weight: Any) -> DenseLinear | str:
+    """See `read_torchao`: integers of up to 4 bits, an int8 each, with scales by groups."""
+    if weight.ndim != 2 or weight.block_size[0] != 1:
+        return f"scales of blocks {tuple(weight.block_size)} have no kernel"
+    if weight.zero_point.is_floating_point():
+        return "zero points that are no integers have no kernel"
+    quantizer = _INTX_INPUTS.get(weight.activation_quantization)
+    if quantizer is None:
+        return f"activations quantized as {weight.activation_quantization} have no kernel"
+    codes, scale = weight.qdata.detach(), weight.scale.detach().float()
+    if refused := group_scales.refusal(scale, codes.shape):
+        return refused
+    zero_point: Tensor | None = weight.zero_point.detach().to(torch.int8)
+    assert zero_point is not None
+    if bool(zero_point.any()):
+        offsets = group_scales.expanded(zero_point, codes.shape)
+        if bool((codes.int() - offsets != codes - offsets).any()):
+            return "codes differ from their zero points by more than 8 bits hold"
+        codes = codes - offsets
+    else:
+        zero_point = None
+    return DenseLinear(
+        codes, None, scale, quantizer, input_dtype=weight.dtype, zero_point=zero_point
+    )
 
 
 def _int8_quantizer(kwargs: Any) -> str | None:
@@ -412,17 +469,33 @@ def _float8_quantizer(kwargs: Any) -> str | None:
 
 def describe_torchao(weight: Any) -> tuple[Any, dict[str, Any]]:
     """What `restore_torchao` needs besides codes and scales."""
-    names = (*weight.tensor_attribute_names, *weight.optional_tensor_attribute_names)
+    optional = getattr(weight, "optional_tensor_attribute_names", ())
+    names = (*weight.tensor_attribute_names, *optional)
     described = {name: getattr(weight, name) for name in names}
-    if hasattr(weight, "zero_point"):
+    if "zero_point" in weight.tensor_data_names:
+        described["scale_dtype"] = weight.scale.dtype
+        described["zero_point_dtype"] = weight.zero_point.dtype
+    elif hasattr(weight, "zero_point"):
         described["zero_point"] = weight.zero_point
     return type(weight), described
 
 
-def restore_torchao(description: tuple[Any, dict[str, Any]], codes: Tensor, scale: Tensor) -> Any:
+def restore_torchao(description: tuple[Any, dict[str, Any]], layer: DenseLinear) -> Any:
     """One of torchao's tensors, as it was before it was lowered."""
     kind, described = description
-    return kind(qdata=codes, scale=scale.view(-1, 1), **described)
+    assert layer.scale is not None
+    codes, scale = layer.weight, layer.scale.view(len(layer.weight), -1)
+    if "scale_dtype" not in described:
+        return kind(qdata=codes, scale=scale, **described)
+    described = dict(described)
+    dtypes = (described.pop("scale_dtype"), described.pop("zero_point_dtype"))
+    zero_point = torch.zeros_like(scale) if layer.zero_point is None else layer.zero_point
+    return kind(
+        qdata=int4.codes_of(codes, layer.zero_point),
+        scale=scale.to(dtypes[0]),
+        zero_point=zero_point.to(dtypes[1]),
+        **described,
+    )
 
 
 def _turned(weight: Any) -> Any:

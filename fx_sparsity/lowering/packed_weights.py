@@ -12,12 +12,13 @@ from torch.export import ExportedProgram
 
 from fx_sparsity.graph.calls import bind
 from fx_sparsity.graph.sources import module_source
+from fx_sparsity.kernels import group_scales
 from fx_sparsity.kernels.embedding import RowPrunedEmbedding, RowPrunedEmbeddingBag
 from fx_sparsity.kernels.embedding_ops import BAG, LOOKUP
 from fx_sparsity.kernels.linear import SparseLinear
 from fx_sparsity.kernels.ops import NAMESPACE
 from fx_sparsity.kernels.packed_module import PackedModule
-from fx_sparsity.kernels.packings import PACKINGS, Packing, PackingError
+from fx_sparsity.kernels.packings import INT4, PACKINGS, Packing, PackingError
 from fx_sparsity.kernels.row_table import RowTable
 from fx_sparsity.lowering.lowered import LoweredLinear
 from fx_sparsity.lowering.rewrite import KERNELS
@@ -26,6 +27,8 @@ from fx_sparsity.verification.stored import StoredWeight
 
 _BY_OPERATOR = {f"{NAMESPACE}.{p.operator}": p for p in PACKINGS.values()}
 _LOOKUPS = {f"{NAMESPACE}.{name}.default" for name in (LOOKUP, BAG)}
+_DIFFERENCES = (-15, 15)
+"""Of 4-bit codes and zero points."""
 _AGAIN = re.compile(r"__\d+$")
 """What `LowerNodes` adds to the name of a weight that has several nodes."""
 
@@ -223,18 +226,21 @@ def _stored(
     fqn: str, path: str, packing: Packing, codes: Tensor, scale: Tensor | None, names: list[str]
 ) -> StoredWeight:
     """An [out, in] weight that lies in `packing`; float8 codes are read as their values."""
-    integers = codes.dtype == torch.int8
-    column = None if scale is None else scale.view(-1, 1)
+    integers, four_bits = codes.dtype == torch.int8, packing.name in INT4
+    column = None if scale is None else group_scales.expanded(scale, codes.shape)
+    by = "per-channel symmetric, axis 0"
+    if four_bits:
+        by = "by groups of inputs, codes less their zero points"
     return StoredWeight(
         fqn,
         f"{path}.weight".removeprefix("."),
-        str(codes.dtype).removeprefix("torch."),
-        f"packed as {packing.name}" + ("" if scale is None else ", per-channel symmetric, axis 0"),
+        "int4" if four_bits else str(codes.dtype).removeprefix("torch."),
+        f"packed as {packing.name}" + ("" if scale is None else f", {by}"),
         codes if integers or column is None else codes.float(),
         _refuses(fqn),
         column,
         None if column is None else torch.zeros_like(column),
-        (-128, 127) if integers else None,
+        _DIFFERENCES if four_bits else (-128, 127) if integers else None,
         roles=("out", "in"),
         made_of=tuple(names),
     )

@@ -8,13 +8,15 @@ from torch import nn
 
 from fx_sparsity.errors import FxSparsityError
 from fx_sparsity.graph.selector import Selector, matches, type_name
-from fx_sparsity.kernels.packings import PACKINGS, packing_for
+from fx_sparsity.kernels.packings import DENSE, PACKINGS, packing_for
 from fx_sparsity.lowering import timing
 from fx_sparsity.lowering.dense_tables import ROWS, DenseTable, Lookup
 from fx_sparsity.lowering.layers import DenseLinear
 from fx_sparsity.lowering.lowered import LoweredLinear
 
 AUTO, ALWAYS = "auto", "always"
+_AS_WELL = 1.02
+"""A dense packing of ours is taken where it is no more than so many times slower than sparse."""
 Rule = str | None
 """`"auto"`, `"always"`, the name of a packing, or None for a weight that stays dense."""
 Rules = Mapping[str | type[nn.Module], Rule]
@@ -141,7 +143,8 @@ class Policy:
         if rule not in (AUTO, ALWAYS):
             if linear != (rule in PACKINGS):
                 return Choice(None, reason=f"{rule!r} is no packing for it")
-            packing = packing_for(rule, layer.device)
+            in_groups = isinstance(layer, DenseLinear) and layer.in_groups
+            packing = packing_for(rule, layer.device, in_groups)
             if (refusal := layer.refusal(packing)) is not None:
                 raise LoweringError(f"{fqn}: packing {packing!r} cannot hold it: {refusal}")
             return Choice(packing)
@@ -150,6 +153,7 @@ class Policy:
             return Choice(None, reason="; ".join(refusals))
         names = sorted(fitting, key=lambda name: fitting[name].nbytes)
         smaller = [name for name in names if fitting[name].nbytes < layer.nbytes]
+        smaller = _up_to_dense(smaller)
         if not smaller:
             least = fitting[names[0]].nbytes
             return Choice(None, reason=not_smaller(names[0], least, layer.nbytes))
@@ -176,6 +180,12 @@ class Policy:
             self._read.update(measured)
 
 
+def _up_to_dense(names: Sequence[str]) -> list[str]:
+    """Packings in ascending size, without those that a dense one undercuts."""
+    dense = next((i for i, name in enumerate(names) if name.startswith(DENSE)), len(names))
+    return list(names[: dense + 1])
+
+
 def _fastest(timed: Mapping[str, Mapping[int, timing.Timing]], keep_dense: bool) -> Choice:
     """The packing that takes the least time where it beats dense; with why, if none does."""
 
@@ -195,6 +205,9 @@ def _fastest(timed: Mapping[str, Mapping[int, timing.Timing]], keep_dense: bool)
     winners = [name for name in timed if reach(name) == largest]
     if winners:
         best = min(winners, key=total)
+        dense = next((name for name in winners if name.startswith(DENSE)), best)
+        if total(dense) <= _AS_WELL * total(best):
+            best = dense
         return Choice(best, _gains(timed[best]))
     best = max(timed, key=lambda name: (reach(name), -total(name)))
     if keep_dense and reach(best):

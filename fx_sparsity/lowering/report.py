@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from fx_sparsity.kernels.packings import DENSE
 from fx_sparsity.reports import Bytes, Share, Table, WeightReport
 
 
@@ -104,8 +105,10 @@ class LoweringReport(WeightReport[LoweredWeight]):
     def summary(self) -> str:
         """How many weights have a kernel, and what that takes."""
         before, after = self.bytes_before / 2**20, self.bytes_after / 2**20
+        dense = sum(row.kernel is not None and row.kernel.startswith(DENSE) for row in self.rows)
+        kernels = f", {dense} of them by kernels for dense weights" if dense else ""
         return (
-            f"{len(self.lowered)} of {len(self)} weights lowered; "
+            f"{len(self.lowered)} of {len(self)} weights lowered{kernels}; "
             f"{before:.3g} MiB of weights before, {after:.3g} MiB after"
         )
 

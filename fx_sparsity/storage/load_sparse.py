@@ -220,7 +220,8 @@ def _pack(layer: DenseLinear | DenseTable, form: str) -> LoweredLinear | Lookup 
     """A layer in the packing that goes with its format in the file; or why it stays dense."""
     packings = [ROWS]
     if isinstance(layer, DenseLinear):
-        packings = [packing_for(name, layer.device) for name in _PACKINGS.get(form, ("bitmask",))]
+        names = _PACKINGS.get(form, ("bitmask",))
+        packings = [packing_for(name, layer.device, layer.in_groups) for name in names]
     refusals = {packing: layer.refusal(packing) for packing in packings}
     fitting = next((packing for packing, refusal in refusals.items() if refusal is None), None)
     if fitting is None:

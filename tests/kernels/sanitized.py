@@ -7,10 +7,18 @@ import pytest
 import torch
 
 from fx_sparsity._native import KERNELS, compiler
-from fx_sparsity.kernels import PACKINGS, PackingError, RowPrunedEmbedding, RowPrunedEmbeddingBag
+from fx_sparsity.kernels import (
+    PACKINGS,
+    PackingError,
+    RowPrunedEmbedding,
+    RowPrunedEmbeddingBag,
+    SparseLinear,
+)
 from fx_sparsity.kernels.embedding_ops import MODES
+from fx_sparsity.kernels.packings import INT4
 from tests.kernels.levels import LEVELS
 from tests.kernels.test_embedding import STORED, table
+from tests.kernels.test_int4 import made
 from tests.kernels.test_linear import layer, sparse
 
 SHAPES = [(1, 1), (16, 16), (17, 5), (40, 67), (33, 1030)]
@@ -35,6 +43,22 @@ def layers():
                             yield layer(packing, shape, density, dtype, quantize_input=quantizer)
 
 
+def four_bits():
+    for packing in sorted(INT4):
+        for quantizer in ("none", "token_affine"):
+            for affine in (False, True):
+                for shape in ((37, 2, 32), (20, 1, 61), (70, 3, 8), (16, 1, 1030), (1, 1, 1)):
+                    weight, scale, zero_point = made(packing, *shape, affine)
+                    if INT4[packing].refusal(weight, zero_point) is None:
+                        yield SparseLinear.from_dense(
+                            weight,
+                            packing=packing,
+                            scale=scale,
+                            zero_point=zero_point,
+                            quantize_input=quantizer,
+                        )
+
+
 def corrupt(module, source):
     """Flip bits of one part; whether the check lets that through."""
     parts = {name: part.clone() for name, part in module.parts().items()}
@@ -55,7 +79,7 @@ def corrupt(module, source):
 def linears(source):
     """Layers that ran, and corrupt ones that were refused."""
     ran = refused = 0
-    for module in layers():
+    for module in (*layers(), *four_bits()):
         for tokens in (1, 3, 7, 16, 29):
             run(module, tokens)
             ran += 1

@@ -149,12 +149,21 @@ inputs, expected = torch.load(pair)
 torch.testing.assert_close(torch._inductor.aoti_load_package(package)(*inputs), expected)
 assert "fx_sparsity" not in sys.modules
 for name in OPERATORS:
-    print(getattr(torch.ops.fx_sparsity, name).default._schema)
+    operator, _, overload = name.partition(".")
+    packet = getattr(torch.ops.fx_sparsity, operator)
+    print(getattr(packet, overload or "default")._schema)
 """
 OPERATORS = (
     *("bitmask_linear", "nm_linear", "block_linear"),
+    *("bitmask_linear.int4", "nm_linear.int4", "block_linear.int4", "dense_linear.int4"),
     *("row_pruned_embedding", "row_pruned_embedding_bag"),
 )
+
+
+def schema(name):
+    """Of one of `OPERATORS`."""
+    operator, _, overload = name.partition(".")
+    return str(getattr(getattr(torch.ops.fx_sparsity, operator), overload or "default")._schema)
 
 
 def test_a_package_runs_in_a_process_without_this_code(lowered, tmp_path):
@@ -169,7 +178,7 @@ def test_a_package_runs_in_a_process_without_this_code(lowered, tmp_path):
     # As the documentation quotes it.
     assert re.fullmatch(r"Could not find schema for fx_sparsity::\w+\.", missing)
     # What the library defines is what Python does.
-    assert schemas == [str(getattr(torch.ops.fx_sparsity, n).default._schema) for n in OPERATORS]
+    assert schemas == [schema(name) for name in OPERATORS]
 
 
 def test_an_exported_program_is_verified_by_its_path(exported):

@@ -61,12 +61,16 @@ const void* data_of(const char* name, const Optional& part, ScalarType dtype, in
   return part ? data_of(name, *part, dtype, size) : nullptr;
 }
 
-// Checks what all operators share, and runs `kernel(call)`.
-template <class Kernel>
-Tensor linear(
-    Tensor x, Dtype weight, const Optional& scale, const Optional& row_sums, const Optional& bias,
-    int64_t in_features, int64_t out_features, const std::string& quantize_input,
-    const std::string& activation, const Kernel& kernel) {
+// The result, and a call without what it needs to know of the weight.
+struct Prepared {
+  Tensor x, y;
+  Call call;
+};
+
+// Checks what all operators share.
+Prepared prepare(
+    Tensor x, const Optional& bias, int64_t in_features, int64_t out_features,
+    const std::string& quantize_input, const std::string& activation) {
   const ScalarType dtype = x.scalar_type();
   const bool is_bfloat = dtype == ScalarType::BFloat16;
   STD_TORCH_CHECK(
@@ -76,16 +80,6 @@ Tensor linear(
       x.dim() > 0 && x.size(x.dim() - 1) == in_features, "the last dimension of the activations is ",
       "not ", in_features);
   STD_TORCH_CHECK(in_features > 0 && out_features > 0, "the weight has no elements");
-  const Quantizer quantizer = quantizer_of(quantize_input);
-  const bool coded = weight == Dtype::i8, quantized = quantizer != Quantizer::none;
-  STD_TORCH_CHECK(
-      coded || weight == (is_bfloat ? Dtype::bf16 : Dtype::f32),
-      "activations and weight differ in dtype");
-  STD_TORCH_CHECK(coded == scale.has_value(), "int8 weights, and only they, have a scale");
-  STD_TORCH_CHECK(
-      quantized == row_sums.has_value() && (coded || !quantized),
-      "quantized activations need an int8 weight and its row_sums, others take none");
-
   if (!x.is_contiguous()) x = torch::stable::contiguous(x);
   std::vector<int64_t> shape(x.dim(), out_features);
   for (int64_t d = 0; d + 1 < x.dim(); d++) shape[d] = x.size(d);
@@ -94,21 +88,40 @@ Tensor linear(
   Call call{};
   call.x = x.const_data_ptr();
   call.columns = in_features;
-  call.weight = weight;
-  call.quantizer = quantizer;
+  call.quantizer = quantizer_of(quantize_input);
   Result& result = call.result;
   result.y = y.mutable_data_ptr();
   result.is_bfloat = is_bfloat;
   result.rows = x.numel() / in_features;
   result.outputs = out_features;
-  result.scale =
-      static_cast<const float*>(data_of("scale", scale, ScalarType::Float, out_features));
-  result.row_sums =
-      static_cast<const int32_t*>(data_of("row_sums", row_sums, ScalarType::Int, out_features));
   result.bias = data_of("bias", bias, dtype, out_features);
   result.activation = activation_of(activation);
-  if (result.rows) kernel(call);
-  return y;
+  return {x, y, call};
+}
+
+// Checks what operators of weights with a scale an output share, and runs `kernel(call)`.
+template <class Kernel>
+Tensor linear(
+    Tensor x, Dtype weight, const Optional& scale, const Optional& row_sums, const Optional& bias,
+    int64_t in_features, int64_t out_features, const std::string& quantize_input,
+    const std::string& activation, const Kernel& kernel) {
+  Prepared made = prepare(x, bias, in_features, out_features, quantize_input, activation);
+  Call& call = made.call;
+  const bool coded = weight == Dtype::i8, quantized = call.quantizer != Quantizer::none;
+  STD_TORCH_CHECK(
+      coded || weight == (call.result.is_bfloat ? Dtype::bf16 : Dtype::f32),
+      "activations and weight differ in dtype");
+  STD_TORCH_CHECK(coded == scale.has_value(), "int8 weights, and only they, have a scale");
+  STD_TORCH_CHECK(
+      quantized == row_sums.has_value() && (coded || !quantized),
+      "quantized activations need an int8 weight and its row_sums, others take none");
+  call.weight = weight;
+  call.result.scale =
+      static_cast<const float*>(data_of("scale", scale, ScalarType::Float, out_features));
+  call.result.row_sums =
+      static_cast<const int32_t*>(data_of("row_sums", row_sums, ScalarType::Int, out_features));
+  if (call.result.rows) kernel(call);
+  return made.y;
 }
 
 Tensor bitmask_linear(

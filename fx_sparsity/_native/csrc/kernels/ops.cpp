@@ -6,6 +6,7 @@
 
 #include "embedding_ops.h"
 #include "fail.h"
+#include "int4_ops.h"
 #include "linear_ops.h"
 #include "pack_ops.h"
 
@@ -28,6 +29,10 @@ STABLE_TORCH_LIBRARY_IMPL(fx_sparsity, CPU, m) {
   m.impl("bitmask_linear", TORCH_BOX(&fx::ops::bitmask_linear));
   m.impl("nm_linear", TORCH_BOX(&fx::ops::nm_linear));
   m.impl("block_linear", TORCH_BOX(&fx::ops::block_linear));
+  m.impl("dense_linear.int4", TORCH_BOX(&fx::ops::dense_linear_int4));
+  m.impl("nm_linear.int4", TORCH_BOX(&fx::ops::nm_linear_int4));
+  m.impl("bitmask_linear.int4", TORCH_BOX(&fx::ops::bitmask_linear_int4));
+  m.impl("block_linear.int4", TORCH_BOX(&fx::ops::block_linear_int4));
   m.impl("row_pruned_embedding", TORCH_BOX(&fx::ops::row_pruned_embedding));
   m.impl("row_pruned_embedding_bag", TORCH_BOX(&fx::ops::row_pruned_embedding_bag));
 }

@@ -19,6 +19,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fx_sparsity, m) {
   define_linear(m, "bitmask_linear(Tensor x, Tensor mask, Tensor values, Tensor offsets");
   define_linear(m, "nm_linear(Tensor x, Tensor mask, Tensor values");
   define_linear(m, "block_linear(Tensor x, Tensor values, Tensor index, Tensor offsets");
+  define_linear(m, "dense_linear.int4(Tensor x, Tensor values, Tensor zero_points");
+  define_linear(m, "nm_linear.int4(Tensor x, Tensor values, Tensor zero_points");
+  define_linear(
+      m,
+      "bitmask_linear.int4(Tensor x, Tensor mask, Tensor values, Tensor offsets, "
+      "Tensor zero_points");
+  define_linear(
+      m,
+      "block_linear.int4(Tensor x, Tensor values, Tensor index, Tensor offsets, "
+      "Tensor zero_points");
   m.def(
       "row_pruned_embedding(Tensor indices, Tensor rows, Tensor? affine, Tensor remap, int columns, "
       "str dtype) -> Tensor");

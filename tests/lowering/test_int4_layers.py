@@ -1,0 +1,144 @@
+"""Layers of 4 bits: what torchao makes of them is lowered, verified, saved and put back."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torchao.quantization import (
+    Int8DynamicActivationIntxWeightConfig,
+    IntxWeightOnlyConfig,
+    MappingType,
+    PerAxis,
+    PerGroup,
+    quantize_,
+)
+
+import fx_sparsity as fxs
+from fx_sparsity.lowering import check_packed, timing
+from fx_sparsity.lowering.layers import DenseLinear
+from fx_sparsity.lowering.policy import _fastest, _up_to_dense
+
+CONFIGS = {
+    "dynamic": Int8DynamicActivationIntxWeightConfig(
+        weight_dtype=torch.int4, weight_granularity=PerGroup(32)
+    ),
+    "weight only": IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(64)),
+    "channels": IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerAxis(0)),
+    "affine": Int8DynamicActivationIntxWeightConfig(
+        weight_dtype=torch.int4,
+        weight_granularity=PerGroup(32),
+        weight_mapping_type=MappingType.ASYMMETRIC,
+    ),
+}
+RULES = {"2:4": "nm", "unstructured 50%": "bitmask", "block:32x32 50%": "block", None: "dense_int4"}
+X = torch.randn(3, 128, generator=torch.Generator().manual_seed(0))
+
+
+def quantized(name, mapping, dtype=torch.float32):
+    """A pruned model in 4 bits, and its record."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 64)).to(dtype).eval()
+    record = None
+    if mapping is not None:
+        sparsifier = fxs.WeightNormSparsifier()
+        model = fxs.prepare(model, sparsifier, (X.to(dtype),), mapping)
+        sparsifier.step()
+        model, record = fxs.squash(model, sparsifier)
+    quantize_(model, CONFIGS[name])
+    return model, record
+
+
+QUICK = [("affine", "2:4"), ("dynamic", "unstructured 50%"), ("channels", "block:32x32 50%")]
+CASES = [
+    pytest.param(name, mapping, marks=[] if quick else [pytest.mark.exhaustive])
+    for name in sorted(CONFIGS)
+    for mapping in RULES
+    for quick in [(name, mapping) in [*QUICK, ("weight only", None)]]
+]
+
+
+@pytest.mark.parametrize(("name", "mapping"), CASES)
+def test_lowered_verified_saved_and_put_back(name, mapping, tmp_path):
+    dtype = torch.bfloat16 if name == "weight only" else torch.float32
+    model, record = quantized(name, mapping, dtype)
+    x, before = X.to(dtype), copy.deepcopy(model)
+    one_group = name == "channels"
+    rule = RULES[mapping] + ("_int4" if one_group and mapping is not None else "")
+    lowered, report = fxs.lower(copy.deepcopy(model), (x,), policy=rule)
+    assert {row.kernel for row in report.rows} == {RULES[mapping].removesuffix("_int4") + "_int4"}
+    assert report.bytes_after < 0.8 * report.bytes_before
+    torch.testing.assert_close(lowered(x), before(x), atol=0.03, rtol=0.03)
+    check_packed(lowered)
+    if record is not None:
+        assert fxs.verify(lowered, record).ok
+    fxs.save(lowered, tmp_path / "model.safetensors")
+    again, _ = fxs.lower(copy.deepcopy(model), (x,), policy=rule)
+    again[0].values.zero_()
+    fxs.load(tmp_path / "model.safetensors", again)
+    assert torch.equal(again(x), lowered(x))
+    dense = fxs.unlower(lowered)
+    for place in (0, 2):
+        found, wanted = dense[place].weight, before[place].weight
+        for part in ("qdata", "scale", "zero_point"):
+            assert torch.equal(getattr(found, part), getattr(wanted, part))
+    assert torch.equal(dense(x), before(x))
+
+
+def test_a_file_is_loaded_into_packings_of_four_bits(tmp_path):
+    model, _ = quantized("dynamic", "2:4")
+    fxs.save(model, tmp_path / "model.safetensors")
+    target, _ = quantized("dynamic", None)
+    fxs.load_sparse(tmp_path / "model.safetensors", target)
+    assert target[0].packing in ("nm_int4", "bitmask_int4")
+    torch.testing.assert_close(target(X), model(X))
+
+
+def test_an_exported_program_calls_the_operator():
+    model, record = quantized("dynamic", "2:4")
+    wanted = model(X)
+    lowered, _ = fxs.lower(model, (X,), policy="nm")
+    program = torch.export.export(lowered, (X,))
+    check_packed(program)
+    assert fxs.verify(program, record).ok
+    torch.testing.assert_close(program.module()(X), wanted)
+
+
+def test_reports_call_dense_what_is_dense():
+    model, _ = quantized("dynamic", None)
+    _, report = fxs.lower(model, (X,), policy="always")
+    assert "2 of 2 weights lowered, 2 of them by kernels for dense weights" in report.summary
+
+
+@pytest.mark.parametrize(("sparse", "chosen"), [(2.5, "nm_int4"), (2.01, "dense_int4")])
+def test_what_dense_does_as_well_is_left_to_dense(sparse, chosen):
+    def timed(gain):
+        return {1: timing.Timing("eager", 100.0, 100.0 / gain, gain, gain)}
+
+    choice = _fastest({"nm_int4": timed(sparse), "dense_int4": timed(2.0)}, False)
+    assert choice.packing == chosen
+
+
+def test_packings_larger_than_dense_are_not_tried():
+    assert _up_to_dense(["nm_int4", "dense_int4", "bitmask_int4"]) == ["nm_int4", "dense_int4"]
+    assert _up_to_dense(["nm", "bitmask"]) == ["nm", "bitmask"]
+
+
+def test_dense_forms_of_torch_are_timed_as_well():
+    codes = torch.randint(-7, 8, (64, 64), dtype=torch.int8)
+    layer = DenseLinear(codes, scale=torch.rand(64, 2))
+    forms = timing._dense_forms(layer, torch.bfloat16)
+    assert "_weight_int4pack_mm" in forms
+    make, _ = forms["_weight_int4pack_mm"]
+    x = torch.randn(2, 64).bfloat16()
+    scale = layer.scale.bfloat16().float().repeat_interleave(32, 1)
+    wanted = x.float() @ (codes * scale).T
+    torch.testing.assert_close(make(layer)(x).float(), wanted, atol=0.05, rtol=0.05)
+
+
+def test_eight_bits_by_groups_stay_dense():
+    model = nn.Sequential(nn.Linear(128, 64))
+    quantize_(model, IntxWeightOnlyConfig(weight_dtype=torch.int8, granularity=PerGroup(32)))
+    _, report = fxs.lower(model, (X,), policy="always")
+    (reason,) = report.dense.values()
+    assert "four bits hold -8 to 7" in reason

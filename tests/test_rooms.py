@@ -26,7 +26,7 @@ ROOMS = [
         "sparsifier",
         "graph",
     ),
-    *("verification", "quantization", "pruning", "kernels", "lowering", "passes"),
+    *("verification", "quantization", "pruning", "training", "kernels", "lowering", "passes"),
     *("storage", "checkpoints"),
     *("reporting", "compat", "cli", "env"),
 ]

@@ -89,11 +89,9 @@ class Sparsify:
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         """The gradients are there, or a closure will compute them within the step."""
-        del optimizer
-        closure = kwargs.get("closure", args[0] if args else None)
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is not None:
-            kwargs = {**kwargs, "closure": self._followed(closure)}
-            return args[1:], kwargs
+            return (optimizer,), {**kwargs, "closure": self._followed(closure)}
         if not self._looked and not self._skipped():
             self.after_backward()
         return None

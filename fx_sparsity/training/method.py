@@ -3,11 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fx_sparsity.masks import Rank, ScoreError, compute_mask
+from fx_sparsity.masks import ScoreError, compute_mask
 from fx_sparsity.patterns import Tiling
 from fx_sparsity.sparsifier import Mask, MaskError, WeightNormSparsifier
 from fx_sparsity.sparsifier.core import roles_of
@@ -154,7 +153,9 @@ class TrainingMethod(WeightNormSparsifier):
         return placements
 
     def _check_mask(self, name: str, mask: Mask) -> None:
-        if self.through and (not isinstance(mask, ThroughMask) or self.wide != mask.through.ndim > 0):
+        if self.through and (
+            not isinstance(mask, ThroughMask) or self.wide != mask.through.ndim > 0
+        ):
             raise MaskError(
                 f"{name}: its mask lets no gradients through as {type(self).__name__} needs; "
                 "prepare the module itself, and `squash` or `unprepare` what masked it before"

@@ -1,7 +1,29 @@
 """Sparse training: algorithms that move masks while a model trains, and what drives them."""
 
+from fx_sparsity.training.drop_and_grow import DropAndGrow
+from fx_sparsity.training.elsa import ELSA
+from fx_sparsity.training.evolution import SET
+from fx_sparsity.training.gradual import GradualMagnitude
 from fx_sparsity.training.method import TrainingMethod
+from fx_sparsity.training.movement import Movement, SoftMovement
+from fx_sparsity.training.rigl import SEFT, RigL
 from fx_sparsity.training.sparsify import Sparsify
+from fx_sparsity.training.straight_through import StraightThrough
 from fx_sparsity.training.through_mask import ThroughMask
+from fx_sparsity.training.top_kast import TopKAST
 
-__all__ = ["Sparsify", "ThroughMask", "TrainingMethod"]
+__all__ = [
+    "ELSA",
+    "SEFT",
+    "SET",
+    "DropAndGrow",
+    "GradualMagnitude",
+    "Movement",
+    "RigL",
+    "SoftMovement",
+    "Sparsify",
+    "StraightThrough",
+    "ThroughMask",
+    "TopKAST",
+    "TrainingMethod",
+]

@@ -177,9 +177,8 @@ class TrainingMethod(WeightNormSparsifier):
         return placements
 
     def _check_mask(self, name: str, mask: Mask) -> None:
-        if self.through and (
-            not isinstance(mask, ThroughMask) or self.wide != mask.through.ndim > 0
-        ):
+        fits = isinstance(mask, ThroughMask) and mask.through.ndim == self.wide * mask.mask.ndim
+        if self.through and not fits:
             raise MaskError(
                 f"{name}: its mask lets no gradients through as {type(self).__name__} needs; "
                 "prepare the module itself, and `squash` or `unprepare` what masked it before"

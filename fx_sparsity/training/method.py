@@ -43,6 +43,10 @@ class TrainingMethod(WeightNormSparsifier):
     """Whether the masks have to let gradients of masked elements through."""
     wide = False
     """Whether they do so element by element."""
+    scheduled = True
+    """Whether levels are what is asked for, so that a schedule may move them."""
+    returns = False
+    """Whether a masked element may come back with the value that it had."""
 
     def __init__(
         self, every: int = 100, begin: int = 0, end: int | None = None, norm: Norm = "L1"
@@ -62,8 +66,12 @@ class TrainingMethod(WeightNormSparsifier):
 
     def is_due(self, step: int) -> bool:
         """Whether masks move after `step` steps of the optimizer."""
-        started = step >= self.begin and (step - self.begin) % self.every == 0
-        return started and (self.end is None or step < self.end)
+        due = step >= self.begin and (step - self.begin) % self.every == 0
+        return due and not self.is_frozen(step)
+
+    def is_frozen(self, step: int) -> bool:
+        """Whether masks move no more after `step` steps."""
+        return self.end is not None and step >= self.end
 
     def wants_gradients(self, step: int) -> bool:
         """Whether the gradients of step `step`, the first is 0, are to reach masked elements.
@@ -116,20 +124,36 @@ class TrainingMethod(WeightNormSparsifier):
         self, module: nn.Module, tensor_name: str, **config: Any
     ) -> None:
         """See `BaseSparsifier.update_mask`."""
+        del config
         name = self.name_of(module, tensor_name)
-        weight = self.get_tensor(name)
-        pattern, level = self.pattern_of(config)
-        tiling = pattern.tiling(weight.shape, roles_of(config, weight.ndim))
         try:
-            self.get_mask(name).copy_(self.choose(name, weight, tiling, level))
+            self.get_mask(name).copy_(self.choose(name, self.get_tensor(name), *self.asks(name)))
         except ScoreError as error:
             raise ScoreError(f"{name}: {error}") from error
+
+    def asks(self, name: str) -> tuple[Tiling, float]:
+        """A weight's pattern in storage dimensions, and its level now."""
+        weight, config = self.get_tensor(name), self.config_of(name)
+        pattern, level = self.pattern_of(config)
+        return pattern.tiling(weight.shape, roles_of(config, weight.ndim)), level
 
     # -- masks and state -------------------------------------------------------------------------
 
     def live(self) -> dict[str, Tensor]:
         """FQN -> original, of the weights whose masks are not squashed."""
         return {name: self.get_tensor(name) for name in self.names if not self.is_squashed(name)}
+
+    def gradients(self) -> dict[str, Tensor]:
+        """FQN -> gradient of the original, of the weights that have one; edit them in place."""
+        found = {name: weight.grad for name, weight in self.live().items()}
+        return {name: gradient for name, gradient in found.items() if gradient is not None}
+
+    def recall(self, name: str, key: str) -> Tensor | None:
+        """A tensor that the method keeps of a weight, on its device; part of the state."""
+        counters, device = self.state[name].counters, self.get_tensor(name).device
+        if key in counters and counters[key].device != device:
+            counters[key] = counters[key].to(device)
+        return counters.get(key)
 
     def keep(self, name: str) -> Tensor:
         """The mask of a weight as a boolean tensor."""
@@ -153,9 +177,8 @@ class TrainingMethod(WeightNormSparsifier):
         return placements
 
     def _check_mask(self, name: str, mask: Mask) -> None:
-        if self.through and (
-            not isinstance(mask, ThroughMask) or self.wide != mask.through.ndim > 0
-        ):
+        fits = isinstance(mask, ThroughMask) and mask.through.ndim == self.wide * mask.mask.ndim
+        if self.through and not fits:
             raise MaskError(
                 f"{name}: its mask lets no gradients through as {type(self).__name__} needs; "
                 "prepare the module itself, and `squash` or `unprepare` what masked it before"
@@ -169,6 +192,11 @@ class TrainingMethod(WeightNormSparsifier):
         super()._live_in(model)
         self.let_through()
 
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        state["attributes"] = {**state["attributes"], "optimizer": None}
+        return state
+
     def state_dict(self) -> dict[str, Any]:
         """See `BaseSparsifier.state_dict`; `trained` goes with it."""
         return {**super().state_dict(), "trained": self.trained}
@@ -181,3 +209,8 @@ class TrainingMethod(WeightNormSparsifier):
         except BaseException:
             self.trained = before
             raise
+
+
+def at_least_float32(scores: Tensor) -> Tensor:
+    """Scores of a lower precision as float32, so that fewer of them are equal."""
+    return scores.float() if scores.dtype.itemsize < 4 else scores

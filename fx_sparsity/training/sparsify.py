@@ -8,6 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fx_sparsity.sparsifier import BaseScheduler, MaskError
+from fx_sparsity.training.beforehand import check_schedule, check_weights
 from fx_sparsity.training.method import TrainingMethod
 
 
@@ -24,11 +25,15 @@ class Sparsify:
     Args:
         model: with the method's masks; wrapped or not.
         method: has prepared the model.
-        optimizer: trains it; made before the masks or after.
+        optimizer: trains it; made before the masks or after; wrapped, as by accelerate, or not.
         schedule: of the method's levels; None leaves them as they are configured.
+        steps: of the optimizer, that training is going to take; None if that is not known.
 
     Raises:
-        MaskError: a masked weight that the optimizer does not train; it is named.
+        MaskError: a masked weight that the optimizer does not train, that is frozen, or whose
+            gradients are sparse where the method needs them all; it is named.
+        ValueError: a schedule or a method that is not at its end when the masks freeze or training
+            ends, a schedule of another sparsifier, or one for a method that makes its own levels.
     """
 
     def __init__(
@@ -37,11 +42,15 @@ class Sparsify:
         method: TrainingMethod,
         optimizer: Optimizer,
         schedule: BaseScheduler | None = None,
+        steps: int | None = None,
     ) -> None:
+        while isinstance(wrapped := getattr(optimizer, "optimizer", None), Optimizer):
+            optimizer = wrapped
         self.model, self.method = model, method
         self.optimizer, self.schedule = optimizer, schedule
-        self._trained = method.live()
         self._check()
+        check_weights(method, optimizer)
+        check_schedule(method, schedule, steps)
         method.optimizer = optimizer
         self._looked = False
         if method.trained == 0 and method.is_due(0):
@@ -109,10 +118,9 @@ class Sparsify:
         self._looked = False
         if self._skipped():
             return
-        steps = self.method.steps
         with torch.no_grad():
             self.method.after_step()
-        if self.method.steps > steps:
+        if self.method.is_due(self.method.trained):
             self._reschedule()
 
     def _reschedule(self) -> None:

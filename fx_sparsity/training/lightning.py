@@ -1,6 +1,7 @@
 """`Sparsify` in Lightning; needs the package `lightning` or `pytorch_lightning`."""
 
 import importlib.util
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -43,11 +44,18 @@ class SparsifyCallback(Callback):  # type: ignore[misc]
         """Hang on the optimizer that trains the masked weights; load what was saved.
 
         Raises:
-            MaskError: a masked weight that this optimizer does not train.
+            MaskError, ValueError: see `Sparsify`.
         """
         if self._saved is not None:  # first of all: a method that begins would move masks
             self.method.load_state_dict(self._saved["method"])
-        self.run = Sparsify(pl_module, self.method, self._optimizer(trainer), self.schedule)
+        steps = trainer.estimated_stepping_batches
+        self.run = Sparsify(
+            pl_module,
+            self.method,
+            self._optimizer(trainer),
+            self.schedule,
+            None if math.isinf(steps) else int(steps),
+        )
         if self._saved is not None:
             self.run.load_state_dict(self._saved)
             self._saved = None

@@ -65,16 +65,16 @@ class SparsifyCallback(TrainerCallback):
         """Hang on the optimizer; in mid-training, load what was saved.
 
         Raises:
-            MaskError: a masked weight that the optimizer does not train.
+            MaskError, ValueError: see `Sparsify`.
             ResumeError: the state of the masks is not in the checkpoint.
         """
         del control
         saved = self._saved(args, state.global_step) if state.global_step else None
         if saved is not None:  # first of all: a method that begins would move masks, and momenta
             self.method.load_state_dict(saved["method"])
-        optimizer = kwargs["optimizer"]
-        optimizer = getattr(optimizer, "optimizer", optimizer)  # without what accelerate put around
-        self.run = Sparsify(kwargs["model"], self.method, optimizer, self.schedule)
+        self.run = Sparsify(
+            kwargs["model"], self.method, kwargs["optimizer"], self.schedule, state.max_steps
+        )
         if saved is not None:
             self.run.load_state_dict(saved)
 
@@ -104,8 +104,8 @@ class SparsifyCallback(TrainerCallback):
         folder = Path(given) if isinstance(given, str | Path) else _folder(args, step)
         if not (folder / STATE).exists():
             raise ResumeError(
-                f"training goes on after step {step}, but {folder} has no {STATE} with the state of "
-                "the masks; say resume_from= where the checkpoint is"
+                f"training goes on after step {step}, but {folder} has no {STATE} with the state "
+                "of the masks; say with resume_from= where the checkpoint is"
             )
         saved: dict[str, Any] = torch.load(folder / STATE, weights_only=True)
         return saved

@@ -9,12 +9,12 @@ from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 import fx_sparsity as fxs
-from fx_sparsity.training import TrainingMethod
+from fx_sparsity.training import GradualMagnitude, RigL
 from fx_sparsity.training.lightning import SparsifyCallback as LightningSparsify
 from fx_sparsity.training.trainer import ResumeError, SparsifyCallback
 
 NUMBERS = {"sparsity/density", "sparsity/threshold", "sparsity/churn"}
-METHODS = {"gradual": TrainingMethod}
+METHODS = {"gradual": GradualMagnitude, "rigl": RigL}
 
 
 def prepared(model, kind):
@@ -44,7 +44,7 @@ class Seen(TrainerCallback):
         self.logs.append(dict(logs))
 
 
-def trainer(folder, steps, kind, accumulate=2, checkpointing=True):
+def trainer(folder, kind, resume_from=None):
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=64,
@@ -58,20 +58,19 @@ def trainer(folder, steps, kind, accumulate=2, checkpointing=True):
     text = torch.randint(64, (16, 8), generator=torch.Generator().manual_seed(1))
     arguments = TrainingArguments(
         folder,
-        max_steps=steps,
+        max_steps=4,
         save_steps=2,
         logging_steps=1,
         per_device_train_batch_size=2,
-        gradient_accumulation_steps=accumulate,
-        activation_checkpointing=checkpointing,
+        gradient_accumulation_steps=2,
+        activation_checkpointing=True,
         learning_rate=1e-2,
-        lr_scheduler_type="constant",  # another length is no other schedule
         report_to=[],
         use_cpu=True,
         disable_tqdm=True,
     )
     rows = [{"input_ids": row, "labels": row} for row in text]
-    seen, callback = Seen(), SparsifyCallback(method, schedule)
+    seen, callback = Seen(), SparsifyCallback(method, schedule, resume_from)
     made = Trainer(model, arguments, train_dataset=rows, callbacks=[seen, callback])
     callback.attach(made)
     return made, model, method, seen
@@ -79,12 +78,11 @@ def trainer(folder, steps, kind, accumulate=2, checkpointing=True):
 
 @pytest.mark.parametrize("kind", sorted(METHODS))
 def test_a_trainer_resumes_in_the_middle_of_a_schedule(tmp_path, kind):
-    whole, model, method, seen = trainer(tmp_path / "whole", 4, kind)
+    whole, model, method, seen = trainer(tmp_path / "whole", kind)
     whole.train()
-    first, _, _, _ = trainer(tmp_path / "parts", 2, kind)
-    first.train()
-    second, resumed, again, _ = trainer(tmp_path / "parts", 4, kind)
-    second.train(resume_from_checkpoint=True)
+    half = tmp_path / "whole" / "checkpoint-2"
+    second, resumed, again, _ = trainer(tmp_path / "again", kind, half)
+    second.train(resume_from_checkpoint=str(half))
     same(model, resumed)
     assert method.trained == again.trained == 4
     training = [logs for logs in seen.logs if "loss" in logs]
@@ -98,12 +96,11 @@ def test_a_trainer_resumes_in_the_middle_of_a_schedule(tmp_path, kind):
 
 
 def test_a_checkpoint_without_the_state_of_the_masks_is_told(tmp_path):
-    first, _, _, _ = trainer(tmp_path, 2, "gradual")
+    first, _, _, _ = trainer(tmp_path / "first", "gradual")
     first.train()
-    (tmp_path / "checkpoint-2" / "sparsify.pt").unlink()
-    second, _, _, _ = trainer(tmp_path, 4, "gradual")
-    with pytest.raises(ResumeError, match=r"step 2, but .*checkpoint-2 has no sparsify.pt"):
-        second.train(resume_from_checkpoint=True)
+    second, _, _, _ = trainer(tmp_path / "second", "gradual")
+    with pytest.raises(ResumeError, match=r"step 2, but .*second/checkpoint-2 has no sparsify.pt"):
+        second.train(resume_from_checkpoint=str(tmp_path / "first" / "checkpoint-2"))
 
 
 # -- lightning -----------------------------------------------------------------------------------
@@ -137,39 +134,36 @@ class Numbers(lightning.loggers.Logger):
         pass
 
 
-def fit(folder, steps, kind, resume=None):
+def fit(folder, kind, resume=None):
     module = Module()
     method, schedule = prepared(module.net, kind)
     generator = torch.Generator().manual_seed(1)
     data = [
         (torch.randn(16, generator=generator), torch.randn(4, generator=generator))
-        for _ in range(16)  # two steps an epoch, where Lightning resumes exactly
+        for _ in range(16)
     ]
     logger = Numbers()
+    saved = lightning.callbacks.ModelCheckpoint(folder, "{step}", save_top_k=-1)
     made = lightning.Trainer(
-        max_steps=steps,
+        max_epochs=2,  # of two steps; Lightning resumes exactly at the end of one
         accumulate_grad_batches=2,
         gradient_clip_val=1.0,
         log_every_n_steps=1,
-        default_root_dir=folder,
-        callbacks=[LightningSparsify(method, schedule)],
+        callbacks=[LightningSparsify(method, schedule), saved],
         logger=logger,
         accelerator="cpu",
-        enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
     made.fit(module, DataLoader(data, batch_size=4), ckpt_path=resume)
-    made.save_checkpoint(folder / f"{steps}.ckpt")
     return module, method, logger
 
 
 @pytest.mark.filterwarnings("ignore:.*(num_workers|weights_only|isinstance).*")
 @pytest.mark.parametrize("kind", sorted(METHODS))
 def test_lightning_resumes_in_the_middle_of_a_schedule(tmp_path, kind):
-    module, method, logger = fit(tmp_path, 4, kind)
-    fit(tmp_path, 2, kind)
-    resumed, again, _ = fit(tmp_path, 4, kind, tmp_path / "2.ckpt")
+    module, method, logger = fit(tmp_path / "whole", kind)
+    resumed, again, _ = fit(tmp_path / "again", kind, tmp_path / "whole" / "step=2.ckpt")
     same(module, resumed)
     assert method.trained == again.trained == 4
     numbers = [found for _, found in logger.found if set(found) >= NUMBERS]

@@ -26,7 +26,7 @@ else:
 _log = logging.getLogger(__name__)
 
 
-class PostTrainingDataSparsity(Callback):  # type: ignore[misc]
+class PostTrainingDataSparsity(Callback):
     """Sparsifies a copy of `module.model` when fitting ends.
 
     Args:
@@ -62,7 +62,7 @@ class PostTrainingDataSparsity(Callback):  # type: ignore[misc]
             _log.info("sparsity of %s: %.2f%%", name, 100 * level)
 
 
-class TrainingAwareDataSparsity(Callback):  # type: ignore[misc]
+class TrainingAwareDataSparsity(Callback):
     """Sparsifies a copy of `module.model` at the end of every epoch, by a schedule.
 
     Args:

@@ -18,7 +18,7 @@ else:
     from pytorch_lightning import Callback
 
 
-class SparsifyCallback(Callback):  # type: ignore[misc]
+class SparsifyCallback(Callback):
     """Has a method take part in the steps of a Lightning `Trainer`, see `Sparsify`.
 
     Prepare the module with the method before `fit`. Checkpoints hold the state of method and

@@ -1,9 +1,11 @@
 """Sparse training: algorithms that move masks while a model trains, and what drives them."""
 
+from fx_sparsity.training.both_ways import TransposableStraightThrough
 from fx_sparsity.training.drop_and_grow import DropAndGrow
 from fx_sparsity.training.elsa import ELSA
 from fx_sparsity.training.evolution import SET
 from fx_sparsity.training.gradual import GradualMagnitude
+from fx_sparsity.training.lora import LowRank, SparseLoRA
 from fx_sparsity.training.method import TrainingMethod
 from fx_sparsity.training.movement import Movement, SoftMovement
 from fx_sparsity.training.rigl import SEFT, RigL
@@ -18,12 +20,15 @@ __all__ = [
     "SET",
     "DropAndGrow",
     "GradualMagnitude",
+    "LowRank",
     "Movement",
     "RigL",
     "SoftMovement",
+    "SparseLoRA",
     "Sparsify",
     "StraightThrough",
     "ThroughMask",
     "TopKAST",
     "TrainingMethod",
+    "TransposableStraightThrough",
 ]

@@ -5,7 +5,6 @@ from fx_sparsity.training.drop_and_grow import DropAndGrow
 from fx_sparsity.training.elsa import ELSA
 from fx_sparsity.training.evolution import SET
 from fx_sparsity.training.gradual import GradualMagnitude
-from fx_sparsity.training.lora import LowRank, SparseLoRA
 from fx_sparsity.training.method import TrainingMethod
 from fx_sparsity.training.movement import Movement, SoftMovement
 from fx_sparsity.training.rigl import SEFT, RigL
@@ -20,11 +19,9 @@ __all__ = [
     "SET",
     "DropAndGrow",
     "GradualMagnitude",
-    "LowRank",
     "Movement",
     "RigL",
     "SoftMovement",
-    "SparseLoRA",
     "Sparsify",
     "StraightThrough",
     "ThroughMask",

@@ -1,5 +1,6 @@
 """Sparse training: algorithms that move masks while a model trains, and what drives them."""
 
+from fx_sparsity.training.both_ways import TransposableStraightThrough
 from fx_sparsity.training.distill import (
     Distillation,
     DistillationError,
@@ -42,6 +43,7 @@ __all__ = [
     "ThroughMask",
     "TopKAST",
     "TrainingMethod",
+    "TransposableStraightThrough",
     "kl_divergence",
     "recover",
 ]

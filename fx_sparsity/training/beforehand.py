@@ -63,10 +63,8 @@ def check_schedule(
         raise ValueError("the schedule is that of another sparsifier; make one of this method")
     if not method.scheduled:
         raise ValueError(f"{kind} makes its own levels; leave the schedule out")
-    end = steps if method.end is None else method.end
-    if end is None:
+    if (updates := method.updates(steps)) is None:
         return
-    updates = len(range(method.begin, end, method.every))
     last, next_ = schedule.values_at(max(updates - 1, 0)), schedule.values_at(updates)
     for name, level in last.items():
         if abs(level - next_[name]) > 1e-9:

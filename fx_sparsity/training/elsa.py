@@ -57,6 +57,10 @@ class ELSA(TrainingMethod):
         """See `TrainingMethod.is_due`; at `end`, too."""
         return super().is_due(step) or step == self.end
 
+    def updates(self, steps: int | None = None) -> int | None:
+        """See `TrainingMethod.updates`; the last one is at `end`."""
+        return len(range(self.begin, self.end or 0, self.every)) + 1
+
     def penalty_at(self, step: int) -> float:
         """The penalty of one step, 0 at `begin` and whole at `end`."""
         assert self.end is not None

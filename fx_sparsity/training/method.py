@@ -69,6 +69,12 @@ class TrainingMethod(WeightNormSparsifier):
         due = step >= self.begin and (step - self.begin) % self.every == 0
         return due and not self.is_frozen(step)
 
+    def updates(self, steps: int | None = None) -> int | None:
+        """How often masks move in all; None if that depends on `steps`, which are not known."""
+        if self.end is not None:
+            return len(range(self.begin, self.end, self.every))
+        return None if steps is None else len(range(self.begin, steps + 1, self.every))
+
     def is_frozen(self, step: int) -> bool:
         """Whether masks move no more after `step` steps."""
         return self.end is not None and step >= self.end

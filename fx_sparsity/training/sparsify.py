@@ -102,6 +102,7 @@ class Sparsify:
         if closure is not None:
             return (optimizer,), {**kwargs, "closure": self._followed(closure)}
         if not self._looked and not self._skipped():
+            self._unscale()
             self.after_backward()
         return None
 
@@ -126,6 +127,17 @@ class Sparsify:
     def _reschedule(self) -> None:
         if self.schedule is not None:
             self.schedule.step()
+
+    def _unscale(self) -> None:
+        """Do at once what a `GradScaler` leaves to a fused optimizer: gradients as they are."""
+        if (scale := getattr(self.optimizer, "grad_scale", None)) is None:
+            return
+        with torch.no_grad():
+            for group in self.optimizer.param_groups:
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        parameter.grad.div_(scale.to(parameter.grad.device))
+        self.optimizer.grad_scale = None  # type: ignore[attr-defined]
 
     def _skipped(self) -> bool:
         """Whether a fused optimizer finds infinite gradients, and does nothing with them."""

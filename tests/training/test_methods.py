@@ -1,11 +1,13 @@
 """Every algorithm against its update in the paper, written down plainly in float64, step by step."""
 
+import itertools
 import math
 
 import pytest
 import torch
 
 import fx_sparsity as fxs
+from fx_sparsity.patterns import PatternError
 from fx_sparsity.training import (
     ELSA,
     SEFT,
@@ -16,6 +18,7 @@ from fx_sparsity.training import (
     SoftMovement,
     StraightThrough,
     TopKAST,
+    TransposableStraightThrough,
 )
 from tests.training.toys import (
     COLUMNS,
@@ -167,6 +170,25 @@ def test_sr_ste_and_the_plain_estimator(decay):
         gradient = toy.gradient(weight * keep)
         weight -= LR * (gradient + decay * weight * ~keep if step < 9 else gradient * keep)
     assert_same(seen, wanted)
+
+
+def test_transposable_masks_are_the_best_that_are_2_4_both_ways():
+    method = TransposableStraightThrough(end=5, decay=0.05)
+    toy, model = prepared(method, "2:4")
+    for weight, keep in train(toy, model, method, sgd(model), STEPS)[:5]:
+        for row, column in itertools.product(range(0, ROWS, 4), range(0, COLUMNS, 4)):
+            block = slice(row, row + 4), slice(column, column + 4)
+            kept = keep[block]
+            assert kept.sum(0).tolist() == kept.sum(1).tolist() == [2] * 4
+            scores = weight[block].abs().tolist()
+            best = 0.0
+            for pairs in itertools.product(itertools.combinations(range(4), 2), repeat=4):
+                if all(sum(i in pair for pair in pairs) == 2 for i in range(4)):
+                    kinds = zip(scores, pairs, strict=True)
+                    best = max(best, sum(line[i] for line, pair in kinds for i in pair))
+            assert float((weight[block].abs() * kept).sum()) == pytest.approx(best)
+    with pytest.raises(PatternError, match="0.weight: expected pattern 2:4 and two dimensions"):
+        prepared(TransposableStraightThrough(), "1:4")
 
 
 def test_elsa_trains_dense_until_z_and_x_agree():

@@ -129,7 +129,7 @@ class RecoverySteps:
                     "or inputs without inf and NaN"
                 )
             (found.loss * found.tokens).backward()
-            loss += float(found.loss) * found.tokens
+            loss += found.loss.item() * found.tokens
             tokens += found.tokens
         if self.held is not None:
             self.held.mask_gradients()

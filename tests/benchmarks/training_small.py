@@ -217,7 +217,9 @@ def one_shot(dense: nn.Module, task: Task, config: str, seed: int) -> tuple[nn.M
     return model, record, name
 
 
-def train_sparse(dense: nn.Module, task: Task, config: str, seed: int, steps: int, kind: str) -> Any:
+def train_sparse(
+    dense: nn.Module, task: Task, config: str, seed: int, steps: int, kind: str
+) -> Any:
     """Nats of one algorithm, and zeros checked."""
     model = copy.deepcopy(dense)
     if kind in ("static", "distilled"):
@@ -272,11 +274,11 @@ def measure(task_name: str, config: str, steps: int, once: Callable[[str, Any], 
 
         stages: dict[str, Callable[[], float]] = {
             "dense": longer,
-            "one-shot": lambda seed=seed, model=model: judge(  # type: ignore[misc]
+            "one-shot": lambda seed=seed, model=model: judge(
                 one_shot(model(), task, config, seed)[0], task
             ),
             **{
-                kind: lambda kind=kind, seed=seed, model=model: train_sparse(  # type: ignore[misc]
+                kind: lambda kind=kind, seed=seed, model=model: train_sparse(
                     model(), task, config, seed, steps, kind
                 )
                 for kind in KINDS

@@ -240,7 +240,8 @@ def _check_pair(model: nn.Module, teacher: nn.Module) -> None:
             f"{shared[0]}{more}: the teacher has this very tensor, and would be trained with the "
             "model; give it a copy"
         )
-    if teacher.training:
+    noisy = [m for m in teacher.modules() if m.training and not any(m.children())]
+    if noisy:  # not the outermost alone, which may be a wrapper around a model in eval mode
         raise DistillationError(
             "teacher: in training mode, where dropout and batch norms blur what it gives out; call "
             "teacher.eval()"

@@ -75,7 +75,8 @@ class ELSA(TrainingMethod):
         for name, gradient in self.gradients().items():
             split, dual = self.recall(name, _SPLIT), self.recall(name, _DUAL)
             if split is not None and dual is not None:
-                gradient.add_(self.get_tensor(name) - split, alpha=penalty).add_(dual)
+                gradient.add_(self.get_tensor(name), alpha=penalty)
+                gradient.add_(split, alpha=-penalty).add_(dual)
 
     def step(self, use_path: bool = True) -> None:
         """Look at the pattern: z and y before `end`, then the masks. See `BaseSparsifier.step`."""

@@ -10,6 +10,7 @@ from fx_sparsity.masks import Rank, compute_mask
 from fx_sparsity.masks.blocks import block_means, from_blocks
 from fx_sparsity.patterns import PatternError, Tiling
 from fx_sparsity.sparsifier.core import roles_of
+from fx_sparsity.sparsifier.mask import select_
 from fx_sparsity.training.method import TrainingMethod
 
 _SCORES = "scores"
@@ -42,7 +43,7 @@ class Movement(TrainingMethod):
             return
         for name, gradient in self.gradients().items():
             self._learn(self._scores(name), gradient * self.get_tensor(name))
-            gradient.masked_fill_(~self.keep(name), 0)
+            select_(gradient, self.keep(name))
 
     def choose(self, name: str, weight: Tensor, tiling: Tiling, level: float) -> Tensor:
         """See `TrainingMethod.choose`."""

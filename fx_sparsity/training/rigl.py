@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from fx_sparsity.sparsifier.mask import select_
 from fx_sparsity.sparsifier.norm import Norm
 from fx_sparsity.training.drop_and_grow import DropAndGrow
 
@@ -53,7 +54,7 @@ class RigL(DropAndGrow):
             return
         for name, gradient in self.gradients().items():
             self._gradients[name] = gradient.abs()
-            gradient.masked_fill_(~self.keep(name), 0)
+            select_(gradient, self.keep(name))
 
     def promise(self, name: str, weight: Tensor) -> Tensor:
         """See `DropAndGrow.promise`. A weight without a gradient gets back what went."""

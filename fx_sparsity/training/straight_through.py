@@ -1,7 +1,6 @@
 """Straight-through estimation: what is masked learns, too."""
 
-import torch
-
+from fx_sparsity.sparsifier.mask import selected
 from fx_sparsity.sparsifier.norm import Norm
 from fx_sparsity.training.method import TrainingMethod
 
@@ -50,5 +49,5 @@ class StraightThrough(TrainingMethod):
         if not self.decay or not self.wants_gradients(self.trained):
             return
         for name, gradient in self.gradients().items():
-            masked = torch.where(self.keep(name), 0, self.get_tensor(name))
+            masked = selected(self.get_tensor(name), ~self.keep(name))
             gradient.add_(masked, alpha=self.decay)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fx_sparsity.sparsifier import Mask
+from fx_sparsity.sparsifier.mask import selected
 
 
 class _Through(torch.autograd.Function):
@@ -13,7 +14,7 @@ class _Through(torch.autograd.Function):
 
     @staticmethod
     def forward(weight: Tensor, keep: Tensor, through: Tensor, zero: Tensor) -> Tensor:
-        return torch.where(keep, weight, zero)
+        return selected(weight, keep, zero)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -22,7 +23,7 @@ class _Through(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         keep, through = ctx.saved_tensors
-        return torch.where(keep | through, grads[0], 0), None, None, None
+        return selected(grads[0], keep | through), None, None, None
 
 
 class ThroughMask(Mask):
@@ -52,7 +53,7 @@ class ThroughMask(Mask):
         if torch.compiler.is_compiling():
             return _Through.apply(weight, self.keep, self.through, self.zero)
         self._tell_lost_writes()
-        selected: Tensor = _Through.apply(weight, self.keep, self.through, self.zero)
+        masked: Tensor = _Through.apply(weight, self.keep, self.through, self.zero)
         if self.watches:
-            self._writes.give(selected)
-        return selected
+            self._writes.give(masked)
+        return masked

@@ -1,10 +1,10 @@
 """Top-KAST: more learns than is used."""
 
-import torch
 from torch import Tensor
 
 from fx_sparsity.masks import compute_mask
 from fx_sparsity.patterns import Tiling
+from fx_sparsity.sparsifier.mask import selected
 from fx_sparsity.sparsifier.norm import Norm
 from fx_sparsity.training.method import TrainingMethod
 
@@ -72,7 +72,8 @@ class TopKAST(TrainingMethod):
             return
         masks = self._through_masks()
         for name, gradient in self.gradients().items():
-            keep, through = self.keep(name), masks[name].through
-            density = keep.sum() / max(1, keep.numel())
-            share = torch.where(keep, 1.0, torch.where(through, 1 / density, 0.0))
-            gradient.add_(self.get_tensor(name) * share.to(gradient.dtype), alpha=self.penalty)
+            weight, keep, through = self.get_tensor(name), self.keep(name), masks[name].through
+            gradient.add_(selected(weight, keep), alpha=self.penalty)
+            if density := int(keep.count_nonzero()) / max(1, keep.numel()):
+                explored = selected(weight, through & ~keep)
+                gradient.add_(explored, alpha=self.penalty / density)

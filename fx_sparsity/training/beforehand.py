@@ -2,12 +2,28 @@
 
 import logging
 
+from torch import nn
 from torch.optim import Optimizer
 
 from fx_sparsity.sparsifier import BaseScheduler, MaskError
 from fx_sparsity.training.method import TrainingMethod
 
 _log = logging.getLogger(__name__)
+
+
+def check_model(model: nn.Module, method: TrainingMethod) -> None:
+    """Raise unless a method has live masks on a model, wrapped or not.
+
+    Raises:
+        MaskError: it has none, or they are on another model.
+    """
+    kind = type(method).__name__
+    if not method.names or not any(part is method.model for part in model.modules()):
+        raise MaskError(
+            f"{kind} has no masks on this {type(model).__name__}; call prepare with both first"
+        )
+    if not method.live():
+        raise MaskError(f"the masks of {kind} are squashed, such as that of {method.names[0]}")
 
 
 def check_weights(method: TrainingMethod, optimizer: Optimizer) -> None:

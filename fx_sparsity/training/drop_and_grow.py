@@ -9,7 +9,7 @@ from fx_sparsity.masks import Rank, compute_mask
 from fx_sparsity.patterns import Tiling
 from fx_sparsity.sparsifier.norm import Norm
 from fx_sparsity.training.method import TrainingMethod, at_least_float32
-from fx_sparsity.training.optimizer_state import reset_state
+from fx_sparsity.training.optimizer_state import state_of_elements
 
 
 class DropAndGrow(TrainingMethod):
@@ -78,12 +78,19 @@ class DropAndGrow(TrainingMethod):
         return compute_mask(scores, tiling, share, Rank.VALUE) & kept
 
     def step(self, use_path: bool = True) -> None:
-        """See `BaseSparsifier.step`. What grew begins at zero."""
-        before = {name: self.keep(name).clone() for name in self.live()}
+        """See `BaseSparsifier.step`. What grew begins at zero.
+
+        Raises:
+            MaskError: also for an optimizer whose state is not kept an element.
+        """
+        live = self.live()
+        before = {name: self.keep(name).clone() for name in live}
+        states = {name: state_of_elements(self.optimizer, name, w) for name, w in live.items()}
         super().step(use_path)
         if self.trained == self.begin:
             return
-        for name, weight in self.live().items():
-            grown = self.keep(name) & ~before[name]
-            weight.detach().masked_fill_(grown, 0)
-            reset_state(self.optimizer, name, weight, grown)
+        with torch.no_grad():
+            for name, weight in live.items():
+                grown = self.keep(name) & ~before[name]
+                for values in (weight, *states[name]):
+                    values.masked_fill_(grown, 0)

@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fx_sparsity.sparsifier import BaseScheduler, MaskError
-from fx_sparsity.training.beforehand import check_schedule, check_weights
+from fx_sparsity.training.beforehand import check_model, check_schedule, check_weights
 from fx_sparsity.training.method import TrainingMethod
 
 
@@ -30,8 +30,9 @@ class Sparsify:
         steps: of the optimizer, that training is going to take; None if that is not known.
 
     Raises:
-        MaskError: a masked weight that the optimizer does not train, that is frozen, or whose
-            gradients are sparse where the method needs them all; it is named.
+        MaskError: the method has no masks on the model; or a masked weight that the optimizer does
+            not train, that is frozen, or whose gradients are sparse where the method needs them
+            all: it is named.
         ValueError: a schedule or a method that is not at its end when the masks freeze or training
             ends, a schedule of another sparsifier, or one for a method that makes its own levels.
     """
@@ -48,6 +49,7 @@ class Sparsify:
             optimizer = wrapped
         self.model, self.method = model, method
         self.optimizer, self.schedule = optimizer, schedule
+        check_model(model, method)
         self._check()
         check_weights(method, optimizer)
         check_schedule(method, schedule, steps)

@@ -10,7 +10,12 @@ from fx_sparsity.sparsifier.mask import selected
 
 
 class _Through(torch.autograd.Function):
-    """`torch.where(keep, weight, zero)`; the gradient passes where `keep` or `through` is True."""
+    """`torch.where(keep, weight, zero)`; the gradient passes where `keep` or `through` is True.
+
+    Without a `jvp`, which Dynamo does not compile.
+    """
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(weight: Tensor, keep: Tensor, through: Tensor, zero: Tensor) -> Tensor:

@@ -173,7 +173,7 @@ def test_sr_ste_and_the_plain_estimator(decay):
 
 
 def test_transposable_masks_are_the_best_that_are_2_4_both_ways():
-    method = TransposableStraightThrough(end=5, decay=0.05)
+    method = TransposableStraightThrough(every=1, end=5, decay=0.05)
     toy, model = prepared(method, "2:4")
     for weight, keep in train(toy, model, method, sgd(model), STEPS)[:5]:
         for row, column in itertools.product(range(0, ROWS, 4), range(0, COLUMNS, 4)):

@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import fx_sparsity as fxs
 from fx_sparsity.masks import Rank, compute_mask
@@ -24,7 +25,6 @@ from fx_sparsity.training import (
     StraightThrough,
     TopKAST,
 )
-from fx_sparsity.training.optimizer_state import reset_state
 from tests.training.toys import Toy, original, prepared, train
 
 METHODS = {
@@ -133,6 +133,10 @@ def test_an_optimizer_whose_state_is_not_an_element_each_is_refused():
     toy, model = masked(method)
     with pytest.raises(MaskError, match="0.weight: Adafactor does not keep its state an element"):
         train(toy, model, method, torch.optim.Adafactor(model.parameters(), 0.1), 2)
+    before = method.keep("0.weight").clone()
+    with pytest.raises(MaskError):
+        method.step()
+    assert torch.equal(before, method.keep("0.weight"))
 
 
 def test_masked_gradients_are_computed_for_the_steps_that_need_them_alone():
@@ -240,6 +244,10 @@ def test_a_copy_is_bound_to_the_copied_model_and_trains_alike():
 def test_what_is_refused_before_the_first_step():
     method = RigL(every=2, end=10)
     toy, model = masked(method)
+    with pytest.raises(MaskError, match="SET has no masks on this Sequential; call prepare"):
+        Sparsify(model, SET(), adamw(model))
+    with pytest.raises(MaskError, match="RigL has no masks on this Sequential"):
+        Sparsify(toy.model(), method, adamw(model))
     with pytest.raises(MaskError, match="0.weight: the optimizer does not train the parameter"):
         Sparsify(model, method, adamw(toy.model()))
     with pytest.raises(
@@ -321,7 +329,26 @@ def test_a_run_that_is_removed_leaves_the_optimizer_alone():
     assert method.trained == 2
 
 
-def test_no_state_is_nothing_to_reset():
-    weight = nn.Parameter(torch.ones(2))
-    reset_state(None, "w", weight, torch.tensor([True, False]))
-    reset_state(torch.optim.SGD([weight]), "w", weight, torch.tensor([True, False]))
+def test_gradients_of_single_samples_and_of_checkpoints_pass_through():
+    method = StraightThrough()
+    toy, model = masked(method, "2:4", 0.5)
+    parameters = dict(model.named_parameters())
+    name = "0.parametrizations.weight.original"
+
+    def loss(weight, x, y):
+        out = torch.func.functional_call(model, {name: weight}, (x,))
+        return (out - y).square().sum() / (2 * toy.y.numel())
+
+    weight = parameters[name].detach()
+    single = torch.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(weight, toy.x, toy.y)
+    wanted = toy.gradient(weight * method.keep("0.weight"))
+    Sparsify(model, method, adamw(model))
+    for checkpointed in (False, True):
+        model.zero_grad()
+        out = checkpoint(model, toy.x, use_reentrant=False) if checkpointed else model(toy.x)
+        ((out - toy.y).square().mean() / 2).backward()
+        wanted = toy.gradient(weight * method.keep("0.weight"))
+        torch.testing.assert_close(parameters[name].grad, wanted)
+    again = torch.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(weight, toy.x, toy.y)
+    torch.testing.assert_close(again.sum(0), wanted)
+    assert not torch.equal(single.sum(0), again.sum(0))

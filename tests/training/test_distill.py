@@ -270,3 +270,18 @@ def test_bad_input_is_told():
     for bad in ({"steps": 0}, {"learning_rate": 0}, {"held_out": 1}, {"autocast": torch.float16}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             Recovery(**bad)
+
+
+def test_gradients_of_zeros_are_not_clipped_with_the_others():
+    torch.manual_seed(0)
+    model, sparsifier = nn.Linear(8, 8), fxs.WeightNormSparsifier()
+    fxs.prepare(model, sparsifier, None, "unstructured 50%")
+    sparsifier.step()
+    model, record = fxs.squash(model, sparsifier)
+    held = fxs.hold(torch.optim.SGD(model.parameters(), lr=0.1), model, record)
+    held.mask_gradients()  # there are none yet
+    model(torch.randn(4, 8)).square().sum().backward()
+    before = model.weight.grad.clone()
+    held.mask_gradients()
+    assert torch.equal(model.weight.grad, torch.where(record["weight"].keep, before, 0))
+    assert bool(before[~record["weight"].keep].any())

@@ -79,6 +79,6 @@ __all__ = [
 
 def __getattr__(name: str) -> ModuleType:
     """Rooms that are imported when they are first asked for: importing the package stays quick."""
-    if name in ("passes", "reporting"):
+    if name in ("passes", "reporting", "training"):
         return import_module(f"fx_sparsity.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

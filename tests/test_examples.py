@@ -45,6 +45,14 @@ def test_the_encoder_that_is_pruned_with_data_stays_close(tmp_path):
     assert cosines["the same on sparse kernels"] > 0.94
 
 
+@pytest.mark.exhaustive
+def test_the_encoder_is_distilled():
+    result = run("distil_minilm.py", "--steps", "4")
+    assert result.returncode == 0, result.stderr
+    assert "36 of 40 weights on sparse kernels" in result.stdout
+    assert "every masked value is zero" in result.stdout
+
+
 @pytest.mark.parametrize(
     "script",
     ["transform_script.py", "compile_pipeline.py", "fast_sparse_inference.py", "deploy.py"],

@@ -26,7 +26,7 @@ ROOMS = [
         "sparsifier",
         "graph",
     ),
-    *("verification", "quantization", "pruning", "kernels", "lowering", "passes"),
+    *("verification", "quantization", "pruning", "training", "kernels", "lowering", "passes"),
     *("storage", "checkpoints"),
     *("reporting", "compat", "cli", "env"),
 ]
@@ -141,7 +141,7 @@ def test_importing_takes_no_compiler_along():
 
 
 def test_rooms_are_imported_when_they_are_asked_for():
-    late = ("reporting", "passes")
+    late = ("reporting", "passes", "training")
     code = f"import sys, fx_sparsity as fxs; print(*(f'fx_sparsity.{{n}}' in sys.modules for n in {late}))"
-    code = f"{code}; print(callable(fxs.reporting.write_html), callable(fxs.passes.Prepare))"
-    assert fresh(code) == ["False", "False", "True", "True"]
+    code = f"{code}; print(callable(fxs.reporting.write_html), callable(fxs.passes.Prepare), callable(fxs.training.Sparsify))"
+    assert fresh(code) == ["False", "False", "False", "True", "True", "True"]

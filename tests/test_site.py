@@ -43,7 +43,12 @@ def test_no_page_asks_another_server_for_anything(site):
     [
         *("fx_sparsity.masks", "fx_sparsity.sparsifier", "fx_sparsity.graph"),
         *("fx_sparsity.verification", "fx_sparsity.quantization", "fx_sparsity.pruning"),
-        *("fx_sparsity.pruning.methods", "fx_sparsity.pruning.allocation", "fx_sparsity.kernels"),
+        *(
+            "fx_sparsity.pruning.methods",
+            "fx_sparsity.pruning.allocation",
+            "fx_sparsity.training",
+            "fx_sparsity.kernels",
+        ),
         *("fx_sparsity.lowering", "fx_sparsity.passes"),
         *("fx_sparsity.storage", "fx_sparsity.checkpoints"),
         "fx_sparsity.reporting",

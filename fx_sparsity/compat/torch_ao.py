@@ -4,7 +4,8 @@ Changing where they are imported from is the whole migration. What both librarie
 object here as everywhere else in fx_sparsity.
 """
 
-from typing import NoReturn
+from importlib import import_module
+from typing import Any
 
 from torch import nn
 
@@ -49,14 +50,13 @@ __all__ = [
     "swap_module",
 ]
 
-_TRAINER = "call the sparsifier's step() where the training loop ends an epoch"
+LIGHTNING = ("PostTrainingDataSparsity", "TrainingAwareDataSparsity")
+"""Names that need Lightning, which is imported when one of them is first asked for."""
 ABSENT = {
     **STRUCTURED,
     "ActivationSparsifier": (
         "activations are not masked; torch.ao.pruning._experimental.activation_sparsifier does"
     ),
-    "PostTrainingDataSparsity": _TRAINER,
-    "TrainingAwareDataSparsity": _TRAINER,
 }
 """Names that only `torch.ao.pruning` has -> what to use."""
 
@@ -75,5 +75,7 @@ def get_dynamic_sparse_quantized_mapping() -> dict[type[nn.Module], type[nn.Modu
     return {nn.Linear: Linear}
 
 
-def __getattr__(name: str) -> NoReturn:
-    refuse(__name__, name, ABSENT)
+def __getattr__(name: str) -> Any:
+    if name in LIGHTNING:
+        return getattr(import_module("fx_sparsity.compat.data_sparsity"), name)
+    return refuse(__name__, name, ABSENT)

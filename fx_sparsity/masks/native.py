@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from fx_sparsity._native import MASKS
 from fx_sparsity.masks.blocks import zeros_of_whole
@@ -69,6 +71,30 @@ def pack_mask(mask: Tensor, bits: Tensor) -> bool | None:
     if not plain or mask.device.type != "cpu" or mask.dtype not in (*_WEIGHTS, torch.bool):
         return None
     return torch.ops.fx_sparsity_masks.pack_mask(mask, bits) if MASKS.ready() else None
+
+
+def is_traced(x: Tensor) -> bool:
+    """Whether `x` stands for others, or what is done with it is looked at by torch."""
+    return is_functorch_wrapped_tensor(x) or _get_current_dispatch_mode() is not None
+
+
+def apply_mask(x: Tensor, keep: Tensor, in_place: bool = False) -> Tensor | None:
+    """`x` with zeros where `keep` is False, as `torch.where` gives it, but vectorized.
+
+    Args:
+        x: floating.
+        keep: boolean, of the shape of `x`.
+        in_place: write into `x` itself.
+
+    Returns:
+        Contiguous; None where the operators do not cover `x`.
+    """
+    plain = x.is_contiguous() and keep.is_contiguous() and keep.shape == x.shape
+    if not plain or keep.device != x.device or not covers(x) or is_traced(x) or is_traced(keep):
+        return None
+    out = x if in_place else torch.empty_like(x)
+    torch.ops.fx_sparsity_masks.apply_mask(x, keep, out)
+    return out
 
 
 def write_mask(x: Tensor, tiling: Tiling, level: float, rank: Rank, out: Tensor) -> bool:

@@ -176,7 +176,7 @@ class Rebuilder:
         optimizer = torch.optim.Adam(
             list(kept.tensors.values()), self.options.learning_rate, betas=_BETAS
         )
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _schedule(steps))
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warm_cosine(steps))
         generator = torch.Generator().manual_seed(0)
         for step in range(steps):
             place = step % len(samples)
@@ -305,7 +305,9 @@ def _split(samples: Sequence[_Sample], share: float) -> tuple[list[_Sample], lis
     return [sample for place, sample in enumerate(samples) if place not in places], held
 
 
-def _schedule(steps: int) -> Callable[[int], float]:
+def warm_cosine(steps: int) -> Callable[[int], float]:
+    """Step -> factor of a learning rate: it rises for four steps and falls as a cosine to 5%."""
+
     def factor(step: int) -> float:
         cosine = (1 + math.cos(math.pi * step / steps)) / 2
         return min(1, (step + 1) / _WARM_UP) * (_LEAST + (1 - _LEAST) * cosine)

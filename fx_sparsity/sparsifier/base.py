@@ -181,7 +181,7 @@ class BaseSparsifier(SparsifierCore):
                     f"{name} is in a {type(parallel).__name__} already, which knows its parameters "
                     "by name: put the masks on first, then wrap the model"
                 )
-            mask = present or Mask(torch.ones_like(tensor) if first is None else first)
+            mask = present or self.new_mask(torch.ones_like(tensor) if first is None else first)
             target = Target(name, owners[id(tensor)], mask, in_graph is not None)
             planned[name] = Placement(group, target, present is None, first)
         for placement in planned.values():
@@ -190,6 +190,14 @@ class BaseSparsifier(SparsifierCore):
                     check_maskable(placement.target.name, module, attribute)
         check_memory(model, seen)
         return planned
+
+    def new_mask(self, mask: Tensor) -> Mask:
+        """A mask to put on a weight; the place to put on one of another class.
+
+        Args:
+            mask: see `Mask`.
+        """
+        return Mask(mask)
 
     def _check_entry(
         self, name: str, tensor: Tensor, group: Mapping[str, Any], first: Tensor | None
@@ -420,7 +428,7 @@ class BaseSparsifier(SparsifierCore):
             )
         self._targets, self.state, self.groups = {}, {}, ordered
         for name, (mask, squashed, counters, origin) in entries.items():
-            target = Target(name, [], Mask(mask), squashed=squashed)
+            target = Target(name, [], self.new_mask(mask), squashed=squashed)
             target.given, target.asked = origin
             self._register(target, counters)
 
@@ -483,7 +491,7 @@ class BaseSparsifier(SparsifierCore):
             return Target(name, held_by, present), False
         if not squashed:
             check_maskable(name, info["module"], info["tensor_name"])
-        new = Mask(mask.detach().clone().to(tensor.device))
+        new = self.new_mask(mask.detach().clone().to(tensor.device))
         return Target(name, held_by, new, squashed=squashed), not squashed
 
     def _mask_in_graph(self, model: nn.Module, name: str) -> Mask | None:

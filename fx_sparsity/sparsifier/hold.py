@@ -31,6 +31,17 @@ class Hold:
                 if isinstance(value, Tensor) and value.shape == weight.shape:
                     value.masked_fill_(pruned, 0)
 
+    @torch.no_grad()
+    def mask_gradients(self) -> None:
+        """Zero the gradients of masked values, so that clipping does not count them.
+
+        Dense gradients; sparse ones, as of a table with `sparse=True`, are left as they are.
+        """
+        for name, pruned in self._pruned.items():
+            gradient = getattr(*owner_of(self._model, name)).grad
+            if gradient is not None and gradient.layout is torch.strided:
+                gradient.masked_fill_(pruned, 0)
+
     def remove(self) -> None:
         """Let the optimizer go."""
         self._hook.remove()

@@ -2,8 +2,8 @@
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_functorch_wrapped_tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from fx_sparsity.masks import native
 
 _NOTHING = torch.empty(0)
 
@@ -26,7 +26,7 @@ class LostWrites:
     def give(self, tensor: Tensor) -> None:
         """A tensor is given out, in place of the one before; those that are traced do not count."""
         self._counter = None
-        traced = is_functorch_wrapped_tensor(tensor) or _get_current_dispatch_mode() is not None
+        traced = native.is_traced(tensor)
         if type(tensor) is Tensor and not (traced or tensor.is_inference() or tensor.is_meta):
             counter = tensor.detach()
             counter.data = _NOTHING  # the counter stays, the memory goes when others let go of it

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fx_sparsity.masks import native
 from fx_sparsity.masks.bits import pack_mask, unpack_bits
 from fx_sparsity.sparsifier.lost_writes import LostWrites
 
@@ -15,6 +16,19 @@ GRAPH_MASKS = "sparsity_masks"
 """Submodule of a GraphModule under which the masks of its own weights live, each by its FQN."""
 _EXPORTED = re.compile(rf"{GRAPH_MASKS}\..+|(.+\.)?parametrizations\.\w+\.0")
 """Where the buffer of a mask lies in what was exported, which keeps names and no classes."""
+
+
+def selected(weight: Tensor, keep: Tensor, zero: Tensor | float = 0) -> Tensor:
+    """`torch.where(keep, weight, zero)`, by our own operator where it can."""
+    if not torch.compiler.is_compiling() and (fast := native.apply_mask(weight, keep)) is not None:
+        return fast
+    return torch.where(keep, weight, zero)
+
+
+def select_(tensor: Tensor, keep: Tensor) -> None:
+    """Write zeros into `tensor` where `keep` is False; outside of autograd and of compiled code."""
+    if native.apply_mask(tensor, keep, in_place=True) is None:
+        tensor.masked_fill_(~keep, 0)
 
 
 class _Select(torch.autograd.Function):
@@ -27,7 +41,7 @@ class _Select(torch.autograd.Function):
 
     @staticmethod
     def forward(weight: Tensor, keep: Tensor, zero: Tensor) -> Tensor:
-        return torch.where(keep, weight, zero)
+        return selected(weight, keep, zero)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -38,7 +52,7 @@ class _Select(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         ((keep,), (grad,)) = ctx.saved_tensors, grads
         if grad.layout is not torch.sparse_coo:
-            return torch.where(keep, grad, 0), None, None
+            return selected(grad, keep), None, None
         grad = grad.coalesce()
         indices = grad.indices()
         values = torch.where(keep[indices.unbind()], grad.values(), 0)
@@ -92,12 +106,12 @@ class Mask(nn.Module):
             return torch.where(self.keep, weight, self.zero)
         self._tell_lost_writes()
         if torch.is_grad_enabled() and weight.requires_grad:
-            selected: Tensor = _Select.apply(weight, self.keep, self.zero)
+            masked: Tensor = _Select.apply(weight, self.keep, self.zero)
         else:
-            selected = torch.where(self.keep, weight, self.zero)
+            masked = torch.where(self.keep, weight, self.zero)
         if self.watches:
-            self._writes.give(selected)
-        return selected
+            self._writes.give(masked)
+        return masked
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """Assigning to the masked weight replaces the original as it is."""

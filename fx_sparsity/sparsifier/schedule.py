@@ -60,6 +60,15 @@ class _Scheduler(ABC):
         self._print(epoch)
         self._sparsifier.enable_mask_update = True
 
+    def values_at(self, epoch: int) -> dict[str, Any]:
+        """Name -> value at an epoch, without going there: nothing is written."""
+        held = self.last_epoch
+        self.last_epoch, self._within_step = epoch, True
+        try:
+            return dict(self._values())
+        finally:
+            self.last_epoch, self._within_step = held, False
+
     def state_dict(self) -> dict[str, Any]:
         """Everything but the sparsifier and functions, which have to be given again."""
         return {

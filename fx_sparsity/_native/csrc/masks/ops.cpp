@@ -9,6 +9,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include "apply.h"
 #include "bits.h"
 #include "blocks.h"
 #include "select.h"
@@ -192,6 +193,24 @@ bool pack_mask(Tensor mask, Tensor bits) {
   return plain;
 }
 
+// Writes `x` with zeros where the boolean `keep` is false.
+void apply_mask(Tensor x, Tensor keep, Tensor out) {
+  const int64_t n = x.numel();
+  STD_TORCH_CHECK(keep.numel() == n && keep.is_contiguous() && keep.scalar_type() == ScalarType::Bool,
+                  "expected a contiguous boolean for each element");
+  STD_TORCH_CHECK(out.numel() == n && out.is_contiguous() && out.scalar_type() == x.scalar_type(),
+                  "expected a contiguous output like the weight");
+  const uint8_t* kept = static_cast<const uint8_t*>(keep.const_data_ptr());
+  void* written = out.mutable_data_ptr();
+  with_elements(x, [&]<class T>(const T* data) {
+    using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>;
+    torch::stable::parallel_for(0, n, kGrain, [&](int64_t begin, int64_t end) {
+      fx::apply_mask(reinterpret_cast<const Bits*>(data), kept, static_cast<Bits*>(written), begin,
+                     end);
+    });
+  });
+}
+
 }  // namespace
 }  // namespace fx::ops
 
@@ -209,6 +228,7 @@ STABLE_TORCH_LIBRARY(fx_sparsity_masks, m) {
       "drop_within(Tensor x, bool signed, int zeros, bool count_missing, Tensor keys, int k, "
       FX_GEOMETRY ", Tensor(a!) mask) -> ()");
   m.def("pack_mask(Tensor mask, Tensor(a!) bits) -> bool");
+  m.def("apply_mask(Tensor x, Tensor keep, Tensor(a!) out) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fx_sparsity_masks, CPU, m) {
@@ -220,4 +240,5 @@ STABLE_TORCH_LIBRARY_IMPL(fx_sparsity_masks, CPU, m) {
   m.impl("drop_blocks", TORCH_BOX(&fx::ops::drop_blocks));
   m.impl("drop_within", TORCH_BOX(&fx::ops::drop_within));
   m.impl("pack_mask", TORCH_BOX(&fx::ops::pack_mask));
+  m.impl("apply_mask", TORCH_BOX(&fx::ops::apply_mask));
 }

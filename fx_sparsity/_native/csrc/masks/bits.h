@@ -4,16 +4,16 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <memory>
 
 #include "keys.h"
+#include "scratch.h"
 
 namespace fx {
 
 // A bit for each of `n` things, set where it is kept. Threads write to words of their own.
 class Bits {
  public:
-  explicit Bits(int64_t n) : words_(std::make_unique_for_overwrite<uint64_t[]>(n / 64 + 2)) {}
+  explicit Bits(int64_t n) : words_(scratch<uint64_t>(n / 64 + 2)) {}
 
   bool operator[](int64_t i) const { return words_[i / 64] >> (i % 64) & 1; }
   uint64_t* words(int64_t i) { return words_.get() + i / 64; }
@@ -26,7 +26,7 @@ class Bits {
   }
 
  private:
-  std::unique_ptr<uint64_t[]> words_;
+  Scratch<uint64_t> words_;
 };
 
 // The lowest bits of 64 bytes of 0 or 1.

@@ -140,9 +140,9 @@ bool block_keys(const T* data, const Geometry& g, uint32_t* keys) {
   constexpr bool is_signed = N == Norm::value;
   const bool ragged = g.height % g.block_height || g.width % g.block_width;
   std::atomic<bool> nan{false};
-  for_each_strip(g, g.blocks_per_strip(), [&](const Strip& s) {
-    const auto buffer = std::make_unique_for_overwrite<double[]>(s.wide);
-    double* sums = buffer.get();
+  const auto work = [&, buffer = std::vector<double>()](const Strip& s) mutable {
+    buffer.resize(s.wide);
+    double* sums = buffer.data();
     const T* top = data + s.at;
     uint32_t* out = keys + s.block;
     const int64_t columns = s.whole * g.block_width;
@@ -156,7 +156,8 @@ bool block_keys(const T* data, const Geometry& g, uint32_t* keys) {
       bad |= keys_of_sums<is_signed>(rest, 1, s.height * s.ragged, out + s.whole);
     }
     if (bad) nan.store(true, std::memory_order_relaxed);
-  });
+  };
+  for_each_strip(g, g.blocks_per_strip(), work);
   return nan;
 }
 
@@ -167,7 +168,7 @@ std::optional<Bits> keep_blocks(const T* data, const Geometry& g, int64_t k) {
   if (g.block_height == 1 && g.block_width == 4 && g.width % 4 == 0) {
     return keep_largest(Fours<N, T>{data}, g.blocks(), k);
   }
-  const auto keys = std::make_unique_for_overwrite<uint32_t[]>(g.blocks());
+  const Scratch<uint32_t> keys = scratch<uint32_t>(g.blocks());
   if (block_keys<N>(data, g, keys.get())) return std::nullopt;
   return keep_largest(Keys{keys.get()}, g.blocks(), k);
 }

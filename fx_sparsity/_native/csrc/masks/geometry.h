@@ -49,19 +49,21 @@ struct Strip {
 };
 
 // Calls `work(strip)` in parallel for strips of at most `per_strip` blocks that make up the grid.
+// Each thread has a copy of `work`, and so of the buffers that it holds.
 template <class Work>
 void for_each_strip(const Geometry& g, int64_t per_strip, const Work& work) {
   const int64_t strips = (g.columns() + per_strip - 1) / per_strip;
   const int64_t grain = std::max<int64_t>(1, kGrain / (per_strip * g.block_size()));
   const int64_t tasks = g.strips(per_strip);
   torch::stable::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
+    Work own = work;
     for (int64_t task = begin; task < end; task++) {
       const int64_t block_row = task / strips, first = task % strips * per_strip;
       const int64_t row = block_row % g.rows() * g.block_height;
       const int64_t left = first * g.block_width;
       const int64_t count = std::min(per_strip, g.columns() - first);
       const int64_t wide = std::min(count * g.block_width, g.width - left);
-      work(Strip{
+      own(Strip{
           task,
           (block_row / g.rows() * g.height + row) * g.width + left,
           block_row * g.columns() + first,

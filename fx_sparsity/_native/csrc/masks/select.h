@@ -165,63 +165,56 @@ Bracket bracket_of(Source source, int64_t n, int64_t k) {
   return bracket;
 }
 
-// The keys of a chunk that lie in a bracket, and where in the chunk they stand.
-struct Inside {
-  std::vector<uint32_t> keys;
-  std::vector<uint16_t> places;
-};
-
-// What sorts the keys of one chunk by a bracket: into bits, set from `low` on, and those inside it.
+// What sorts keys by a bracket, a chunk at a time: into bits of those that do not lie below it, and
+// bits of those inside it, whose keys it gathers.
 class Sorter {
  public:
   explicit Sorter(Bracket bracket) : bracket_(bracket) {}
 
   template <class Source>
-  Inside sort(Source source, int64_t begin, int64_t end, uint64_t* bits) {
+  std::vector<uint32_t> sort(
+      Source source, int64_t begin, int64_t end, uint64_t* kept, uint64_t* inside) {
     constexpr uint32_t least = Source::kLeast, span = Source::kMost - least;
     const auto [low, high] = bracket_;
-    const uint32_t width = high - low;
     uint32_t* keys = keys_.get();
-    uint16_t* places = places_.get();
     int64_t found = 0, i = begin;
     uint32_t farthest = 0;
 #if FX_AVX512
-    const __m512i lows = _mm512_set1_epi32(int32_t(low));
-    const __m512i widths = _mm512_set1_epi32(int32_t(width));
-    const __m512i leasts = _mm512_set1_epi32(int32_t(least)), more = _mm512_set1_epi32(16);
+    const __m512i lows = _mm512_set1_epi32(int32_t(low)), highs = _mm512_set1_epi32(int32_t(high));
+    const __m512i leasts = _mm512_set1_epi32(int32_t(least));
     __m512i most = _mm512_setzero_si512();
-    __m512i at = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     for (; i + 64 <= end; i += 64) {
-      uint64_t kept = 0;
+      uint64_t from_low = 0, to_high = 0;
       for (int part = 0; part < 64; part += 16) {
         const __m512i own = source.sixteen(i + part);
         most = _mm512_max_epu32(most, _mm512_sub_epi32(own, leasts));
-        kept |= uint64_t(_mm512_cmpge_epu32_mask(own, lows)) << part;
-        const __mmask16 in = _mm512_cmple_epu32_mask(_mm512_sub_epi32(own, lows), widths);
+        const __mmask16 above = _mm512_cmpge_epu32_mask(own, lows);
+        const __mmask16 in = _mm512_mask_cmple_epu32_mask(above, own, highs);
         _mm512_storeu_si512(keys + found, _mm512_maskz_compress_epi32(in, own));
-        const __m256i own_places = _mm512_cvtepi32_epi16(_mm512_maskz_compress_epi32(in, at));
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(places + found), own_places);
         found += __builtin_popcount(in);
-        at = _mm512_add_epi32(at, more);
+        from_low |= uint64_t(above) << part;
+        to_high |= uint64_t(in) << part;
       }
-      bits[(i - begin) / 64] = kept;
+      kept[(i - begin) / 64] = from_low;
+      inside[(i - begin) / 64] = to_high;
     }
     farthest = _mm512_reduce_max_epu32(most);
 #endif
     for (; i < end; i += 64) {
-      uint8_t kept[64] = {};
+      uint8_t from_low[64] = {}, in[64] = {};
       for (int64_t j = 0; j < std::min<int64_t>(64, end - i); j++) {
         const uint32_t key = source[i + j];
         farthest = std::max(farthest, key - least);
-        kept[j] = key >= low;
+        from_low[j] = key >= low;
+        in[j] = key - low <= high - low;
         keys[found] = key;
-        places[found] = uint16_t(i + j - begin);
-        found += key - low <= width;
+        found += in[j];
       }
-      bits[(i - begin) / 64] = bits_of_bytes(kept);
+      kept[(i - begin) / 64] = bits_of_bytes(from_low);
+      inside[(i - begin) / 64] = bits_of_bytes(in);
     }
     nan |= farthest > span;
-    return {{keys, keys + found}, {places, places + found}};
+    return {keys, keys + found};
   }
 
   bool nan = false;
@@ -230,24 +223,22 @@ class Sorter {
   static constexpr int64_t kRoom = kChunk + 16;  // a register is stored whole
   Bracket bracket_;
   std::unique_ptr<uint32_t[]> keys_ = std::make_unique_for_overwrite<uint32_t[]>(kRoom);
-  std::unique_ptr<uint16_t[]> places_ = std::make_unique_for_overwrite<uint16_t[]>(kRoom);
 };
 
 // The keys of a bracket by chunks, how many each of its bins has, and how many keys lie below it.
 // Given up where a chunk has more than an eighth of its keys there.
 struct Candidates {
-  std::vector<Inside> chunks;
+  std::vector<std::vector<uint32_t>> chunks;
   std::vector<int64_t> counts;
   int64_t below = 0;
   bool complete = true;
   bool nan = false;
 };
 
-// Sets the bits of the keys that do not lie below the bracket.
 template <class Source>
-Candidates candidates_of(Source source, int64_t n, Bracket bracket, Bits& bits) {
+Candidates candidates_of(Source source, int64_t n, Bracket bracket, Bits& kept, Bits& inside) {
   const Bins bins(bracket.low, bracket.high);
-  std::vector<Inside> found(chunks_of(n));
+  std::vector<std::vector<uint32_t>> found(chunks_of(n));
   std::vector<std::atomic<int64_t>> counts(kBins);
   std::atomic<int64_t> below{0};
   std::atomic<bool> crowded{false}, nan{false};
@@ -257,12 +248,12 @@ Candidates candidates_of(Source source, int64_t n, Bracket bracket, Bits& bits) 
     int64_t less = 0;
     for (int64_t c = begin; c < end && !crowded.load(std::memory_order_relaxed); c++) {
       const int64_t first = c * kChunk, last = std::min(n, first + kChunk);
-      uint64_t* words = bits.words(first);
-      Inside& inside = found[c] = sorter.sort(source, first, last, words);
-      if (int64_t(inside.keys.size()) > kChunk / 8) crowded.store(true, std::memory_order_relaxed);
+      const uint64_t* words = kept.words(first);
+      found[c] = sorter.sort(source, first, last, kept.words(first), inside.words(first));
+      if (int64_t(found[c].size()) > kChunk / 8) crowded.store(true, std::memory_order_relaxed);
       less += last - first;
       for (int64_t w = 0; w < (last - first + 63) / 64; w++) less -= std::popcount(words[w]);
-      for (const uint32_t key : inside.keys) own[bins(key)]++;
+      for (const uint32_t key : found[c]) own[bins(key)]++;
     }
     below += less;
     for (int64_t b = 0; b < kBins; b++) {
@@ -283,13 +274,13 @@ inline std::optional<Threshold> threshold_among(
   std::vector<uint32_t> keys;
   keys.reserve(counts[bin]);
   for (const auto& chunk : candidates.chunks) {
-    for (const uint32_t key : chunk.keys) {
+    for (const uint32_t key : chunk) {
       if (bins(key) == bin) keys.push_back(key);
     }
   }
   Threshold threshold = threshold_of_buffer(keys.data(), int64_t(keys.size()), rank);
   for (const auto& chunk : candidates.chunks) {
-    const auto equal = std::count(chunk.keys.begin(), chunk.keys.end(), threshold.key);
+    const auto equal = std::count(chunk.begin(), chunk.end(), threshold.key);
     threshold.equal_per_chunk.push_back(equal);
   }
   return threshold;
@@ -351,17 +342,59 @@ Bits kept_by(Source source, int64_t n, Cut cut) {
   return bits;
 }
 
-// Clears the bits of the candidates that a cut drops.
-inline void drop_candidates(const std::vector<Inside>& chunks, Cut cut, Bits& bits) {
-  const int64_t count = int64_t(chunks.size());
-  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+// The first bits of `bits` at the places where `places` are set.
+inline uint64_t deposit(uint64_t bits, uint64_t places) {
+#ifdef __BMI2__
+  return _pdep_u64(bits, places);
+#else
+  uint64_t found = 0;
+  for (; places; places &= places - 1, bits >>= 1) {
+    if (bits & 1) found |= places & -places;
+  }
+  return found;
+#endif
+}
+
+// Which of `count` <= 64 keys lie below `key`, and which equal it.
+struct Order {
+  uint64_t below = 0, equal = 0;
+
+  Order(const uint32_t* keys, int64_t count, uint32_t key) {
+    int64_t i = 0;
+#if FX_AVX512
+    const __m512i limit = _mm512_set1_epi32(int32_t(key));
+    do {
+      const __mmask16 some = _bzhi_u32(0xffff, uint32_t(count - i));
+      const __m512i own = _mm512_maskz_loadu_epi32(some, keys + i);
+      below |= uint64_t(_mm512_mask_cmplt_epu32_mask(some, own, limit)) << i;
+      equal |= uint64_t(_mm512_mask_cmpeq_epu32_mask(some, own, limit)) << i;
+      i += 16;
+    } while (i < count);  // hardly ever
+#else
+    for (; i < count; i++) {
+      below |= uint64_t(keys[i] < key) << i;
+      equal |= uint64_t(keys[i] == key) << i;
+    }
+#endif
+  }
+};
+
+// Clears the bits in `kept` of the candidates, those `inside`, that a cut drops.
+inline void drop_candidates(
+    const std::vector<std::vector<uint32_t>>& chunks, int64_t n, Cut cut, Bits& inside,
+    Bits& kept) {
+  torch::stable::parallel_for(0, chunks_of(n), 1, [&](int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; c++) {
-      const auto& [keys, places] = chunks[c];
-      const int64_t first = c * kChunk;
-      uint64_t* words = bits.words(first);
-      for (size_t i = 0; i < keys.size(); i++) {
-        const uint64_t drop = cut.drops(keys[i], first + places[i]);
-        words[places[i] / 64] &= ~(drop << (places[i] % 64));
+      const uint32_t* keys = chunks[c].data();
+      const int64_t last = std::min(n, (c + 1) * kChunk);
+      for (int64_t i = c * kChunk; i < last; i += 64) {
+        const uint64_t places = *inside.words(i);
+        const int64_t count = std::popcount(places);
+        const int64_t early = std::clamp<int64_t>(cut.index - i, 0, 64);
+        const uint64_t before = early == 64 ? ~0ull : (1ull << early) - 1;
+        const Order order(keys, count, cut.key);
+        *kept.words(i) &= ~(deposit(order.below, places) | (deposit(order.equal, places) & before));
+        keys += count;
       }
     }
   });
@@ -384,13 +417,13 @@ std::optional<Bits> keep_largest(Source source, int64_t n, int64_t k) {
     return kept_by(source, n, cut_of(source, n, threshold_of_buffer(all.data(), n, k)));
   }
   const Bracket bracket = bracket_of(source, n, k);
-  Bits bits(n);
-  const Candidates candidates = candidates_of(source, n, bracket, bits);
+  Bits kept(n), inside(n);
+  const Candidates candidates = candidates_of(source, n, bracket, kept, inside);
   if (candidates.nan || (!candidates.complete && any_nan(source, n))) return std::nullopt;
   if (candidates.complete) {
     if (const auto threshold = threshold_among(candidates, bracket, k - candidates.below)) {
-      drop_candidates(candidates.chunks, cut_of(source, n, *threshold), bits);
-      return bits;
+      drop_candidates(candidates.chunks, n, cut_of(source, n, *threshold), inside, kept);
+      return kept;
     }
   }
   return kept_by(source, n, cut_of(source, n, threshold_by_counting(source, n, k)));

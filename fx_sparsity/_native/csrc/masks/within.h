@@ -1,6 +1,8 @@
 // Selection inside every block: N:M, per output row, and zeros_per_block.
 #pragma once
 
+#include <bit>
+
 #include "geometry.h"
 #include "select.h"
 #include "write.h"
@@ -10,7 +12,7 @@ namespace fx {
 constexpr int64_t kSmall = 32;  // blocks up to this size are ranked by comparing every pair
 constexpr int64_t kLanes = 16;  // of them at a time
 
-// Rows of a tensor's elements from `at` on, and of their place in a buffer: a byte each, 1 where kept.
+// Rows of a tensor's elements from `at` on, and their places in a buffer: bytes, 1 where kept.
 template <class Source>
 struct Window {
   Source source;
@@ -76,13 +78,24 @@ void drop_in_lanes(
 }
 
 #if FX_AVX512
-// Contiguous groups of `Group` = 2, 4, 8 or 16 elements, 16 elements at a time: each element meets
-// its group by rotation. `count` is a multiple of 16.
+// In each group of `Group` bits, the bit `by` places further on, around the group.
+template <int Group>
+inline uint64_t turned(uint64_t bits, int by) {
+  const uint64_t heads = ~0ull / (~0ull >> (64 - Group));  // the first of each group
+  const uint64_t first = heads * ((1ull << (Group - by)) - 1);
+  return (bits >> by & first) | (bits << (Group - by) & ~first);
+}
+
+// Contiguous groups of `Group` = 2, 4, 8 or 16 elements, 64 elements at a time; `count` is a
+// multiple of that. `before[r]` tells whether the element r places further on goes before one:
+// half of them by comparing, the others by looking back. Ranks are counted in planes of bits.
+// Returns the key farthest from `kLeast`.
 template <int Group, class Source>
-void drop_in_registers(Source source, int64_t at, int64_t count, int64_t zeros, uint8_t* kept) {
-  __m512i partner[Group];
-  __m512i earlier[Group];
-  for (int r = 1; r < Group; r++) {
+uint32_t keep_in_registers(
+    Source source, int64_t at, int64_t count, int64_t zeros, uint64_t* kept) {
+  constexpr int kHalf = Group / 2, kPlanes = std::bit_width(unsigned(Group));
+  __m512i partner[kHalf + 1], earlier[kHalf + 1];
+  for (int r = 1; r <= kHalf; r++) {
     alignas(64) int32_t index[16];
     alignas(64) int32_t is_earlier[16];
     for (int i = 0; i < 16; i++) {
@@ -92,38 +105,63 @@ void drop_in_registers(Source source, int64_t at, int64_t count, int64_t zeros, 
     partner[r] = _mm512_load_si512(index);
     earlier[r] = _mm512_load_si512(is_earlier);
   }
-  const __m512i ones = _mm512_set1_epi32(1), limit = _mm512_set1_epi32(int32_t(zeros));
-  for (int64_t i = 0; i < count; i += 16) {
-    const __m512i keys = source.sixteen(at + i);
-    __m512i rank = _mm512_setzero_si512();
+  const __m512i leasts = _mm512_set1_epi32(int32_t(Source::kLeast));
+  __m512i most = _mm512_setzero_si512();
+  for (int64_t i = 0; i < count; i += 64) {
+    uint64_t before[Group] = {};
+#pragma GCC unroll 4
+    for (int part = 0; part < 64; part += 16) {
+      const __m512i keys = source.sixteen(at + i + part);
+      most = _mm512_max_epu32(most, _mm512_sub_epi32(keys, leasts));
+#pragma GCC unroll 8
+      for (int r = 1; r <= kHalf; r++) {
+        const __m512i other = _mm512_permutexvar_epi32(partner[r], keys);
+        const __m512i own = _mm512_add_epi32(keys, earlier[r]);
+        before[r] |= uint64_t(_mm512_cmplt_epu32_mask(other, own)) << part;
+      }
+    }
+    uint64_t planes[kPlanes] = {};
 #pragma GCC unroll 16
     for (int r = 1; r < Group; r++) {
-      const __m512i other = _mm512_permutexvar_epi32(partner[r], keys);
-      const __mmask16 before =
-          _mm512_cmplt_epu32_mask(other, _mm512_add_epi32(keys, earlier[r]));
-      rank = _mm512_mask_add_epi32(rank, before, rank, ones);
+      uint64_t carry = r <= kHalf ? before[r] : ~turned<Group>(before[Group - r], r);
+      for (uint64_t& plane : planes) {
+        const uint64_t next = plane & carry;
+        plane ^= carry;
+        carry = next;
+      }
     }
-    const __mmask16 keep = _mm512_cmpge_epi32_mask(rank, limit);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(kept + i), _mm_maskz_set1_epi8(keep, 1));
+    uint64_t above = 0, equal = ~0ull;  // ranks above the number of zeros, and those of that number
+    for (int p = kPlanes - 1; p >= 0; p--) {
+      const uint64_t digit = -(uint64_t(zeros) >> p & 1);
+      above |= equal & planes[p] & ~digit;
+      equal &= ~(planes[p] ^ digit);
+    }
+    kept[i / 64] = above | equal;
   }
+  return _mm512_reduce_max_epu32(most);
 }
 #endif
 
 // As many groups of `group` elements in a row as registers take; returns how many elements that is.
 template <class Source>
-int64_t drop_in_row(Window<Source> window, int64_t count, int64_t group, int64_t zeros) {
+int64_t keep_in_row(
+    Source source, int64_t at, int64_t count, int64_t group, int64_t zeros, uint64_t* kept,
+    bool& nan) {
 #if FX_AVX512
-  const auto [source, at, stride, kept, kept_stride] = window;
-  const int64_t whole = count / 16 * 16;
+  const int64_t whole = count / 64 * 64;
+  uint32_t farthest;
   switch (group) {
-    case 2: drop_in_registers<2>(source, at, whole, zeros, kept); return whole;
-    case 4: drop_in_registers<4>(source, at, whole, zeros, kept); return whole;
-    case 8: drop_in_registers<8>(source, at, whole, zeros, kept); return whole;
-    case 16: drop_in_registers<16>(source, at, whole, zeros, kept); return whole;
-    default: break;
+    case 2: farthest = keep_in_registers<2>(source, at, whole, zeros, kept); break;
+    case 4: farthest = keep_in_registers<4>(source, at, whole, zeros, kept); break;
+    case 8: farthest = keep_in_registers<8>(source, at, whole, zeros, kept); break;
+    case 16: farthest = keep_in_registers<16>(source, at, whole, zeros, kept); break;
+    default: return 0;
   }
-#endif
+  nan |= farthest > Source::kMost - Source::kLeast;
+  return whole;
+#else
   return 0;
+#endif
 }
 
 template <class Source>
@@ -149,13 +187,10 @@ struct Loss {
   }
 };
 
+// The blocks of a strip from the `b`-th on.
 template <class Source>
-void drop_in_strip(const Strip& s, const Geometry& g, const Loss& loss, Window<Source> window) {
-  int64_t b = 0;
-  if (s.height == 1 && g.block_height == 1 && !loss.spared) {
-    const int64_t count = s.whole * g.block_width;
-    b = drop_in_row(window, count, g.block_width, loss.zeros) / g.block_width;
-  }
+void drop_in_strip(
+    const Strip& s, const Geometry& g, const Loss& loss, int64_t b, Window<Source> window) {
   const bool small = g.block_size() <= kSmall && s.height == g.block_height;
   for (; small && b + kLanes <= s.whole; b += kLanes) {
     int64_t own[kLanes];
@@ -181,19 +216,29 @@ bool drop_within(Source source, const Geometry& g, const Loss& loss, Out one, Ou
   };
   Bits bits(g.strips(per_strip) * g.block_height * row_bits);
   std::atomic<bool> nan{false};
-  for_each_strip(g, per_strip, [&](const Strip& s) {
-    const auto kept = std::make_unique_for_overwrite<uint8_t[]>(s.height * row_bits);
-    bool strange = false;
-    for (int64_t i = 0; i < s.height; i++) {
-      const int64_t row = s.at + i * g.width;
-      strange |= has_nan(source, row, row + s.wide);
-    }
-    if (strange) return nan.store(true, std::memory_order_relaxed);
-    drop_in_strip(s, g, loss, Window<Source>{source, s.at, g.width, kept.get(), row_bits});
+  for_each_strip(g, per_strip, [&, kept = std::vector<uint8_t>()](const Strip& s) mutable {
     uint64_t* words = bits.words(place(s, 0));
-    for (int64_t w = 0; w < s.height * row_bits / 64; w++) {
-      words[w] = bits_of_bytes(kept.get() + 64 * w);
+    bool strange = false;
+    int64_t done = 0;
+    if (g.block_height == 1 && !loss.spared) {
+      const int64_t count = s.whole * g.block_width;
+      done = keep_in_row(source, s.at, count, g.block_width, loss.zeros, words, strange);
     }
+    if (done < s.wide) {
+      for (int64_t i = 0; i < s.height; i++) {
+        const int64_t row = s.at + i * g.width;
+        strange |= has_nan(source, row + done, row + s.wide);
+      }
+      if (!strange) {
+        kept.resize(s.height * row_bits);
+        const Window<Source> window{source, s.at, g.width, kept.data(), row_bits};
+        drop_in_strip(s, g, loss, done / g.block_width, window);
+        for (int64_t w = done / 64; w < s.height * row_bits / 64; w++) {
+          words[w] = bits_of_bytes(kept.data() + 64 * w);
+        }
+      }
+    }
+    if (strange) nan.store(true, std::memory_order_relaxed);
   });
   if (nan) return false;
   write_strips(g, per_strip, false, one, mask, [&](const Strip& s, int64_t i, Out* row) {

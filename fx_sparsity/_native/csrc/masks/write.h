@@ -1,6 +1,8 @@
 // Masks are written last of all, from bits, once nothing can fail any more.
 #pragma once
 
+#include <vector>
+
 #include "bits.h"
 #include "geometry.h"
 
@@ -22,6 +24,18 @@ inline void stream(uint8_t* to, const uint8_t* from, size_t bytes) {
   std::memcpy(to, from, bytes);
 #endif
 }
+
+// A thread's row of a mask. When it is gone, other threads see what this one has streamed.
+template <class Out>
+struct Row {
+  std::vector<Out> elements;
+
+#if FX_AVX512
+  Row() = default;
+  Row(const Row&) = default;
+  ~Row() { _mm_sfence(); }
+#endif
+};
 
 // Of the lowest 64 / Width bits each `Width` times.
 template <int Width>
@@ -62,29 +76,6 @@ void write_row(const Bits& bits, int64_t first, int64_t count, int64_t width, Ou
   }
 }
 
-// Writes a mask. `row(strip, i, out)` fills `out` with the i-th row of each strip; with the first
-// only where `alike`: then the others are as it is. What belongs to no block is kept.
-template <class Out, class Row>
-void write_strips(
-    const Geometry& g, int64_t per_strip, bool alike, Out one, Out* mask, const Row& row) {
-  keep_edges(g, one, mask);
-  const int64_t elements = g.batch * g.height * g.width;
-  const bool streamed = elements * int64_t(sizeof(Out)) >= kStreamed;
-  for_each_strip(g, per_strip, [&](const Strip& s) {
-    const auto buffer = std::make_unique_for_overwrite<Out[]>(s.wide);
-    const auto* from = reinterpret_cast<const uint8_t*>(buffer.get());
-    const size_t bytes = s.wide * sizeof(Out);
-    for (int64_t i = 0; i < s.height; i++) {
-      if (i == 0 || !alike) row(s, i, buffer.get());
-      auto* to = reinterpret_cast<uint8_t*>(mask + s.at + i * g.width);
-      streamed ? stream(to, from, bytes) : void(std::memcpy(to, from, bytes));
-    }
-#if FX_AVX512
-    _mm_sfence();  // other threads may read what was streamed
-#endif
-  });
-}
-
 // Keeps the edges that belong to no block.
 template <class Out>
 void keep_edges(const Geometry& g, Out one, Out* mask) {
@@ -96,12 +87,33 @@ void keep_edges(const Geometry& g, Out one, Out* mask) {
   }
 }
 
+// Writes a mask. `fill(strip, i, row)` gives the i-th row of each strip; only the first where they
+// are all `alike`. What belongs to no block is kept.
+template <class Out, class Fill>
+void write_strips(
+    const Geometry& g, int64_t per_strip, bool alike, Out one, Out* mask, const Fill& fill) {
+  keep_edges(g, one, mask);
+  const int64_t elements = g.batch * g.height * g.width;
+  const bool streamed = elements * int64_t(sizeof(Out)) >= kStreamed;
+  for_each_strip(g, per_strip, [&, row = Row<Out>()](const Strip& s) mutable {
+    row.elements.resize(s.wide);
+    const auto* from = reinterpret_cast<const uint8_t*>(row.elements.data());
+    const size_t bytes = s.wide * sizeof(Out);
+    for (int64_t i = 0; i < s.height; i++) {
+      if (i == 0 || !alike) fill(s, i, row.elements.data());
+      auto* to = reinterpret_cast<uint8_t*>(mask + s.at + i * g.width);
+      streamed ? stream(to, from, bytes) : void(std::memcpy(to, from, bytes));
+    }
+  });
+}
+
 // Writes whole blocks: all of one is kept, or nothing. `bits` are those of the grid.
 template <class Out>
 void write_blocks(const Bits& bits, const Geometry& g, Out one, Out* mask) {
   write_strips(g, g.blocks_per_strip(), true, one, mask, [&](const Strip& s, int64_t, Out* row) {
     write_row(bits, s.block, s.whole, g.block_width, one, row);
-    write_row<0>(bits, s.block + s.whole, s.ragged > 0, s.ragged, one, row + s.whole * g.block_width);
+    Out* last = row + s.whole * g.block_width;
+    write_row<0>(bits, s.block + s.whole, s.ragged > 0, s.ragged, one, last);
   });
 }
 

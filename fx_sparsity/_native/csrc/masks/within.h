@@ -143,10 +143,12 @@ uint32_t keep_in_registers(
 #endif
 
 // As many groups of `group` elements in a row as registers take; returns how many elements that is.
+// `nan` tells of a NaN among them.
 template <class Source>
 int64_t keep_in_row(
-    Source source, int64_t at, int64_t count, int64_t group, int64_t zeros, uint64_t* kept,
-    bool& nan) {
+    [[maybe_unused]] Source source, [[maybe_unused]] int64_t at, [[maybe_unused]] int64_t count,
+    [[maybe_unused]] int64_t group, [[maybe_unused]] int64_t zeros,
+    [[maybe_unused]] uint64_t* kept, [[maybe_unused]] bool& nan) {
 #if FX_AVX512
   const int64_t whole = count / 64 * 64;
   uint32_t farthest;

@@ -14,6 +14,7 @@ from fx_sparsity.masks.rank import INFINITIES, NAN, Rank, ScoreError
 from fx_sparsity.patterns import Tiling
 
 _WEIGHTS = (torch.float32, torch.float16, torch.bfloat16)
+_MASKS = (*_WEIGHTS, torch.bool)
 
 
 class Geometry(NamedTuple):
@@ -68,7 +69,7 @@ def pack_mask(mask: Tensor, bits: Tensor) -> bool | None:
         Whether all elements are zeros and ones; None where the operators do not cover the mask.
     """
     plain = type(mask) is Tensor and mask.layout == torch.strided and mask.is_contiguous()
-    if not plain or mask.device.type != "cpu" or mask.dtype not in (*_WEIGHTS, torch.bool):
+    if not plain or mask.device.type != "cpu" or mask.dtype not in _MASKS:
         return None
     return torch.ops.fx_sparsity_masks.pack_mask(mask, bits) if MASKS.ready() else None
 
@@ -116,9 +117,8 @@ def write_mask(x: Tensor, tiling: Tiling, level: float, rank: Rank, out: Tensor)
     shape = geometry(x.shape, tiling)
     if shape is None:
         return False
-    own_dtype = out.dtype == x.dtype and rank is not Rank.VALUE
-    direct = (own_dtype or out.dtype == torch.bool) and out.is_contiguous()
-    mask = out if direct and out.device == x.device else torch.empty(x.shape, dtype=torch.bool)
+    direct = out.dtype in _MASKS and out.device == x.device and out.is_contiguous()
+    mask = out if direct else torch.empty(x.shape, dtype=torch.bool)
     _write(x.detach().contiguous(), shape, tiling, level, rank, mask)
     if not mask.is_inference():
         # As torch's own operators do, so that a backward pass notices that its mask is gone.
@@ -132,29 +132,20 @@ def _write(
     x: Tensor, shape: Geometry, tiling: Tiling, level: float, rank: Rank, mask: Tensor
 ) -> None:
     ops = torch.ops.fx_sparsity_masks
-    signed = rank is Rank.VALUE
     if tiling.block_size == 1 and tiling.zeros == "all":
-        if not ops.drop_elements(x, signed, round(level * x.numel()), mask):
+        if not ops.drop_elements(x, rank is Rank.VALUE, round(level * x.numel()), mask):
             raise ScoreError(NAN)
         return
     grid = tiling.grid(x.shape)
-    blocks = torch.Size(grid).numel()
-    chosen = tiling.chosen(level, blocks)
-    keys = torch.empty(0, dtype=torch.int32)
-    ranks_blocks = tiling.zeros == "all" or chosen < blocks
+    chosen = tiling.chosen(level, torch.Size(grid).numel())
     sizes = zip(grid, tiling.extents, x.shape, strict=True)
     has_edges = any(n * extent < size for n, extent, size in sizes)  # they belong to no block
-    if (has_edges or not ranks_blocks) and ops.has_nan(x):
+    if has_edges and ops.has_nan(x):
         raise ScoreError(NAN)
-    if ranks_blocks:
-        keys = torch.empty(blocks, dtype=torch.int32)
-        if ops.block_keys(x, rank, *shape, keys):
-            raise ScoreError(NAN if ops.has_nan(x) else INFINITIES)
-    if has_edges:
-        mask.fill_(1)
     if tiling.zeros == "all":
-        ops.drop_blocks(keys, chosen, *shape, mask)
+        ranked = ops.drop_blocks(x, rank, chosen, *shape, mask)
     else:
-        zeros = zeros_of_whole(tiling, level)
-        count_missing = tiling.zeros == "level"
-        ops.drop_within(x, signed, zeros, count_missing, keys, chosen, *shape, mask)
+        zeros, count_missing = zeros_of_whole(tiling, level), tiling.zeros == "level"
+        ranked = ops.drop_within(x, rank, chosen, zeros, count_missing, *shape, mask)
+    if not ranked:
+        raise ScoreError(NAN if ops.has_nan(x) else INFINITIES)

@@ -1,6 +1,7 @@
 """Time and memory of a sparsifier's whole `step()`, next to that of `torch.ao.pruning`.
 
     python -m tests.benchmarks.bench_masks --write
+    python -m tests.benchmarks.bench_masks --row 4096x11008/f32/1x4/0.5 --row bf16/2:4
 
 Reference and ours take turns on the same weight, which changes in place between steps; medians.
 `clone` is `weight.clone()`, which faults new pages in; `copy` writes to memory that is there
@@ -55,6 +56,12 @@ class Cell:
         return f"{self.block[0]}x{self.block[1]}"
 
     @property
+    def row(self) -> str:
+        """Its name, as `--row` takes it or a part of it."""
+        dtype = str(self.dtype)[6:].replace("float", "f")
+        return f"{'x'.join(map(str, self.shape))}/{dtype}/{self.pattern}/{self.level}"
+
+    @property
     def options(self) -> dict[str, object]:
         return {
             "sparsity_level": self.level,
@@ -84,11 +91,10 @@ class Result:
         return max(self.weight[1], self.data[1])
 
     def line(self) -> str:
-        cell = self.cell
-        is_24 = cell.pattern == "2:4"
+        shape, dtype, pattern, level = self.cell.row.split("/")
+        is_24 = pattern == "2:4"
         return (
-            f"{'x'.join(map(str, cell.shape)):<12}{str(cell.dtype)[6:].replace('float', 'f'):<6}"
-            f"{cell.pattern:<10}{cell.level:<6}"
+            f"{shape:<12}{dtype:<6}{pattern:<10}{level:<6}"
             f"{self.weight[0]:>10.0f}{self.weight[1]:>8.1f}{self.times[0]:>7.0f}"
             f"{self.data[0]:>10.0f}{self.data[1]:>8.1f}{self.times[1]:>7.0f}"
             f"{self.boolean:>9.1f}{self.slowest / self.clone:>8.1f}{self.slowest / self.copy:>7.1f}"
@@ -194,7 +200,7 @@ def verdicts(results: list[Result]) -> Iterator[str]:
     """What was to be reached, what was, and which lines fall short."""
 
     def bar(name: str, reached: str, missed: list[Result]) -> str:
-        lines = [f"{r.cell.shape} {r.cell.dtype} {r.cell.pattern} {r.cell.level}" for r in missed]
+        lines = [r.cell.row for r in missed]
         return f"{name}: {reached}; " + (f"MISSED by {'; '.join(lines)}" if lines else "met")
 
     times = [value for result in results for value in result.times]
@@ -205,13 +211,16 @@ def verdicts(results: list[Result]) -> Iterator[str]:
     for unit in ("clone", "copy"):
         for dtype, most in MOST_CLONES.items():
             chosen = [r for r in results if r.cell.dtype == dtype]
+            if not chosen:
+                continue
             ratios = [r.slowest / getattr(r, unit) for r in chosen]
             over = [r for r, ratio in zip(chosen, ratios, strict=True) if ratio > most]
             yield bar(f"at most {most:g} {unit} in {dtype}", f"{max(ratios):.2f}", over)
         chosen = [r for r in results if r.cell.pattern == "2:4"]
-        ratios = [r.boolean / getattr(r, unit) for r in chosen]
-        over = [r for r, ratio in zip(chosen, ratios, strict=True) if ratio > 2]
-        yield bar(f"2:4 with boolean masks at most 2 {unit}", f"{max(ratios):.2f}", over)
+        if chosen:
+            ratios = [r.boolean / getattr(r, unit) for r in chosen]
+            over = [r for r, ratio in zip(chosen, ratios, strict=True) if ratio > 2]
+            yield bar(f"2:4 with boolean masks at most 2 {unit}", f"{max(ratios):.2f}", over)
     heavy = [r for r in results if r.memory > 0.7]
     most = max(r.memory for r in results)
     yield bar("at most 0.7 of the weight in extra memory", f"{most:.2f}", heavy)
@@ -238,14 +247,21 @@ def main(arguments: list[str] | None = None) -> list[Result]:
     parser.add_argument("--write", action="store_true", help=f"write {TABLE.name}")
     parser.add_argument("--runs", type=int, default=7)
     parser.add_argument("--reference-runs", type=int, default=3)
+    parser.add_argument("--row", action="append", help="only those whose names have this in them")
     parser.add_argument("--small", action="store_true", help="one small weight, to try it out")
     options = parser.parse_args(arguments)
+    if options.row and options.write:
+        parser.error("a table is written whole: give --write without --row")
+    every = list(cells([(256, 256)] if options.small else SHAPES))
+    chosen = [cell for cell in every if any(part in cell.row for part in options.row or [""])]
+    if not chosen:
+        parser.error(f"no row has that in its name; one is {every[0].row}")
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")
     torch.set_num_threads(2)
     lines = [machine(), f"median of {options.reference_runs} and {options.runs} runs", "", HEADER]
     print("\n".join(lines))
     results = []
-    for cell in cells([(256, 256)] if options.small else SHAPES):
+    for cell in chosen:
         results.append(measure(cell, options.reference_runs, options.runs))
         lines.append(results[-1].line())
         print(lines[-1], flush=True)

@@ -188,6 +188,19 @@ def test_written_in_place(dtype, extents, contiguous):
         assert torch.equal(out, compute_mask(x, tiling, 0.5, Rank.MAGNITUDE).to(dtype))
 
 
+@pytest.mark.parametrize("tiling", [Tiling((1, 1)), Tiling((16, 16)), Tiling((1, 4), "level")])
+def test_mask_that_caches_do_not_hold(tiling):
+    """Such a mask is written past them: to any address, and to nothing beside it."""
+    x = torch.randn(2064, 2048)
+    memory = torch.full((x.numel() + 40,), 7.0)
+    for start in (0, 5):
+        memory.fill_(7)
+        out = memory[start : start + x.numel()].view(x.shape)
+        compute_mask(x, tiling, 0.5, Rank.MAGNITUDE, out=out)
+        assert torch.equal(out, compute_mask(x, tiling, 0.5, Rank.MAGNITUDE).float())
+        assert int((memory == 7).sum()) == 40
+
+
 def test_empty():
     for shape, extents in itertools.product([(0,), (0, 4), (4, 0)], [1, 2]):
         tiling = Tiling((extents,) * len(shape), "all", "pad")

@@ -1,4 +1,4 @@
-// Masks as bits: eight elements a byte, the lowest bit first.
+// Masks as bits: the lowest bit first.
 #pragma once
 
 #include <algorithm>
@@ -6,8 +6,45 @@
 #include <cstring>
 
 #include "keys.h"
+#include "scratch.h"
 
 namespace fx {
+
+// A bit for each of `n` things, set where it is kept. Threads write to words of their own.
+class Bits {
+ public:
+  explicit Bits(int64_t n) : words_(scratch<uint64_t>(n / 64 + 2)) {}
+
+  bool operator[](int64_t i) const { return words_[i / 64] >> (i % 64) & 1; }
+  uint64_t* words(int64_t i) { return words_.get() + i / 64; }
+
+  // The 64 from the i-th on; those after the last are anything.
+  uint64_t from(int64_t i) const {
+    const uint64_t* word = words_.get() + i / 64;
+    const int shift = i % 64;
+    return shift ? word[0] >> shift | word[1] << (64 - shift) : word[0];
+  }
+
+ private:
+  Scratch<uint64_t> words_;
+};
+
+// The lowest bits of 64 bytes of 0 or 1.
+inline uint64_t bits_of_bytes(const uint8_t* bytes) {
+#if FX_AVX512
+  const __m512i v = _mm512_loadu_si512(bytes);
+  return _mm512_test_epi8_mask(v, v);
+#else
+  constexpr uint64_t kGather = 0x0102040810204080;  // eight bytes to the bits of the top
+  uint64_t bits = 0;
+  for (int i = 0; i < 8; i++) {
+    uint64_t eight;
+    std::memcpy(&eight, bytes + 8 * i, 8);
+    bits |= ((eight * kGather) >> 56) << (8 * i);
+  }
+  return bits;
+#endif
+}
 
 // Which of 64 elements are not zero, a bit each; `strange` gathers whether one is not `one` either.
 template <class Out>
@@ -34,7 +71,6 @@ inline uint64_t pack64(const Out* x, Out one, uint64_t& strange) {
   strange |= kept ^ ones;
   return kept;
 #else
-  constexpr uint64_t kGather = 0x0102040810204080;  // eight bytes of 0 or 1 to the bits of the top
   uint8_t kept[64];
   bool odd = false;
   for (int i = 0; i < 64; i++) {
@@ -42,13 +78,7 @@ inline uint64_t pack64(const Out* x, Out one, uint64_t& strange) {
     odd |= (x[i] != 0) & (x[i] != one);
   }
   strange |= odd;
-  uint64_t bits = 0;
-  for (int i = 0; i < 8; i++) {
-    uint64_t eight;
-    std::memcpy(&eight, kept + 8 * i, 8);
-    bits |= ((eight * kGather) >> 56) << (8 * i);
-  }
-  return bits;
+  return bits_of_bytes(kept);
 #endif
 }
 
@@ -68,6 +98,35 @@ bool pack(const Out* x, int64_t n, Out one, uint8_t* bits) {
     std::memcpy(bits + i / 8, &kept, (n - i + 7) / 8);
   }
   return !strange;
+}
+
+// The opposite: 64 elements from their bits.
+template <class Out>
+inline void unpack64(uint64_t kept, Out one, Out* x) {
+#if FX_AVX512
+  if constexpr (sizeof(Out) == 1) {
+    _mm512_storeu_si512(x, _mm512_maskz_set1_epi8(kept, char(one)));
+  } else if constexpr (sizeof(Out) == 2) {
+    for (int i = 0; i < 2; i++) {
+      const __mmask32 part = uint32_t(kept >> (32 * i));
+      _mm512_storeu_si512(x + 32 * i, _mm512_maskz_set1_epi16(part, short(one)));
+    }
+  } else {
+    for (int i = 0; i < 4; i++) {
+      const __mmask16 part = uint16_t(kept >> (16 * i));
+      _mm512_storeu_si512(x + 16 * i, _mm512_maskz_set1_epi32(part, int(one)));
+    }
+  }
+#else
+  constexpr uint64_t kOnes = 0x0101010101010101, kOwnBit = 0x8040201008040201;
+  uint8_t bytes[64];
+  for (int i = 0; i < 8; i++) {
+    const uint64_t own = (kept >> (8 * i) & 0xff) * kOnes & kOwnBit;
+    const uint64_t eight = (own + 0x7f * kOnes) >> 7 & kOnes;  // no byte carries into the next
+    std::memcpy(bytes + 8 * i, &eight, 8);
+  }
+  for (int i = 0; i < 64; i++) x[i] = bytes[i] ? one : Out(0);
+#endif
 }
 
 }  // namespace fx

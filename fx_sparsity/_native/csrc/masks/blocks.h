@@ -1,4 +1,4 @@
-// Whole blocks: the mean of each as a key, and the mask that drops some of them.
+// Whole blocks: the mean of each as a key, and which of them are kept.
 #pragma once
 
 #include "geometry.h"
@@ -7,12 +7,6 @@
 namespace fx {
 
 enum class Norm : int64_t { value = 0, magnitude = 1, square = 2 };
-
-constexpr int64_t kStripWidth = 2048;  // columns whose fp64 sums stay in the nearest caches
-
-inline int64_t blocks_per_strip(const Geometry& g) {
-  return std::max<int64_t>(1, kStripWidth / g.block_width);
-}
 
 template <Norm N, class T>
 inline double score(T x) {
@@ -72,23 +66,32 @@ void sum_columns(const T* top, int64_t height, int64_t wide, int64_t stride, dou
   for (; i < height; i++) add_rows<N, 1>(top + i * stride, wide, stride, i == 0, sums);
 }
 
-// Writes the sums of neighbouring fours of `count` elements in a row.
+// The keys of the means of neighbouring fours, computed whenever they are asked for.
 template <Norm N, class T>
-void sum_fours(const T* row, int64_t count, double* sums) {
-  int64_t j = 0;
+struct Fours {
+  static constexpr bool kSigned = N == Norm::value;
+  static constexpr uint32_t kLeast = kSigned ? 0x000fffffu : 0u;
+  static constexpr uint32_t kMost = kSigned ? 0xfff00000u : 0xffe00000u;
+  const T* data;
+
+  uint32_t operator[](int64_t i) const {
+    const T* x = data + 4 * i;
+    const double sum = (score<N>(x[0]) + score<N>(x[1])) + (score<N>(x[2]) + score<N>(x[3]));
+    return mean_key<kSigned>(sum);
+  }
 #if FX_AVX512
-  for (; j + 32 <= count; j += 32) {
-    const __m512d fours = sums_of_fours(
-        scores8<N>(row + j), scores8<N>(row + j + 8), scores8<N>(row + j + 16),
-        scores8<N>(row + j + 24));
-    _mm512_storeu_pd(sums + j / 4, fours);
+  __m512i sixteen(int64_t i) const {
+    const T* x = data + 4 * i;
+    return _mm512_inserti64x4(_mm512_castsi256_si512(eight(x)), eight(x + 32), 1);
+  }
+
+ private:
+  static __m256i eight(const T* x) {
+    return mean_keys8<kSigned>(
+        sums_of_fours(scores8<N>(x), scores8<N>(x + 8), scores8<N>(x + 16), scores8<N>(x + 24)));
   }
 #endif
-  for (; j < count; j += 4) {
-    sums[j / 4] = (score<N>(row[j]) + score<N>(row[j + 1])) +
-        (score<N>(row[j + 2]) + score<N>(row[j + 3]));
-  }
-}
+};
 
 // Replaces the sums of `count` blocks of `width` columns by one sum a block.
 inline void add_columns(double* sums, int64_t count, int64_t width) {
@@ -137,20 +140,14 @@ bool block_keys(const T* data, const Geometry& g, uint32_t* keys) {
   constexpr bool is_signed = N == Norm::value;
   const bool ragged = g.height % g.block_height || g.width % g.block_width;
   std::atomic<bool> nan{false};
-  for_each_strip(g, blocks_per_strip(g), [&](const Strip& s) {
-    const int64_t wide = s.whole * g.block_width + s.ragged;
-    const auto buffer = std::make_unique_for_overwrite<double[]>(wide);
-    double* sums = buffer.get();
+  const auto work = [&, buffer = std::vector<double>()](const Strip& s) mutable {
+    buffer.resize(s.wide);
+    double* sums = buffer.data();
     const T* top = data + s.at;
     uint32_t* out = keys + s.block;
     const int64_t columns = s.whole * g.block_width;
-    if (s.height == 1 && g.block_width == 4) {
-      sum_fours<N>(top, columns, sums);
-      sum_columns<N>(top + columns, 1, s.ragged, g.width, sums + columns);
-    } else {
-      sum_columns<N>(top, s.height, wide, g.width, sums);
-      add_columns(sums, s.whole, g.block_width);
-    }
+    sum_columns<N>(top, s.height, s.wide, g.width, sums);
+    add_columns(sums, s.whole, g.block_width);
     const int64_t size = ragged ? s.height * g.block_width : 0;
     bool bad = keys_of_sums<is_signed>(sums, s.whole, size, out);
     if (s.ragged) {
@@ -159,42 +156,21 @@ bool block_keys(const T* data, const Geometry& g, uint32_t* keys) {
       bad |= keys_of_sums<is_signed>(rest, 1, s.height * s.ragged, out + s.whole);
     }
     if (bad) nan.store(true, std::memory_order_relaxed);
-  });
+  };
+  for_each_strip(g, g.blocks_per_strip(), work);
   return nan;
 }
 
-// One row of a mask: each block's value `Width` times (0: `width`).
-template <int Width, class Out>
-void expand_row(
-    const uint32_t* keys, int64_t first, int64_t count, int64_t width, Cut cut, Out one,
-    Out* mask) {
-  const int64_t size = Width > 0 ? Width : width;
-  for (int64_t b = 0; b < count; b++) {
-    const Out value = cut.drops(keys[b], first + b) ? Out(0) : one;
-    for (int64_t j = 0; j < size; j++) mask[b * size + j] = value;
+// A bit for each block of the grid: cleared for the `k` of the smallest means. Nothing where a mean
+// is NaN.
+template <Norm N, class T>
+std::optional<Bits> keep_blocks(const T* data, const Geometry& g, int64_t k) {
+  if (g.block_height == 1 && g.block_width == 4 && g.width % 4 == 0) {
+    return keep_largest(Fours<N, T>{data}, g.blocks(), k);
   }
-}
-
-// Drop the `k` blocks of the smallest keys.
-template <class Out>
-void drop_blocks(const uint32_t* keys, const Geometry& g, int64_t k, Out one, Out* mask) {
-  const Cut cut = *cut_smallest(Keys{keys}, g.blocks(), k);
-  const auto expand = g.block_width == 1 ? expand_row<1, Out>
-      : g.block_width == 2               ? expand_row<2, Out>
-      : g.block_width == 4               ? expand_row<4, Out>
-      : g.block_width == 8               ? expand_row<8, Out>
-      : g.block_width == 16              ? expand_row<16, Out>
-                                         : expand_row<0, Out>;
-  for_each_strip(g, blocks_per_strip(g), [&](const Strip& s) {
-    Out* top = mask + s.at;
-    expand(keys + s.block, s.block, s.whole, g.block_width, cut, one, top);
-    if (s.ragged) {
-      const int64_t last = s.block + s.whole;
-      expand_row<0>(keys + last, last, 1, s.ragged, cut, one, top + s.whole * g.block_width);
-    }
-    const size_t bytes = (s.whole * g.block_width + s.ragged) * sizeof(Out);
-    for (int64_t i = 1; i < s.height; i++) std::memcpy(top + i * g.width, top, bytes);
-  });
+  const Scratch<uint32_t> keys = scratch<uint32_t>(g.blocks());
+  if (block_keys<N>(data, g, keys.get())) return std::nullopt;
+  return keep_largest(Keys{keys.get()}, g.blocks(), k);
 }
 
 }  // namespace fx

@@ -5,10 +5,11 @@
 // are mirrored below the positive ones, and -0.0 is +0.0.
 #pragma once
 
+#include <algorithm>
 #include <bit>
 #include <cstdint>
 
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__BMI2__)
 #include <immintrin.h>
 #define FX_AVX512 1
 #else
@@ -117,6 +118,32 @@ inline uint32_t mean_key(double mean) {
   const uint64_t bits = std::bit_cast<uint64_t>(mean + 0.0);
   if constexpr (!Signed) return uint32_t(bits >> 31);
   return uint32_t((bits ^ (uint64_t(int64_t(bits) >> 63) | (1ull << 63))) >> 32);
+}
+
+#if FX_AVX512
+template <bool Signed>
+inline __m256i mean_keys8(__m512d means) {
+  const __m512i bits = _mm512_castpd_si512(_mm512_add_pd(means, _mm512_setzero_pd()));
+  if constexpr (!Signed) return _mm512_cvtepi64_epi32(_mm512_srli_epi64(bits, 31));
+  const __m512i flip = _mm512_or_si512(_mm512_srai_epi64(bits, 63), _mm512_set1_epi64(1ll << 63));
+  return _mm512_cvtepi64_epi32(_mm512_srli_epi64(_mm512_xor_si512(bits, flip), 32));
+}
+#endif
+
+// Calls `work(keys, at, count)` for keys [begin, end), a few in memory at a time.
+template <class Source, class Work>
+void for_each_run(Source source, int64_t begin, int64_t end, const Work& work) {
+  constexpr int64_t kRun = 1024;
+  uint32_t keys[kRun];
+  for (int64_t at = begin; at < end; at += kRun) {
+    const int64_t count = std::min(kRun, end - at);
+    int64_t i = 0;
+#if FX_AVX512
+    for (; i + 16 <= count; i += 16) _mm512_storeu_si512(keys + i, source.sixteen(at + i));
+#endif
+    for (; i < count; i++) keys[i] = source[at + i];
+    work(keys, at, count);
+  }
 }
 
 }  // namespace fx

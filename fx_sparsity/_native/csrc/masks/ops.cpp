@@ -14,6 +14,7 @@
 #include "blocks.h"
 #include "select.h"
 #include "within.h"
+#include "write.h"
 
 namespace fx::ops {
 namespace {
@@ -56,30 +57,16 @@ void with_mask(const Tensor& mask, const Work& work) {
   }
 }
 
-// Calls `work(source, Out* mask, Out one)`. The mask is boolean or, for magnitudes, as wide as the
-// weight: each further combination would take longer to compile and is hardly met.
-template <class Work>
-void with_keys_and_mask(const Tensor& x, bool is_signed, const Tensor& mask, const Work& work) {
-  with_keys(x, is_signed, [&]<class T, bool Signed>(Elements<T, Signed> source) {
-    with_mask(mask, [&]<class Out>(Out* out, Out one) {
-      if constexpr (sizeof(Out) == 1 || (!Signed && sizeof(Out) == sizeof(T))) {
-        work(source, out, one);
-      } else {
-        STD_TORCH_CHECK(false, "expected a boolean mask, or one as wide as the weight");
-      }
-    });
-  });
+// `n` elements as a grid of blocks of one.
+Geometry elements(int64_t n) {
+  return {1, 1, n, 1, 1, false};
 }
 
-const uint32_t* keys_of(const Tensor& keys) {
-  return static_cast<const uint32_t*>(keys.const_data_ptr());
-}
-
-template <class Source, class Out>
-void write_masks(Source source, int64_t n, Cut cut, Out one, Out* mask) {
-  torch::stable::parallel_for(0, n, kGrain, [&](int64_t begin, int64_t end) {
-    write_mask(source, begin, end, cut, one, mask);
-  });
+// Writes the bits of a grid's blocks, if there are any; returns whether there are.
+bool write_kept(const std::optional<Bits>& bits, const Geometry& g, const Tensor& mask) {
+  if (!bits) return false;
+  with_mask(mask, [&](auto* out, auto one) { write_blocks(*bits, g, one, out); });
+  return true;
 }
 
 template <class T>
@@ -105,14 +92,9 @@ bool has_nan(Tensor x) {
 
 // Drops exactly the `k` smallest elements; false, and nothing is written, where one is NaN.
 bool drop_elements(Tensor x, bool is_signed, int64_t k, Tensor mask) {
-  const int64_t n = x.numel();
-  bool ranked = false;
-  with_keys_and_mask(x, is_signed, mask, [&](auto source, auto* out, auto one) {
-    const std::optional<Cut> cut = cut_smallest(source, n, k);
-    ranked = cut.has_value();
-    if (ranked) write_masks(source, n, *cut, one, out);
-  });
-  return ranked;
+  std::optional<Bits> kept;
+  with_keys(x, is_signed, [&](auto source) { kept = keep_largest(source, x.numel(), k); });
+  return write_kept(kept, elements(x.numel()), mask);
 }
 
 // Drops every element below `key` and the first `ties` of those at it; returns how many of the
@@ -120,11 +102,13 @@ bool drop_elements(Tensor x, bool is_signed, int64_t k, Tensor mask) {
 int64_t drop_below(Tensor x, bool is_signed, int64_t key, int64_t ties, Tensor mask) {
   const int64_t n = x.numel();
   int64_t equal = 0;
-  with_keys_and_mask(x, is_signed, mask, [&](auto source, auto* out, auto one) {
+  std::optional<Bits> kept;
+  with_keys(x, is_signed, [&](auto source) {
     const std::vector<int64_t> counts = equal_per_chunk(source, n, uint32_t(key));
     equal = std::accumulate(counts.begin(), counts.end(), int64_t(0));
-    write_masks(source, n, cut_at(source, counts, uint32_t(key), ties), one, out);
+    kept = kept_by(source, n, cut_at(source, counts, uint32_t(key), ties));
   });
+  write_kept(kept, elements(n), mask);
   return std::min(ties, equal);
 }
 
@@ -135,44 +119,49 @@ void count_keys(Tensor x, bool is_signed, int64_t prefix, Tensor counts) {
   });
 }
 
-// Writes the keys of the block means; returns whether one of the means is NaN.
-bool block_keys(
-    Tensor x, int64_t norm, int64_t batch, int64_t height, int64_t width, int64_t block_height,
-    int64_t block_width, bool dense, Tensor keys) {
-  const Geometry g = Geometry{batch, height, width, block_height, block_width, dense}.flattened();
-  uint32_t* out = static_cast<uint32_t*>(keys.mutable_data_ptr());
-  bool nan = false;
+// Which blocks are kept where the `k` of the smallest means go; nothing where a mean is NaN.
+std::optional<Bits> keep_blocks(const Tensor& x, int64_t norm, const Geometry& g, int64_t k) {
+  std::optional<Bits> kept;
   with_elements(x, [&](const auto* data) {
     switch (Norm(norm)) {
-      case Norm::value: nan = fx::block_keys<Norm::value>(data, g, out); break;
-      case Norm::magnitude: nan = fx::block_keys<Norm::magnitude>(data, g, out); break;
-      case Norm::square: nan = fx::block_keys<Norm::square>(data, g, out); break;
+      case Norm::value: kept = fx::keep_blocks<Norm::value>(data, g, k); break;
+      case Norm::magnitude: kept = fx::keep_blocks<Norm::magnitude>(data, g, k); break;
+      case Norm::square: kept = fx::keep_blocks<Norm::square>(data, g, k); break;
     }
   });
-  return nan;
+  return kept;
 }
 
-// Drops the `k` blocks of the smallest keys. Edges that belong to no block are not written.
-void drop_blocks(
-    Tensor keys, int64_t k, int64_t batch, int64_t height, int64_t width, int64_t block_height,
-    int64_t block_width, bool dense, Tensor mask) {
+// Drops the `k` blocks of the smallest means; false, and nothing is written, where a mean is NaN.
+// Edges that belong to no block are kept.
+bool drop_blocks(
+    Tensor x, int64_t norm, int64_t k, int64_t batch, int64_t height, int64_t width,
+    int64_t block_height, int64_t block_width, bool dense, Tensor mask) {
   const Geometry g = Geometry{batch, height, width, block_height, block_width, dense}.flattened();
-  with_mask(mask, [&](auto* out, auto one) { fx::drop_blocks(keys_of(keys), g, k, one, out); });
+  return write_kept(keep_blocks(x, norm, g, k), g, mask);
 }
 
-// Drops the `zeros` smallest elements of the `k` blocks of the smallest keys, or of every block
-// where `keys` is empty. `count_missing` counts a ragged block's missing elements among its zeros.
-// Edges that belong to no block are not written.
-void drop_within(
-    Tensor x, bool is_signed, int64_t zeros, bool count_missing, Tensor keys, int64_t k,
-    int64_t batch, int64_t height, int64_t width, int64_t block_height, int64_t block_width,
-    bool dense, Tensor mask) {
+// Drops the `zeros` smallest elements of the `k` blocks of the smallest means; false, and nothing
+// is written, where a mean or an element is NaN. `count_missing` counts a ragged block's missing
+// elements among its zeros. Edges that belong to no block are kept.
+bool drop_within(
+    Tensor x, int64_t norm, int64_t k, int64_t zeros, bool count_missing, int64_t batch,
+    int64_t height, int64_t width, int64_t block_height, int64_t block_width, bool dense,
+    Tensor mask) {
   const Geometry g = Geometry{batch, height, width, block_height, block_width, dense}.flattened();
-  Chosen chosen{nullptr, {0, 0}};
-  if (keys.numel()) chosen = {keys_of(keys), *cut_smallest(Keys{keys_of(keys)}, g.blocks(), k)};
-  with_keys_and_mask(x, is_signed, mask, [&](auto source, auto* out, auto one) {
-    fx::drop_within(source, g, zeros, count_missing, chosen, one, out);
+  std::optional<Bits> spared;
+  if (k < g.blocks()) {
+    spared = keep_blocks(x, norm, g, k);
+    if (!spared) return false;
+  }
+  const Loss loss{zeros, count_missing, spared ? &*spared : nullptr};
+  bool ranked = false;
+  with_keys(x, Norm(norm) == Norm::value, [&](auto source) {
+    with_mask(mask, [&](auto* out, auto one) {
+      ranked = fx::drop_within(source, g, loss, one, out);
+    });
   });
+  return ranked;
 }
 
 // Sets the bit of every element that is kept, the lowest first; returns whether all elements are
@@ -222,11 +211,10 @@ STABLE_TORCH_LIBRARY(fx_sparsity_masks, m) {
   m.def("drop_elements(Tensor x, bool signed, int k, Tensor(a!) mask) -> bool");
   m.def("drop_below(Tensor x, bool signed, int key, int ties, Tensor(a!) mask) -> int");
   m.def("count_keys(Tensor x, bool signed, int prefix, Tensor(a!) counts) -> ()");
-  m.def("block_keys(Tensor x, int norm, " FX_GEOMETRY ", Tensor(a!) keys) -> bool");
-  m.def("drop_blocks(Tensor keys, int k, " FX_GEOMETRY ", Tensor(a!) mask) -> ()");
+  m.def("drop_blocks(Tensor x, int norm, int k, " FX_GEOMETRY ", Tensor(a!) mask) -> bool");
   m.def(
-      "drop_within(Tensor x, bool signed, int zeros, bool count_missing, Tensor keys, int k, "
-      FX_GEOMETRY ", Tensor(a!) mask) -> ()");
+      "drop_within(Tensor x, int norm, int k, int zeros, bool count_missing, " FX_GEOMETRY
+      ", Tensor(a!) mask) -> bool");
   m.def("pack_mask(Tensor mask, Tensor(a!) bits) -> bool");
   m.def("apply_mask(Tensor x, Tensor keep, Tensor(a!) out) -> ()");
 }
@@ -236,7 +224,6 @@ STABLE_TORCH_LIBRARY_IMPL(fx_sparsity_masks, CPU, m) {
   m.impl("drop_elements", TORCH_BOX(&fx::ops::drop_elements));
   m.impl("drop_below", TORCH_BOX(&fx::ops::drop_below));
   m.impl("count_keys", TORCH_BOX(&fx::ops::count_keys));
-  m.impl("block_keys", TORCH_BOX(&fx::ops::block_keys));
   m.impl("drop_blocks", TORCH_BOX(&fx::ops::drop_blocks));
   m.impl("drop_within", TORCH_BOX(&fx::ops::drop_within));
   m.impl("pack_mask", TORCH_BOX(&fx::ops::pack_mask));

@@ -27,6 +27,7 @@ from executorch.exir import to_edge_transform_and_lower
 from executorch.runtime import Runtime
 from onnx import numpy_helper
 from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import fx_sparsity as fxs
 from fx_sparsity.env import describe
@@ -133,7 +134,20 @@ def in_openvino(model, inputs, path, record):
     return openvino_zeros(saved), lambda: compiled([inputs[0].numpy()])[0]
 
 
+def folded(model):
+    """Batch norms within the convolutions before them, as XNNPACK has them, so that bytes are known."""
+    if not hasattr(model, "norm2") or isinstance(model, torch.fx.GraphModule):
+        return model
+    model = copy.deepcopy(model)
+    for conv, norm in ("first", "norm"), ("second", "norm2"):
+        fused = fuse_conv_bn_eval(getattr(model, conv), getattr(model, norm))
+        setattr(model, conv, fused)
+        setattr(model, norm, nn.Identity())
+    return model
+
+
 def in_executorch(model, inputs, path, record):
+    model = folded(model)
     program = torch.export.export(model, inputs)
     lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
     saved = path.with_suffix(".pte")

@@ -57,7 +57,9 @@ class Training:
         self.method = method
         if method is not None:
             mapping = fxs.SparsityMapping().set_global("unstructured 80%")
-            mapping.set_object_type(nn.Embedding, None).set_module_name("head", None)
+            mapping.set_object_type(nn.Embedding, None)
+            if hasattr(self.model, "head"):
+                mapping.set_module_name("head", None)
             fxs.prepare(self.model, method, (self.inputs,), mapping)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
         if method is not None:

@@ -12,6 +12,7 @@
 #include "apply.h"
 #include "bits.h"
 #include "blocks.h"
+#include "scratch.h"
 #include "select.h"
 #include "within.h"
 #include "write.h"
@@ -193,6 +194,7 @@ void apply_mask(Tensor x, Tensor keep, Tensor out) {
   void* written = out.mutable_data_ptr();
   with_elements(x, [&]<class T>(const T* data) {
     using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>;
+    if (written != data) prefer_large_pages(written, n * sizeof(T));
     torch::stable::parallel_for(0, n, kGrain, [&](int64_t begin, int64_t end) {
       fx::apply_mask(reinterpret_cast<const Bits*>(data), kept, static_cast<Bits*>(written), begin,
                      end);

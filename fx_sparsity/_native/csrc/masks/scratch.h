@@ -18,8 +18,18 @@ struct Free {
 template <class T>
 using Scratch = std::unique_ptr<T[], Free>;
 
-// `n` values, of any content. Where there is much, the system is asked for large pages: that it
-// makes small ones, and clears each, would take longer than to write all of it.
+// Asks the system for large pages where memory that nobody wrote yet covers them: that it makes small
+// ones, and clears each, would take longer than to write all of it. Advice: without it all works.
+inline void prefer_large_pages(void* memory, size_t bytes) {
+#ifdef __linux__
+  constexpr uintptr_t kPage = 2 << 20;
+  const uintptr_t at = reinterpret_cast<uintptr_t>(memory);
+  const uintptr_t first = (at + kPage - 1) / kPage * kPage, last = (at + bytes) / kPage * kPage;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
+
+// `n` values, of any content.
 template <class T>
 Scratch<T> scratch(int64_t n) {
   constexpr size_t kPage = 2 << 20;
@@ -30,9 +40,7 @@ Scratch<T> scratch(int64_t n) {
   } else {
     const size_t whole = (bytes + kPage - 1) / kPage * kPage;
     memory = std::aligned_alloc(kPage, whole);
-#ifdef __linux__
-    if (memory) madvise(memory, whole, MADV_HUGEPAGE);  // advice: without it all works as well
-#endif
+    prefer_large_pages(memory, whole);
   }
   if (!memory) throw std::bad_alloc();
   return Scratch<T>(static_cast<T*>(memory));

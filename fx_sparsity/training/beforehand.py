@@ -53,7 +53,7 @@ def check_weights(method: TrainingMethod, optimizer: Optimizer) -> None:
             )
         if isinstance(method, DropAndGrow):
             state_of_elements(optimizer, name, weight)
-        if method.returns and decays[id(weight)]:
+        if method.returns and decays.get(id(weight)):
             shrinking.append(name)
     if shrinking:
         _log.info(

@@ -50,8 +50,8 @@ class Sparsify:
         self.model, self.method = model, method
         self.optimizer, self.schedule = optimizer, schedule
         check_model(model, method)
-        self._check()
         check_weights(method, optimizer)
+        self._check()
         check_schedule(method, schedule, steps)
         method.optimizer = optimizer
         self._looked = False

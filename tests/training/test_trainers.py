@@ -134,10 +134,17 @@ class Module(lightning.LightningModule):
         super().__init__()
         torch.manual_seed(0)
         self.net = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))
+        self.masked_when_clipped = []
 
     def training_step(self, batch, _):
         x, y = batch
         return F.mse_loss(self.net(x), y)
+
+    def configure_gradient_clipping(self, optimizer, *args, **kwargs):
+        weight = self.net[0].parametrizations.weight
+        masked = weight.original.grad[~weight[0].keep]
+        self.masked_when_clipped.append(float(masked.abs().sum()))
+        super().configure_gradient_clipping(optimizer, *args, **kwargs)
 
     def configure_optimizers(self):
         return torch.optim.AdamW(self.net.parameters(), lr=1e-2)
@@ -180,6 +187,13 @@ def fit(folder, kind, resume=None):
     )
     made.fit(module, DataLoader(data, batch_size=4), ckpt_path=resume)
     return module, method, logger
+
+
+@pytest.mark.filterwarnings("ignore:.*(num_workers|weights_only|isinstance).*")
+def test_lightning_clips_the_gradients_of_what_is_kept_alone(tmp_path):
+    module, _, logger = fit(tmp_path, "rigl")
+    assert module.masked_when_clipped == [0.0] * 4
+    assert [step for step, found in logger.found if set(found) >= NUMBERS] == [1, 2, 3, 4]
 
 
 @pytest.mark.filterwarnings("ignore:.*(num_workers|weights_only|isinstance).*")

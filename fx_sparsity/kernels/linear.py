@@ -264,7 +264,7 @@ class SparseLinear(PackedModule):
         grouped = self.packing in INT4
         if grouped and scale is not None:
             group_scales.check(scale, parts["zero_points"], self._shape)
-        if row_sums is None:
+        if row_sums is None or row_sums.is_meta:
             return
         codes = self._packing.unpack(parts, self._shape, self.weight_dtype)
         if not grouped:
@@ -276,24 +276,37 @@ class SparseLinear(PackedModule):
         if not agree:
             raise PackingError("row_sums are not the sums of the packed codes")
 
+    def _expect_state(self, own: Mapping[str, Tensor], found: Mapping[str, Any]) -> None:
+        """Raise PackingError unless `found`, all or some of the buffers, go with the others."""
+        for name, value in found.items():
+            if not isinstance(value, Tensor):
+                raise PackingError(f"{name} is a {type(value).__name__}, expected a tensor")
+        rest = {**own, **found}
+        scale, row_sums = (rest.pop(name, None) for name in ("scale", "row_sums"))
+        try:
+            self._expect_parts(rest, scale, row_sums)
+        except PackingError as error:
+            if missing := own.keys() - found.keys():
+                raise PackingError(
+                    f"{error}; the state has no {', '.join(sorted(missing))}"
+                ) from error
+            raise
+
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
         """Check the parts, then let them in: they are as long as there are non-zeros."""
-        names = self._packing.parts
-        found = {name: state_dict[prefix + name] for name in names if prefix + name in state_dict}
-        if len(found) == len(names):
+        own = {name: held for name, held in self._buffers.items() if held is not None}
+        found = {name: state_dict[prefix + name] for name in own if prefix + name in state_dict}
+        if found:
             try:
-                scale, sums = (state_dict.get(prefix + name) for name in ("scale", "row_sums"))
-                sums = sums if self.row_sums is not None else None
-                self._expect_parts(found, self.scale if scale is None else scale, sums)
+                self._expect_state(own, found)
             except PackingError as error:
                 rest[-1].append(f"{prefix[:-1] or 'SparseLinear'}: {error}")
                 return
-            if self.packing in INT4 and scale is not None:  # groups, and dtype, may be others
-                found = {**found, "scale": scale}
-            for name, part in found.items():
-                own = getattr(self, name)
-                if own.shape != part.shape or own.dtype != part.dtype:
-                    setattr(self, name, own.new_empty(part.shape, dtype=part.dtype))
+            resized = (*self._packing.parts, *(["scale"] if self.packing in INT4 else []))
+            for name in found.keys() & {*resized}:
+                held, part = own[name], found[name]
+                if held.shape != part.shape or held.dtype != part.dtype:
+                    setattr(self, name, held.new_empty(part.shape, dtype=part.dtype))
         super()._load_from_state_dict(state_dict, prefix, *rest)
         self._settle()
 

@@ -292,8 +292,13 @@ class TransposedTorchAOLinear(FloatLinear):
         return _is_conv1d(module) and is_torchao(_raw_weight(module))
 
     def read(self, module: Any) -> DenseLinear | str:
-        """See `Kind`."""
-        layer = read_torchao(_turned(module.weight))
+        """See `Kind`: others would be read as if they were [out, in]."""
+        from torchao.quantization import Int8Tensor
+
+        weight = module.weight
+        if not isinstance(weight, Int8Tensor) or weight.zero_point is not None:
+            return f"a {type(weight).__name__} has no kernel where it is stored [in, out]"
+        layer = read_torchao(_turned(weight))
         return layer if isinstance(layer, str) else replace(layer, bias=module.bias)
 
     def template(self, module: Any) -> Any:
@@ -499,11 +504,7 @@ def restore_torchao(description: tuple[Any, dict[str, Any]], layer: DenseLinear)
 
 
 def _turned(weight: Any) -> Any:
-    """A tensor of 8-bit codes with its two axes exchanged; any other as it is."""
-    from torchao.quantization import Int8Tensor
-
-    if not isinstance(weight, Int8Tensor) or weight.zero_point is not None:
-        return weight
+    """An `Int8Tensor` without zero points, its two axes exchanged."""
     kind, described = describe_torchao(weight)
     described["block_size"] = described["block_size"][::-1]
     return kind(qdata=weight.qdata.t().contiguous(), scale=weight.scale.t(), **described)

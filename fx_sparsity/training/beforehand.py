@@ -6,7 +6,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fx_sparsity.sparsifier import BaseScheduler, MaskError
+from fx_sparsity.training.drop_and_grow import DropAndGrow
 from fx_sparsity.training.method import TrainingMethod
+from fx_sparsity.training.optimizer_state import state_of_elements
 
 _log = logging.getLogger(__name__)
 
@@ -44,12 +46,14 @@ def check_weights(method: TrainingMethod, optimizer: Optimizer) -> None:
         if not weight.requires_grad:
             raise MaskError(f"{name} is frozen, requires_grad is False; unfreeze it or exclude it")
         module = method.config_of(name)["module"]
-        if method.through and getattr(module, "sparse", False):
+        if (method.through or method.dense_gradients) and getattr(module, "sparse", False):
             raise MaskError(
                 f"{name}: {type(method).__name__} needs the gradients of all elements, and those "
                 "of its module are sparse; make it with sparse=False"
             )
-        if method.returns and decays[id(weight)]:
+        if isinstance(method, DropAndGrow):
+            state_of_elements(optimizer, name, weight)
+        if method.returns and decays.get(id(weight)):
             shrinking.append(name)
     if shrinking:
         _log.info(
@@ -64,6 +68,8 @@ def check_schedule(
 ) -> None:
     """Raise if method or schedule are not done when the masks freeze, or when training ends.
 
+    Weights that grow begin at zero, so that they have to be trained afterwards.
+
     Raises:
         ValueError: naming the step, and the weight whose level still moves.
     """
@@ -72,6 +78,11 @@ def check_schedule(
         raise ValueError(
             f"{kind} moves masks until step {method.end}, and training ends at step {steps}; "
             "choose an earlier end"
+        )
+    if steps is not None and isinstance(method, DropAndGrow) and method.is_due(steps):
+        raise ValueError(
+            f"{kind} would grow weights after step {steps}, the last, and they would stay zero; "
+            f"choose an end, such as {max(method.begin + 1, steps * 3 // 4)}"
         )
     if schedule is None:
         return

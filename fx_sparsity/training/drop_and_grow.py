@@ -77,6 +77,18 @@ class DropAndGrow(TrainingMethod):
         scores = torch.where(kept, at_least_float32(self.importance(name, weight)), -1)
         return compute_mask(scores, tiling, share, Rank.VALUE) & kept
 
+    def after_step(self) -> None:
+        """See `TrainingMethod.after_step`.
+
+        Raises:
+            MaskError: at the first, for an optimizer whose state is not kept an element: a
+                long time before it is reset.
+        """
+        super().after_step()
+        if self.trained == 1:
+            for name, weight in self.live().items():
+                state_of_elements(self.optimizer, name, weight)
+
     def step(self, use_path: bool = True) -> None:
         """See `BaseSparsifier.step`. What grew begins at zero.
 

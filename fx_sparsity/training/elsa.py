@@ -40,6 +40,8 @@ class ELSA(TrainingMethod):
         ValueError: as `TrainingMethod`, and a penalty that is not positive.
     """
 
+    dense_gradients = True
+
     def __init__(
         self,
         end: int,

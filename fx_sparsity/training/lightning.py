@@ -39,6 +39,7 @@ class SparsifyCallback(Callback):
         self.run: Sparsify | None = None
         self._scalars = MaskScalars(method)
         self._saved: Mapping[str, Any] | None = None
+        self._logged = 0
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Hang on the optimizer that trains the masked weights; load what was saved.
@@ -60,13 +61,22 @@ class SparsifyCallback(Callback):
             self.run.load_state_dict(self._saved)
             self._saved = None
 
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        """Look at the gradients before they are clipped."""
+        del trainer, pl_module
+        if self.run is not None and optimizer is self.run.optimizer:
+            self.run.after_backward()
+
     def on_train_batch_end(self, trainer: Any, *args: Any, **kwargs: Any) -> None:
-        """Give the loggers the masks' numbers."""
+        """Give the loggers the masks' numbers, once for all batches of a step."""
         del args, kwargs
-        if trainer.loggers and trainer.global_step % trainer.log_every_n_steps == 0:
-            numbers = self._scalars.read()
-            for logger in trainer.loggers:
-                logger.log_metrics(numbers, step=trainer.global_step)
+        step = trainer.global_step
+        if not trainer.loggers or step == self._logged or step % trainer.log_every_n_steps:
+            return
+        self._logged = step
+        numbers = self._scalars.read()
+        for logger in trainer.loggers:
+            logger.log_metrics(numbers, step=step)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Let the optimizer go; the masks stay on until `squash`."""

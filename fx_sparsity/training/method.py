@@ -47,6 +47,8 @@ class TrainingMethod(WeightNormSparsifier):
     """Whether levels are what is asked for, so that a schedule may move them."""
     returns = False
     """Whether a masked element may come back with the value that it had."""
+    dense_gradients = False
+    """Whether it edits gradients, which must not be sparse, though masks let none through."""
 
     def __init__(
         self, every: int = 100, begin: int = 0, end: int | None = None, norm: Norm = "L1"
@@ -204,11 +206,21 @@ class TrainingMethod(WeightNormSparsifier):
         return state
 
     def state_dict(self) -> dict[str, Any]:
-        """See `BaseSparsifier.state_dict`; `trained` goes with it."""
-        return {**super().state_dict(), "trained": self.trained}
+        """See `BaseSparsifier.state_dict`; `trained` and the method's name go with it."""
+        return {**super().state_dict(), "trained": self.trained, "method": type(self).__name__}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> None:
-        """See `BaseSparsifier.load_state_dict`."""
+        """See `BaseSparsifier.load_state_dict`.
+
+        Raises:
+            MaskError: also for the state of another method, which keeps other things of weights.
+        """
+        mine = type(self).__name__
+        if (theirs := state_dict.get("method", mine)) != mine:
+            raise MaskError(
+                f"the state is that of a {theirs}, and this is a {mine}; go on with a {theirs}, or "
+                "squash and prepare the model anew"
+            )
         before, self.trained = self.trained, int(state_dict.get("trained", 0))
         try:
             super().load_state_dict(state_dict, strict)

@@ -32,7 +32,7 @@ class MaskScalars:
         for name in self._sparsifier.names:
             mask = self._sparsifier.get_mask(name)
             keep = mask if mask.dtype == torch.bool else mask != 0
-            weight = self._sparsifier.get_data(name, return_original=True)
+            weight = self._sparsifier.get_tensor(name)
             total, kept = total + keep.numel(), kept + int(keep.sum())
             if bool(keep.any()):
                 thresholds.append(float(weight.abs().masked_fill(~keep, torch.inf).min()))

@@ -50,8 +50,8 @@ class Sparsify:
         self.model, self.method = model, method
         self.optimizer, self.schedule = optimizer, schedule
         check_model(model, method)
-        self._check()
         check_weights(method, optimizer)
+        self._check()
         check_schedule(method, schedule, steps)
         method.optimizer = optimizer
         self._looked = False
@@ -68,12 +68,13 @@ class Sparsify:
         """Have the method look at the gradients now.
 
         Call it, if at all, before gradients are clipped, and once they are unscaled; otherwise it
-        happens when the optimizer is called.
+        happens when the optimizer is called. Of gradients that are not finite, whose step a
+        `GradScaler` will skip, nothing is learned.
         """
-        self._check()
-        with torch.no_grad():
-            self.method.after_backward()
+        found = [g for g in self.method.gradients().values() if g.layout is torch.strided]
         self._looked = True
+        if nn.utils.get_total_norm(found).isfinite():
+            self._look()
 
     def state_dict(self) -> dict[str, Any]:
         """Method and schedule, as plain data; model and optimizer have states of their own."""
@@ -98,6 +99,12 @@ class Sparsify:
         for hook in self._hooks:
             hook.remove()
 
+    def _look(self) -> None:
+        self._check()
+        with torch.no_grad():
+            self.method.after_backward()
+        self._looked = True
+
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         """The gradients are there, or a closure will compute them within the step."""
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
@@ -105,13 +112,15 @@ class Sparsify:
             return (optimizer,), {**kwargs, "closure": self._followed(closure)}
         if not self._looked and not self._skipped():
             self._unscale()
-            self.after_backward()
+            self._look()
         return None
 
     def _followed(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         def followed() -> Any:
+            self._looked = False
             loss = closure()
-            self.after_backward()
+            if not self._looked:  # the closure may have asked for it, before it clips
+                self._look()
             return loss
 
         return followed

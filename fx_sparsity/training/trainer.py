@@ -1,5 +1,6 @@
 """`Sparsify` in `transformers.Trainer`; needs transformers 5."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -8,16 +9,18 @@ from transformers import TrainerCallback
 
 from fx_sparsity.errors import FxSparsityError
 from fx_sparsity.sparsifier import BaseScheduler
+from fx_sparsity.sparsifier.mask_state import load_entry
 from fx_sparsity.training.method import TrainingMethod
 from fx_sparsity.training.scalars import MaskScalars
 from fx_sparsity.training.sparsify import Sparsify
 
 STATE = "sparsify.pt"
 """Name of the file in a trainer's checkpoint with the state of method and schedule."""
+_log = logging.getLogger(__name__)
 
 
 class ResumeError(FxSparsityError, RuntimeError):
-    """A trainer goes on in mid-training, and the state of the masks is not there."""
+    """A trainer goes on in mid-training, and the state of the masks is not there, or another's."""
 
 
 class SparsifyCallback(TrainerCallback):
@@ -66,7 +69,8 @@ class SparsifyCallback(TrainerCallback):
 
         Raises:
             MaskError, ValueError: see `Sparsify`.
-            ResumeError: the state of the masks is not in the checkpoint.
+            ResumeError: the state of the masks is not in the checkpoint, or it has other masks than
+                the model that was loaded.
         """
         del control
         saved = self._saved(args, state.global_step) if state.global_step else None
@@ -94,21 +98,68 @@ class SparsifyCallback(TrainerCallback):
             state.log_history[-1].update(numbers)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Let the optimizer go; the masks stay on until `squash`."""
-        del args, state, control, kwargs
-        if self.run is not None:
-            self.run.remove()
+        """Let the optimizer go; the masks stay on until `squash`.
+
+        The method follows the model to the best checkpoint, if `load_best_model_at_end`. It warns
+        where that one has lower levels than the masks of the end, as in the middle of a schedule.
+        """
+        del control, kwargs
+        if self.run is None:
+            return
+        self.run.remove()
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self._follow(Path(state.best_model_checkpoint))
+
+    def _follow(self, folder: Path) -> None:
+        saved = _read(folder)
+        if self.run is None or saved is None or self._differ(saved):
+            return  # the trainer has not loaded it, and says so
+        levels = self._levels()
+        self.run.load_state_dict(saved)
+        lower = [name for name, level in self._levels().items() if level < levels[name] - 1e-9]
+        if lower:
+            _log.warning(
+                "the best model is that of step %d, from before the masks were done: %s is at "
+                "level %.3g, at the end it was at %.3g; to choose among those at the end of the "
+                "schedule, load one of its checkpoints",
+                *(self.method.trained, lower[0], self._levels()[lower[0]], levels[lower[0]]),
+            )
+
+    def _levels(self) -> dict[str, float]:
+        asked = {name: self.method.asked_of(name) for name in self.method.names}
+        return {name: found[1] for name, found in asked.items() if found is not None}
+
+    def _differ(self, saved: dict[str, Any]) -> str | None:
+        """The first weight whose mask in the model is not the one that was saved."""
+        for name, entry in saved["method"]["state"].items():
+            mask, *_ = load_entry(entry)
+            if mask is None or name not in self.method.names:
+                continue  # which `load_state_dict` tells
+            if not torch.equal(mask != 0, self.method.keep(name).cpu()):
+                return name
+        return None
 
     def _saved(self, args: Any, step: int) -> dict[str, Any]:
         given = self.resume_from or getattr(args, "resume_from_checkpoint", None)
         folder = Path(given) if isinstance(given, str | Path) else _folder(args, step)
-        if not (folder / STATE).exists():
+        if (saved := _read(folder)) is None:
             raise ResumeError(
                 f"training goes on after step {step}, but {folder} has no {STATE} with the state "
                 "of the masks; say with resume_from= where the checkpoint is"
             )
-        saved: dict[str, Any] = torch.load(folder / STATE, weights_only=True)
+        if (name := self._differ(saved)) is not None:
+            raise ResumeError(
+                f"{folder} has another mask of {name} than the model that training goes on with, "
+                "which is of another checkpoint; say with resume_from= where that is"
+            )
         return saved
+
+
+def _read(folder: Path) -> dict[str, Any] | None:
+    if not (folder / STATE).exists():
+        return None
+    saved: dict[str, Any] = torch.load(folder / STATE, map_location="cpu", weights_only=True)
+    return saved
 
 
 def _folder(args: Any, step: int) -> Path:

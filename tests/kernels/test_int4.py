@@ -179,6 +179,28 @@ def test_state_and_dtypes(packing):
     assert torch.equal(moved(x), second(x))
 
 
+@pytest.mark.parametrize("missing", ["parts", "row_sums"])
+def test_a_state_in_part_goes_with_what_stays(missing):
+    """Sums of a weight's codes are not those of other codes, or scales."""
+    layers = []
+    for seed in range(2):
+        weight, scale, _ = made("dense_int4", 20, 2, 32, False, seed)
+        layers.append(
+            SparseLinear.from_dense(
+                weight, packing="dense_int4", scale=scale, quantize_input="token_affine"
+            )
+        )
+    module, other = layers
+    before = module.dense_weight()
+    state = other.state_dict()
+    for name in module.parts() if missing == "parts" else ["row_sums"]:
+        del state[name]
+    for given_ in (state, {"scale": other.scale}):
+        with pytest.raises(RuntimeError, match="row_sums are not the sums"):
+            module.load_state_dict(given_, strict=False)
+    assert torch.equal(module.dense_weight(), before)
+
+
 def test_refusals():
     good = {"packing": "dense_int4", "scale": torch.rand(20, 2)}
     weight = torch.ones(20, 64, dtype=torch.int8)
@@ -219,10 +241,13 @@ def test_corrupt_parts(packing):
     for name, value, message in (
         ("values", state["values"][..., :-1], "values ha"),
         ("values", state["values"].int(), "values is"),
+        ("values", state["values"].sum(dtype=torch.uint8), "values ha"),
+        ("values", None, "values is a NoneType, expected a tensor"),
         ("zero_points", state["zero_points"][:, :1].contiguous(), "zero_points have shape"),
         ("zero_points", state["zero_points"] + 8, "outside of -8 to 7"),
         ("scale", state["scale"][:, :1].contiguous(), "zero_points have shape"),
         ("scale", state["scale"].double(), "scale is"),
+        ("scale", "0.1", "scale is a str, expected a tensor"),
         ("row_sums", state["row_sums"] + 1, "row_sums are not"),
     ):
         with pytest.raises(RuntimeError, match=message):

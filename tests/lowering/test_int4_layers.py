@@ -142,3 +142,15 @@ def test_eight_bits_by_groups_stay_dense():
     _, report = fxs.lower(model, (X,), policy="always")
     (reason,) = report.dense.values()
     assert "four bits hold -8 to 7" in reason
+
+
+@pytest.mark.parametrize("config", ["weight only", "channels"])
+def test_codes_of_transposed_layers_stay_dense(config):
+    """Theirs are grouped along the outputs, and torchao itself cannot run them."""
+    from transformers.pytorch_utils import Conv1D
+
+    model = nn.Sequential(Conv1D(64, 64))
+    quantize_(model, CONFIGS[config], filter_fn=lambda module, _: isinstance(module, Conv1D))
+    lowered, report = fxs.lower(model, policy="always")
+    assert type(lowered[0]) is Conv1D
+    assert "stored [in, out]" in report.dense["0.weight"]

@@ -19,7 +19,7 @@ METHODS = {"gradual": GradualMagnitude, "rigl": RigL}
 
 def prepared(model, kind):
     """Masks of one method; gradual pruning is in the middle of its schedule after two steps."""
-    method = METHODS[kind](every=1)
+    method = METHODS[kind](every=1, end=4)
     mapping = fxs.SparsityMapping().set_module_name_regex(r"model\.layers|^0", "unstructured 80%")
     fxs.prepare(model, method, None, mapping)
     return method, fxs.CubicSL(method, delta_t=1, total_t=3) if kind == "gradual" else None
@@ -44,7 +44,7 @@ class Seen(TrainerCallback):
         self.logs.append(dict(logs))
 
 
-def trainer(folder, kind, resume_from=None):
+def trainer(folder, kind, resume_from=None, **options):
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=64,
@@ -64,14 +64,16 @@ def trainer(folder, kind, resume_from=None):
         per_device_train_batch_size=2,
         gradient_accumulation_steps=2,
         activation_checkpointing=True,
-        learning_rate=1e-2,
         report_to=[],
         use_cpu=True,
         disable_tqdm=True,
+        **{"learning_rate": 1e-2, **options},
     )
     rows = [{"input_ids": row, "labels": row} for row in text]
     seen, callback = Seen(), SparsifyCallback(method, schedule, resume_from)
-    made = Trainer(model, arguments, train_dataset=rows, callbacks=[seen, callback])
+    made = Trainer(
+        model, arguments, train_dataset=rows, eval_dataset=rows[:2], callbacks=[seen, callback]
+    )
     callback.attach(made)
     return made, model, method, seen
 
@@ -101,6 +103,27 @@ def test_a_checkpoint_without_the_state_of_the_masks_is_told(tmp_path):
     second, _, _, _ = trainer(tmp_path / "second", "gradual")
     with pytest.raises(ResumeError, match=r"step 2, but .*second/checkpoint-2 has no sparsify.pt"):
         second.train(resume_from_checkpoint=str(tmp_path / "first" / "checkpoint-2"))
+    second, _, _, _ = trainer(tmp_path / "second", "gradual", learning_rate=0.5)
+    second.train()
+    third, _, _, _ = trainer(tmp_path / "second", "gradual")
+    with pytest.raises(ResumeError, match=r"second/checkpoint-2 has another mask of model"):
+        third.train(resume_from_checkpoint=str(tmp_path / "first" / "checkpoint-2"))
+
+
+def test_the_best_model_has_the_masks_and_the_levels_that_it_was_saved_with(tmp_path, caplog):
+    best = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
+    made, model, method, _ = trainer(
+        tmp_path, "gradual", **best, metric_for_best_model="eval_loss", greater_is_better=True
+    )
+    made.train()
+    assert made.state.best_model_checkpoint.endswith("checkpoint-2")
+    assert "of step 2, from before the masks were done" in caplog.text
+    assert method.trained == 2
+    model, record = fxs.squash(model, method)
+    assert fxs.verify(model, record).ok
+    for name, entry in record.items():
+        zeros = float((model.get_parameter(name) == 0).float().mean())
+        assert entry.level == pytest.approx(zeros, abs=0.01)
 
 
 # -- lightning -----------------------------------------------------------------------------------
@@ -111,10 +134,17 @@ class Module(lightning.LightningModule):
         super().__init__()
         torch.manual_seed(0)
         self.net = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))
+        self.masked_when_clipped = []
 
     def training_step(self, batch, _):
         x, y = batch
         return F.mse_loss(self.net(x), y)
+
+    def configure_gradient_clipping(self, optimizer, *args, **kwargs):
+        weight = self.net[0].parametrizations.weight
+        masked = weight.original.grad[~weight[0].keep]
+        self.masked_when_clipped.append(float(masked.abs().sum()))
+        super().configure_gradient_clipping(optimizer, *args, **kwargs)
 
     def configure_optimizers(self):
         return torch.optim.AdamW(self.net.parameters(), lr=1e-2)
@@ -157,6 +187,13 @@ def fit(folder, kind, resume=None):
     )
     made.fit(module, DataLoader(data, batch_size=4), ckpt_path=resume)
     return module, method, logger
+
+
+@pytest.mark.filterwarnings("ignore:.*(num_workers|weights_only|isinstance).*")
+def test_lightning_clips_the_gradients_of_what_is_kept_alone(tmp_path):
+    module, _, logger = fit(tmp_path, "rigl")
+    assert module.masked_when_clipped == [0.0] * 4
+    assert [step for step, found in logger.found if set(found) >= NUMBERS] == [1, 2, 3, 4]
 
 
 @pytest.mark.filterwarnings("ignore:.*(num_workers|weights_only|isinstance).*")

@@ -115,7 +115,7 @@ def test_language_models_at_their_defaults_go_through_all_verbs():
     method = WandaSparsifier()
     model, report = prune(model, method, batches, mapping)
     assert report.sequential
-    assert report.reason == "1 graph"
+    assert report.reason == "1 graph, block by block"
     method.squash_mask()
     expected = model(**batches[0]).logits
     lowered, rows = lower(model, batches[0], "always")

@@ -1,6 +1,7 @@
 """Recovery: what pruning took from a model, won back from the dense one, masks frozen."""
 
 import re
+import zlib
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from fx_sparsity.graph.example_inputs import ExampleInputs, InputError
 from fx_sparsity.masks.bits import pack_bits
@@ -88,7 +90,7 @@ def recover(
         settings = {
             **asdict(recovery),
             "autocast": str(recovery.autocast),
-            "batches": [len(used), len(judged)],
+            "batches": [len(used), len(judged), _checksum(used)],
             "train": repr(train),
             "masks": masks_checksum(*map(pack_bits, pruned.values())),
         }
@@ -215,6 +217,16 @@ def _split(
     places = spread(len(found), held_out) if held_out else set()
     used = [batch for place, batch in enumerate(found) if place not in places]
     return used, [found[place] for place in sorted(places)]
+
+
+def _checksum(batches: Collection[ExampleInputs]) -> int:
+    """CRC-32 of all tensors."""
+    value = 0
+    for tensor in tree_leaves(list(batches)):
+        if isinstance(tensor, Tensor):
+            plain = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+            value = zlib.crc32(plain.numpy().data, value)
+    return value
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ class Sparsify:
     step, under gradient accumulation, and where a trainer calls the optimizer.
 
     The first masks are computed right away if they are due at step 0. Then, whenever they moved,
-    `schedule` goes on by one.
+    `schedule` goes on by one. A method takes part in one run: the one before is removed.
 
     Args:
         model: with the method's masks; wrapped or not.
@@ -53,7 +53,9 @@ class Sparsify:
         check_weights(method, optimizer)
         self._check()
         check_schedule(method, schedule, steps)
-        method.optimizer = optimizer
+        if method.run is not None:
+            method.run.remove()
+        method.optimizer, method.run = optimizer, self
         self._looked = False
         if method.trained == 0 and method.is_due(0):
             method.step()

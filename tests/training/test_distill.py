@@ -250,6 +250,8 @@ def test_a_run_that_was_killed_goes_on_to_the_same_result(tmp_path, train, dtype
         assert torch.equal(a, b), name
     with pytest.raises(DistillationError, match="learning_rate was 0.003, now it is 0.001"):
         recover(again, teacher, batches(), record, Recovery(steps=6, learning_rate=1e-3), **more)
+    with pytest.raises(DistillationError, match="batches was"):
+        recover(again, teacher, batches()[::-1], record, options, **more)
 
 
 def test_bad_input_is_told():

@@ -151,6 +151,8 @@ def _pruned(model: nn.Module, record: SparsityRecord | None) -> dict[str, Tensor
             "the model has no live mask: pass the record that squash returned, so that its zeros "
             "stay"
         )
+    if all(bool(keep.all()) for keep in found.values()):
+        raise DistillationError("the masks keep everything; call sparsifier.step() first")
     return found
 
 
@@ -194,13 +196,29 @@ def _choose(model: nn.Module, pruned: Collection[str], train: Train) -> dict[str
             f'train: expected "kept", "vectors", "all", LowRank or FQNs, found {train!r}'
         )
     else:
-        names = list(train)
-    unknown = [name for name in names if name not in parameters]
-    if unknown:
-        raise DistillationError(f"train: the model has no floating parameter {unknown[0]!r}")
+        names = _first_names(model, parameters, train)
     if not names:
         raise DistillationError(f"train: the model has nothing of {train!r} to train")
     return {name: parameters[name] for name in names}
+
+
+def _first_names(
+    model: nn.Module, parameters: Mapping[str, nn.Parameter], names: Collection[str]
+) -> list[str]:
+    """The name that the model first has for each of them: a tied weight has several.
+
+    Raises:
+        DistillationError: a name that the model does not have.
+    """
+    first = {id(parameter): name for name, parameter in parameters.items()}
+    found = {
+        _plain(name): first[id(parameter)]
+        for name, parameter in unwrapped(model).named_parameters(remove_duplicate=False)
+        if id(parameter) in first
+    }
+    if unknown := [name for name in names if name not in found]:
+        raise DistillationError(f"train: the model has no floating parameter {unknown[0]!r}")
+    return list(dict.fromkeys(found[name] for name in names))
 
 
 def _split(

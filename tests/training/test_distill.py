@@ -197,6 +197,17 @@ def test_what_is_trained_is_chosen(train):
     assert [name for name, _ in model.named_parameters()] == names
 
 
+def test_a_tied_weight_is_chosen_by_any_of_its_names():
+    model, teacher, record = pruned()
+    model.lm_head.weight = model.model.embed_tokens.weight
+    names = ["lm_head.weight", "model.embed_tokens.weight"]
+    options = Recovery(steps=1, learning_rate=1e-2)
+    before = model.lm_head.weight.detach().clone()
+    _, report = recover(model, teacher, batches(), record, options, train=names)
+    assert report.trained == before.numel()
+    assert not torch.equal(model.lm_head.weight, before)
+
+
 def test_every_token_of_a_step_counts_the_same():
     """Batches of other lengths, one step of SGD's worth: as of one batch of all of them."""
     model, teacher, record = pruned()
@@ -266,6 +277,10 @@ def test_bad_input_is_told():
     spoilt.lm_head.weight.data.fill_(torch.nan)
     with pytest.raises(DistillationError, match="step 1: the loss is nan"):
         recover(model, spoilt, batches(), record)
+    never = fxs.WeightNormSparsifier()
+    whole = fxs.prepare(copy.deepcopy(teacher), never, None, "unstructured 50%")
+    with pytest.raises(DistillationError, match=r"masks keep everything; call sparsifier.step\(\)"):
+        recover(whole, teacher, batches())
     masked, teacher, _ = pruned(squash=False)
     with pytest.raises(fxs.FxSparsityError, match="low-rank adapters go on plain weights"):
         recover(masked, teacher, batches(), train=LowRank())

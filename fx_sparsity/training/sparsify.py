@@ -88,13 +88,21 @@ class Sparsify:
 
         Raises:
             MaskError: a weight is missing or does not fit its mask; nothing was changed.
-            ValueError: one of both states has a schedule and the other has none.
+            ValueError: one of both states has a schedule and the other has none, or another one.
         """
         if (state_dict["schedule"] is None) != (self.schedule is None):
             raise ValueError("the state was saved with a schedule, or this run has one; not both")
-        self.method.load_state_dict(state_dict["method"])
-        if self.schedule is not None:
-            self.schedule.load_state_dict(state_dict["schedule"])
+        if self.schedule is None:
+            self.method.load_state_dict(state_dict["method"])
+            return
+        before = self.schedule.state_dict()
+        self.schedule.load_state_dict(state_dict["schedule"])
+        try:
+            self.method.load_state_dict(state_dict["method"])
+        except BaseException:
+            self.schedule.load_state_dict(before)
+            raise
+        self.schedule.load_state_dict(state_dict["schedule"])  # into the new configurations
 
     def remove(self) -> None:
         """Let the optimizer go. The masks stay on until `squash`."""

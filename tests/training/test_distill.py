@@ -97,6 +97,20 @@ def test_embeddings_are_compared_by_their_relative_error():
     assert found.tokens == 5
 
 
+@pytest.mark.parametrize("shape", [(), (5,), (5, 1)])
+def test_single_logits_have_no_divergence_and_are_told(shape):
+    """One class has probability 1 in both models: the loss would be zero, and nothing learned."""
+    models = [nn.Linear(4, 1) for _ in range(2)]
+    options = {"read": lambda out: out.sum() if shape == () else out.view(shape)}
+    loss = Distillation(models[0], models[1].eval(), **options)
+    with pytest.raises(DistillationError, match="two classes or more, found shape"):
+        loss(torch.randn(5, 4))
+    if shape == ():
+        loss = Distillation(models[0], models[1].eval(), compare="relative", **options)
+        with pytest.raises(DistillationError, match="found a scalar"):
+            loss(torch.randn(5, 4))
+
+
 def test_blocks_are_found_around_pruned_weights():
     model, teacher, record = pruned()
     loss = Distillation(model, teacher, hidden="blocks", pruned=record)

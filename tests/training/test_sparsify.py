@@ -429,6 +429,21 @@ def test_the_state_of_another_method_is_refused():
     assert other.trained == 3
 
 
+def test_a_state_that_does_not_fit_changes_nothing():
+    method = GradualMagnitude()
+    _, model = masked(method)
+    run = Sparsify(model, method, adamw(model), fxs.CubicSL(method, delta_t=1, total_t=8))
+    state = copy.deepcopy(run.state_dict())
+    state["method"]["trained"], state["schedule"]["unknown"] = 7, 0
+    with pytest.raises(ValueError, match="CubicSL has no unknown"):
+        run.load_state_dict(state)
+    del state["schedule"]["unknown"], state["method"]["groups"][:]
+    state["schedule"]["last_epoch"] = 5
+    with pytest.raises(MaskError, match="the state has no group"):
+        run.load_state_dict(state)
+    assert (method.trained, run.schedule.last_epoch) == (0, 1)
+
+
 def test_numbers_of_masks_that_are_squashed_are_read():
     method = RigL()
     _, model = masked(method)

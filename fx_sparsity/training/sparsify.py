@@ -73,9 +73,8 @@ class Sparsify:
         happens when the optimizer is called. Of gradients that are not finite, whose step a
         `GradScaler` will skip, nothing is learned.
         """
-        found = [g for g in self.method.gradients().values() if g.layout is torch.strided]
         self._looked = True
-        if nn.utils.get_total_norm(found).isfinite():
+        if not self.method.wants_gradients(self.method.trained) or self._are_finite():
             self._look()
 
     def state_dict(self) -> dict[str, Any]:
@@ -108,6 +107,10 @@ class Sparsify:
         """Let the optimizer go. The masks stay on until `squash`."""
         for hook in self._hooks:
             hook.remove()
+
+    def _are_finite(self) -> bool:
+        found = self.method.gradients().values()  # dense: sparse ones are refused where wanted
+        return bool(nn.utils.get_total_norm(found).isfinite())
 
     def _look(self) -> None:
         self._check()

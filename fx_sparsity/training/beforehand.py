@@ -45,6 +45,11 @@ def check_weights(method: TrainingMethod, optimizer: Optimizer) -> None:
     for name, weight in method.live().items():
         if not weight.requires_grad:
             raise MaskError(f"{name} is frozen, requires_grad is False; unfreeze it or exclude it")
+        if hasattr(weight, "device_mesh"):  # DTensor, which not every build of torch has
+            raise MaskError(
+                f"{name}: is sharded, a DTensor; masks are those of whole weights: train with "
+                "DistributedDataParallel, or exclude it"
+            )
         module = method.config_of(name)["module"]
         if (method.through or method.dense_gradients) and getattr(module, "sparse", False):
             raise MaskError(

@@ -100,7 +100,8 @@ class Distillation:
             batch: arguments of a call: a tuple, a dict or a tensor.
 
         Raises:
-            DistillationError: the two do not give out the same shapes; it says where.
+            DistillationError: the two do not give out the same shapes, it says where; or there is
+                one class alone, which has no divergence.
         """
         args, kwargs = call_arguments(batch)
         padding = read_padding(unwrapped(self.model), batch)
@@ -113,6 +114,7 @@ class Distillation:
                 outputs = self.model(*args, **kwargs)
         given = self._read(outputs)
         _check_shapes("the output", given, taught)
+        self._check_classes(given)
         keep = padding.find(given.shape[:-1], decoder=True)
         tokens = given.shape[:-1].numel() if keep is None else int(keep.sum())
         loss = self._loss(given, taught, keep)
@@ -124,6 +126,19 @@ class Distillation:
             share = self.hidden_share
             loss = (1 - share) * loss + share * torch.stack(losses).mean()
         return Distilled(loss, outputs, tokens)
+
+    def _check_classes(self, given: Tensor) -> None:
+        if self.compare == "kl" and (given.ndim < 2 or given.shape[-1] < 2):
+            raise DistillationError(
+                "the output: expected logits of two classes or more, found shape "
+                f'{tuple(given.shape)}; choose compare="relative", or with read= what to compare: '
+                "of a single logit x, torch.stack([x, torch.zeros_like(x)], -1)"
+            )
+        if not given.ndim:
+            raise DistillationError(
+                "the output: expected channels, found a scalar, such as a loss; say with read= "
+                "what to compare"
+            )
 
     def _loss(self, given: Tensor, taught: Tensor, keep: Tensor | None) -> Tensor:
         if self.compare == "relative":

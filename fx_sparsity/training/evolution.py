@@ -38,7 +38,9 @@ class SET(DropAndGrow):
         self.seed = seed
 
     def promise(self, name: str, weight: Tensor) -> Tensor:
-        """See `DropAndGrow.promise`."""
+        """See `DropAndGrow.promise`. A weight without a gradient gets back what went."""
+        if weight.grad is None:
+            return torch.where(self.keep(name), weight.abs(), 0)
         place = self.names.index(name)
         draw = (self.seed * _PRIME + self.trained) * _PRIME + place
         generator = torch.Generator().manual_seed(draw % (1 << 63))

@@ -34,6 +34,7 @@ class TrainingMethod(WeightNormSparsifier):
     Attributes:
         trained: optimizer steps taken so far.
         optimizer: whose state goes with the weights; set by `Sparsify`.
+        run: the `Sparsify` that it takes part in; None before the first.
 
     Raises:
         ValueError: `every` below 1, or a `begin` below 0 or not before `end`.
@@ -63,6 +64,7 @@ class TrainingMethod(WeightNormSparsifier):
         self.every, self.begin, self.end = every, begin, end
         self.trained = 0
         self.optimizer: Optimizer | None = None
+        self.run: Any = None
 
     # -- when ------------------------------------------------------------------------------------
 
@@ -202,7 +204,7 @@ class TrainingMethod(WeightNormSparsifier):
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
-        state["attributes"] = {**state["attributes"], "optimizer": None}
+        state["attributes"] = {**state["attributes"], "optimizer": None, "run": None}
         return state
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Recovery: what pruning took from a model, won back from the dense one, masks frozen."""
 
 import re
+import zlib
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from fx_sparsity.graph.example_inputs import ExampleInputs, InputError
 from fx_sparsity.masks.bits import pack_bits
@@ -88,7 +90,7 @@ def recover(
         settings = {
             **asdict(recovery),
             "autocast": str(recovery.autocast),
-            "batches": [len(used), len(judged)],
+            "batches": [len(used), len(judged), _checksum(used)],
             "train": repr(train),
             "masks": masks_checksum(*map(pack_bits, pruned.values())),
         }
@@ -149,6 +151,8 @@ def _pruned(model: nn.Module, record: SparsityRecord | None) -> dict[str, Tensor
             "the model has no live mask: pass the record that squash returned, so that its zeros "
             "stay"
         )
+    if all(bool(keep.all()) for keep in found.values()):
+        raise DistillationError("the masks keep everything; call sparsifier.step() first")
     return found
 
 
@@ -192,13 +196,29 @@ def _choose(model: nn.Module, pruned: Collection[str], train: Train) -> dict[str
             f'train: expected "kept", "vectors", "all", LowRank or FQNs, found {train!r}'
         )
     else:
-        names = list(train)
-    unknown = [name for name in names if name not in parameters]
-    if unknown:
-        raise DistillationError(f"train: the model has no floating parameter {unknown[0]!r}")
+        names = _first_names(model, parameters, train)
     if not names:
         raise DistillationError(f"train: the model has nothing of {train!r} to train")
     return {name: parameters[name] for name in names}
+
+
+def _first_names(
+    model: nn.Module, parameters: Mapping[str, nn.Parameter], names: Collection[str]
+) -> list[str]:
+    """The name that the model first has for each of them: a tied weight has several.
+
+    Raises:
+        DistillationError: a name that the model does not have.
+    """
+    first = {id(parameter): name for name, parameter in parameters.items()}
+    found = {
+        _plain(name): first[id(parameter)]
+        for name, parameter in unwrapped(model).named_parameters(remove_duplicate=False)
+        if id(parameter) in first
+    }
+    if unknown := [name for name in names if name not in found]:
+        raise DistillationError(f"train: the model has no floating parameter {unknown[0]!r}")
+    return list(dict.fromkeys(found[name] for name in names))
 
 
 def _split(
@@ -215,6 +235,16 @@ def _split(
     places = spread(len(found), held_out) if held_out else set()
     used = [batch for place, batch in enumerate(found) if place not in places]
     return used, [found[place] for place in sorted(places)]
+
+
+def _checksum(batches: Collection[ExampleInputs]) -> int:
+    """CRC-32 of all tensors."""
+    value = 0
+    for tensor in tree_leaves(list(batches)):
+        if isinstance(tensor, Tensor):
+            plain = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+            value = zlib.crc32(plain.numpy().data, value)
+    return value
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ class Sparsify:
     step, under gradient accumulation, and where a trainer calls the optimizer.
 
     The first masks are computed right away if they are due at step 0. Then, whenever they moved,
-    `schedule` goes on by one.
+    `schedule` goes on by one. A method takes part in one run: the one before is removed.
 
     Args:
         model: with the method's masks; wrapped or not.
@@ -53,7 +53,9 @@ class Sparsify:
         check_weights(method, optimizer)
         self._check()
         check_schedule(method, schedule, steps)
-        method.optimizer = optimizer
+        if method.run is not None:
+            method.run.remove()
+        method.optimizer, method.run = optimizer, self
         self._looked = False
         if method.trained == 0 and method.is_due(0):
             method.step()
@@ -71,9 +73,8 @@ class Sparsify:
         happens when the optimizer is called. Of gradients that are not finite, whose step a
         `GradScaler` will skip, nothing is learned.
         """
-        found = [g for g in self.method.gradients().values() if g.layout is torch.strided]
         self._looked = True
-        if nn.utils.get_total_norm(found).isfinite():
+        if not self.method.wants_gradients(self.method.trained) or self._are_finite():
             self._look()
 
     def state_dict(self) -> dict[str, Any]:
@@ -86,18 +87,30 @@ class Sparsify:
 
         Raises:
             MaskError: a weight is missing or does not fit its mask; nothing was changed.
-            ValueError: one of both states has a schedule and the other has none.
+            ValueError: one of both states has a schedule and the other has none, or another one.
         """
         if (state_dict["schedule"] is None) != (self.schedule is None):
             raise ValueError("the state was saved with a schedule, or this run has one; not both")
-        self.method.load_state_dict(state_dict["method"])
-        if self.schedule is not None:
-            self.schedule.load_state_dict(state_dict["schedule"])
+        if self.schedule is None:
+            self.method.load_state_dict(state_dict["method"])
+            return
+        before = self.schedule.state_dict()
+        self.schedule.load_state_dict(state_dict["schedule"])
+        try:
+            self.method.load_state_dict(state_dict["method"])
+        except BaseException:
+            self.schedule.load_state_dict(before)
+            raise
+        self.schedule.load_state_dict(state_dict["schedule"])  # into the new configurations
 
     def remove(self) -> None:
         """Let the optimizer go. The masks stay on until `squash`."""
         for hook in self._hooks:
             hook.remove()
+
+    def _are_finite(self) -> bool:
+        found = self.method.gradients().values()  # dense: sparse ones are refused where wanted
+        return bool(nn.utils.get_total_norm(found).isfinite())
 
     def _look(self) -> None:
         self._check()

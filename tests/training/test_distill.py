@@ -97,6 +97,20 @@ def test_embeddings_are_compared_by_their_relative_error():
     assert found.tokens == 5
 
 
+@pytest.mark.parametrize("shape", [(), (5,), (5, 1)])
+def test_single_logits_have_no_divergence_and_are_told(shape):
+    """One class has probability 1 in both models: the loss would be zero, and nothing learned."""
+    models = [nn.Linear(4, 1) for _ in range(2)]
+    options = {"read": lambda out: out.sum() if shape == () else out.view(shape)}
+    loss = Distillation(models[0], models[1].eval(), **options)
+    with pytest.raises(DistillationError, match="two classes or more, found shape"):
+        loss(torch.randn(5, 4))
+    if shape == ():
+        loss = Distillation(models[0], models[1].eval(), compare="relative", **options)
+        with pytest.raises(DistillationError, match="found a scalar"):
+            loss(torch.randn(5, 4))
+
+
 def test_blocks_are_found_around_pruned_weights():
     model, teacher, record = pruned()
     loss = Distillation(model, teacher, hidden="blocks", pruned=record)
@@ -197,6 +211,17 @@ def test_what_is_trained_is_chosen(train):
     assert [name for name, _ in model.named_parameters()] == names
 
 
+def test_a_tied_weight_is_chosen_by_any_of_its_names():
+    model, teacher, record = pruned()
+    model.lm_head.weight = model.model.embed_tokens.weight
+    names = ["lm_head.weight", "model.embed_tokens.weight"]
+    options = Recovery(steps=1, learning_rate=1e-2)
+    before = model.lm_head.weight.detach().clone()
+    _, report = recover(model, teacher, batches(), record, options, train=names)
+    assert report.trained == before.numel()
+    assert not torch.equal(model.lm_head.weight, before)
+
+
 def test_every_token_of_a_step_counts_the_same():
     """Batches of other lengths, one step of SGD's worth: as of one batch of all of them."""
     model, teacher, record = pruned()
@@ -250,6 +275,8 @@ def test_a_run_that_was_killed_goes_on_to_the_same_result(tmp_path, train, dtype
         assert torch.equal(a, b), name
     with pytest.raises(DistillationError, match="learning_rate was 0.003, now it is 0.001"):
         recover(again, teacher, batches(), record, Recovery(steps=6, learning_rate=1e-3), **more)
+    with pytest.raises(DistillationError, match="batches was"):
+        recover(again, teacher, batches()[::-1], record, options, **more)
 
 
 def test_bad_input_is_told():
@@ -264,6 +291,10 @@ def test_bad_input_is_told():
     spoilt.lm_head.weight.data.fill_(torch.nan)
     with pytest.raises(DistillationError, match="step 1: the loss is nan"):
         recover(model, spoilt, batches(), record)
+    never = fxs.WeightNormSparsifier()
+    whole = fxs.prepare(copy.deepcopy(teacher), never, None, "unstructured 50%")
+    with pytest.raises(DistillationError, match=r"masks keep everything; call sparsifier.step\(\)"):
+        recover(whole, teacher, batches())
     masked, teacher, _ = pruned(squash=False)
     with pytest.raises(fxs.FxSparsityError, match="low-rank adapters go on plain weights"):
         recover(masked, teacher, batches(), train=LowRank())

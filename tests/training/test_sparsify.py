@@ -6,7 +6,10 @@ import re
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 from torchao.optim import AdamW8bit
 
@@ -387,18 +390,21 @@ def test_infinite_gradients_of_a_step_that_a_scaler_skips_teach_nothing(kind):
         assert torch.equal(one, other)
 
 
-def test_an_optimizer_whose_state_cannot_be_reset_is_told_at_the_first_step():
-    for make, words in (
-        (lambda p: torch.optim.Adafactor(p, 0.1), "Adafactor"),
-        (lambda p: AdamW8bit(p, 0.1), "AdamW8bit"),
-    ):
-        method, model = RigL(every=100), nn.Sequential(nn.Linear(256, 32))
-        method.prepare(model, [{"tensor_fqn": "0.weight", "sparsity_level": 0.5}])
-        optimizer = make(model.parameters())
-        Sparsify(model, method, optimizer)
-        model(torch.randn(2, 256)).sum().backward()
-        with pytest.raises(MaskError, match=f"0.weight: {words} does not keep its state an elem"):
-            optimizer.step()
+@pytest.mark.parametrize(
+    "kind", [torch.optim.Adafactor, pytest.param(AdamW8bit, marks=pytest.mark.exhaustive)]
+)
+def test_an_optimizer_whose_state_cannot_be_reset_is_told_at_the_first_step(kind):
+    method, model = RigL(every=100), nn.Sequential(nn.Linear(256, 32))
+    method.prepare(model, [{"tensor_fqn": "0.weight", "sparsity_level": 0.5}])
+    optimizer = kind(model.parameters(), 0.1)
+    Sparsify(model, method, optimizer)
+    model(torch.randn(2, 256)).sum().backward()
+    words = f"0.weight: {kind.__name__} does not keep its state an element"
+    with pytest.raises(MaskError, match=words):
+        optimizer.step()
+
+
+def test_an_optimizer_that_remembers_all_weights_in_one_is_refused():
     method = SET()
     _, model = masked(method)
     with pytest.raises(MaskError, match="0.weight: LBFGS does not keep its state an element"):
@@ -423,6 +429,21 @@ def test_the_state_of_another_method_is_refused():
     assert other.trained == 3
 
 
+def test_a_state_that_does_not_fit_changes_nothing():
+    method = GradualMagnitude()
+    _, model = masked(method)
+    run = Sparsify(model, method, adamw(model), fxs.CubicSL(method, delta_t=1, total_t=8))
+    state = copy.deepcopy(run.state_dict())
+    state["method"]["trained"], state["schedule"]["unknown"] = 7, 0
+    with pytest.raises(ValueError, match="CubicSL has no unknown"):
+        run.load_state_dict(state)
+    del state["schedule"]["unknown"], state["method"]["groups"][:]
+    state["schedule"]["last_epoch"] = 5
+    with pytest.raises(MaskError, match="the state has no group"):
+        run.load_state_dict(state)
+    assert (method.trained, run.schedule.last_epoch) == (0, 1)
+
+
 def test_numbers_of_masks_that_are_squashed_are_read():
     method = RigL()
     _, model = masked(method)
@@ -431,3 +452,49 @@ def test_numbers_of_masks_that_are_squashed_are_read():
     before = scalars.read()
     fxs.squash(model, method)
     assert scalars.read() == before
+
+
+def test_a_method_takes_part_in_one_run_at_a_time():
+    def trained(runs):
+        method = ELSA(end=20, every=1)
+        toy, model = masked(method)
+        optimizer = adamw(model)
+        for _ in range(runs):
+            run = Sparsify(model, method, optimizer)
+        train(toy, model, method, optimizer, 3, run=run)
+        assert method.trained == 3
+        return original(model).detach()
+
+    assert torch.equal(trained(1), trained(2))
+
+
+@pytest.mark.parametrize("name", ["rigl", "seft", "set"])
+def test_a_weight_that_nothing_depends_on_keeps_what_it_has(name):
+    method = METHODS[name]()
+    model = nn.ModuleDict({"used": nn.Linear(8, 8), "idle": nn.Linear(8, 8)})
+    names = ("used.weight", "idle.weight")
+    method.prepare(model, [{"tensor_fqn": n, "sparsity_level": 0.5} for n in names])
+    optimizer = adamw(model)
+    Sparsify(model, method, optimizer)
+    before = {name: model[name].weight.detach().clone() for name in ("used", "idle")}
+    for _ in range(4):
+        optimizer.zero_grad()
+        model["used"](torch.randn(4, 8)).square().sum().backward()
+        optimizer.step()
+    assert torch.equal(model["idle"].weight, before["idle"])
+    assert not torch.equal(model["used"].weight != 0, before["used"] != 0)
+
+
+def test_sharded_parameters_are_refused():
+    method = RigL()
+    _, model = masked(method)
+    store = dist.HashStore()
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        with pytest.raises(
+            MaskError, match="0.weight: is sharded, a DTensor; masks are those of whole"
+        ):
+            Sparsify(model, method, adamw(model))
+    finally:
+        dist.destroy_process_group()

@@ -1,6 +1,5 @@
 """Sparse training: algorithms that move masks while a model trains, and what drives them."""
 
-from fx_sparsity.training.both_ways import TransposableStraightThrough
 from fx_sparsity.training.distill import (
     Distillation,
     DistillationError,
@@ -9,7 +8,6 @@ from fx_sparsity.training.distill import (
 )
 from fx_sparsity.training.drop_and_grow import DropAndGrow
 from fx_sparsity.training.elsa import ELSA
-from fx_sparsity.training.evolution import SET
 from fx_sparsity.training.gradual import GradualMagnitude
 from fx_sparsity.training.low_rank import LowRank
 from fx_sparsity.training.method import TrainingMethod
@@ -17,10 +15,12 @@ from fx_sparsity.training.movement import Movement, SoftMovement
 from fx_sparsity.training.recover import recover
 from fx_sparsity.training.recovery import Recovery, RecoveryReport, RecoveryStep
 from fx_sparsity.training.rigl import SEFT, RigL
+from fx_sparsity.training.set import SET
 from fx_sparsity.training.sparsify import Sparsify
 from fx_sparsity.training.straight_through import StraightThrough
 from fx_sparsity.training.through_mask import ThroughMask
 from fx_sparsity.training.top_kast import TopKAST
+from fx_sparsity.training.transposable_straight_through import TransposableStraightThrough
 
 __all__ = [
     "ELSA",

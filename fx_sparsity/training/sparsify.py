@@ -8,8 +8,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fx_sparsity.sparsifier import BaseScheduler, MaskError
-from fx_sparsity.training.beforehand import check_model, check_schedule, check_weights
 from fx_sparsity.training.method import TrainingMethod
+from fx_sparsity.training.training_checks import check_model, check_schedule, check_weights
 
 
 class Sparsify:

@@ -110,8 +110,9 @@ class DenseLinear:
         return dtype in (torch.float32, torch.bfloat16)
 
     def candidates(self) -> tuple[dict[str, LoweredLinear], list[str]]:
-        """The layer in each packing that fits, by its name; and why the others do not."""
-        refusals = {name: self.refusal(name) for name in (INT4 if self.in_groups else PACKINGS)}
+        """The layer in each packing that fits, by its name; and why the others of its kind do not."""
+        names = [name for name in PACKINGS if (name in INT4) == self.in_groups]
+        refusals = {name: self.refusal(name) for name in names}
         fitting = {name: self.pack(name) for name, refusal in refusals.items() if refusal is None}
         return fitting, [f"{name}: {refusal}" for name, refusal in refusals.items() if refusal]
 

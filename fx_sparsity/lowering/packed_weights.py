@@ -185,7 +185,7 @@ def _linear_calls(model: fx.GraphModule) -> Iterator[_LinearCall]:
             args = bind(node)
             parts = {part: tensor for part, (_, tensor) in held.items() if part != "scale"}
             if lacking == [_ZERO_POINTS]:
-                # AOTInductor leaves out what has up to 8 elements, and those that there are have 16.
+                # AOTInductor leaves out what has up to 8 elements; those that there are have 16.
                 parts[_ZERO_POINTS], lacking = torch.zeros(0, dtype=torch.int8), []
             yield _LinearCall(
                 packing,

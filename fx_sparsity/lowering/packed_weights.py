@@ -29,6 +29,7 @@ _BY_OPERATOR = {f"{NAMESPACE}.{p.operator}": p for p in PACKINGS.values()}
 _LOOKUPS = {f"{NAMESPACE}.{name}.default" for name in (LOOKUP, BAG)}
 _DIFFERENCES = (-15, 15)
 """Of 4-bit codes and zero points."""
+_ZERO_POINTS = "zero_points"
 _AGAIN = re.compile(r"__\d+$")
 """What `LowerNodes` adds to the name of a weight that has several nodes."""
 
@@ -182,10 +183,14 @@ def _linear_calls(model: fx.GraphModule) -> Iterator[_LinearCall]:
         held, lacking = _held(model, node, (*packing.parts, "scale"))
         if held:
             args = bind(node)
+            parts = {part: tensor for part, (_, tensor) in held.items() if part != "scale"}
+            if lacking == [_ZERO_POINTS]:
+                # AOTInductor leaves out what has up to 8 elements; those that there are have 16.
+                parts[_ZERO_POINTS], lacking = torch.zeros(0, dtype=torch.int8), []
             yield _LinearCall(
                 packing,
                 torch.Size((args["out_features"], args["in_features"])),
-                {part: tensor for part, (_, tensor) in held.items() if part != "scale"},
+                parts,
                 held["scale"][1] if "scale" in held else None,
                 [name for name, _ in held.values()],
                 lacking,

@@ -17,6 +17,7 @@ from torchao.quantization import (
 import fx_sparsity as fxs
 from fx_sparsity.lowering import check_packed, timing
 from fx_sparsity.lowering.layers import DenseLinear
+from fx_sparsity.lowering.packed_weights import read_packed
 from fx_sparsity.lowering.policy import _fastest, _up_to_dense
 
 CONFIGS = {
@@ -102,6 +103,34 @@ def test_an_exported_program_calls_the_operator():
     check_packed(program)
     assert fxs.verify(program, record).ok
     torch.testing.assert_close(program.module()(X), wanted)
+
+
+def test_packages_are_read_without_zero_points():
+    """AOTInductor writes into the code what is as small as those of symmetric codes."""
+    model, _ = quantized("dynamic", "2:4")
+    layer = fxs.lower(model, (X,), policy="nm")[0][0]
+    graph = torch.fx.Graph()
+    arguments = {name: graph.get_attr(f"0.{name}") for name in ("values", "scale", "row_sums")}
+    arguments |= {name: graph.placeholder(name) for name in ("x", "zero_points")}
+    arguments |= {"bias": None, "in_features": 128, "out_features": 64}
+    arguments |= {"quantize_input": "token_affine", "activation": "none"}
+    graph.call_function(torch.ops.fx_sparsity.nm_linear.int4, (), arguments)
+    (stored,) = read_packed(torch.fx.GraphModule(nn.Sequential(layer), graph))
+    assert not stored.obstacle
+    assert torch.equal(stored.data, layer.dense_codes())
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("config", ["dynamic", "affine"])
+def test_packages_are_verified(config, tmp_path):
+    model, record = quantized(config, "2:4")
+    with torch.inference_mode():
+        lowered, _ = fxs.lower(copy.deepcopy(model), (X,), policy="nm")
+        package = torch._inductor.aoti_compile_and_package(
+            torch.export.export(lowered, (X,)), package_path=str(tmp_path / "model.pt2")
+        )
+    assert fxs.verify(package, record).ok
+    torch.testing.assert_close(torch._inductor.aoti_load_package(package)(X), model(X))
 
 
 def test_reports_call_dense_what_is_dense():

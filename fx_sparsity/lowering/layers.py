@@ -110,7 +110,7 @@ class DenseLinear:
         return dtype in (torch.float32, torch.bfloat16)
 
     def candidates(self) -> tuple[dict[str, LoweredLinear], list[str]]:
-        """The layer in each packing that fits, by its name; and why the others of its kind do not."""
+        """The layer in each packing that fits, by its name; and why others of its kind do not."""
         names = [name for name in PACKINGS if (name in INT4) == self.in_groups]
         refusals = {name: self.refusal(name) for name in names}
         fitting = {name: self.pack(name) for name, refusal in refusals.items() if refusal is None}

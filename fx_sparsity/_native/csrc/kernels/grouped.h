@@ -277,7 +277,7 @@ void multiply(
   const int64_t panels = (result.outputs + kLanes - 1) / kLanes;
   const Runs runs(columns, groups.count);
   const bool sum = zero_points<Packed>(groups) != nullptr;
-  const int64_t grain = std::max<int64_t>(1, (1 << 12) / runs.steps);
+  const int64_t grain = std::max<int64_t>(1, (1 << 12) / (groups.count * runs.steps));
   if (result.rows > most) {
     const Activations<Math> tiles(x, result.rows, columns, runs, most, sum);
     return parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {

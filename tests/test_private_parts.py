@@ -154,8 +154,6 @@ torch.fx.graph._PyTreeCodeGen
 torch.nn.modules.batchnorm._BatchNorm
 torch.nn.modules.conv._ConvNd
 torch.nn.modules.conv._ConvTransposeNd
-torch.ops.aten._convert_weight_to_int4pack_for_cpu
-torch.ops.aten._weight_int4pack_mm_for_cpu
 torch.ops.mkl._mkl_linear
 torch.ops.mkl._mkl_reorder_linear_weight
 torch.ops.mkldnn._is_mkldnn_bf16_supported

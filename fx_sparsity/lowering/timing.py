@@ -25,7 +25,7 @@ from torch.nn import functional
 
 from fx_sparsity._native import KERNELS
 from fx_sparsity._native.cache import folders, instruction_set, refusal, usable
-from fx_sparsity.kernels import group_scales, int4
+from fx_sparsity.kernels import group_scales
 from fx_sparsity.lowering.dense_tables import DenseTable, Lookup
 from fx_sparsity.lowering.layers import DenseLinear
 from fx_sparsity.lowering.lowered import LoweredLinear
@@ -316,9 +316,7 @@ def _dense_forms(
         f"dequantized, {name}": (_dequantized_first(make, input_dtype), input_dtype)
         for name, make in _float_forms(input_dtype).items()
     }
-    if layer.in_groups:
-        if _takes_int4(layer):
-            forms["_weight_int4pack_mm"] = _int4_pack(input_dtype), torch.uint8
+    if layer.in_groups:  # torch's product of 4-bit codes takes none of these tensors
         return forms
     engines = torch.backends.quantized.supported_engines
     if layer.quantize_input == "none":
@@ -379,27 +377,6 @@ def _int8_pack(layer: DenseLinear) -> Form:
     codes, scale = layer.weight, layer.scale
     scales = {dtype: scale.to(dtype) for dtype in (torch.float32, torch.bfloat16)}
     return lambda x: torch._weight_int8pack_mm(x, codes, scales[x.dtype])
-
-
-def _takes_int4(layer: DenseLinear) -> bool:
-    """Whether torch's own product of 4-bit codes takes a layer."""
-    assert layer.scale is not None
-    outputs, inputs = layer.shape
-    return inputs // layer.scale.shape[1] in (32, 64, 128, 256) and outputs % 16 == 0
-
-
-def _int4_pack(dtype: torch.dtype) -> Make:
-    def make(layer: DenseLinear) -> Form:
-        assert layer.scale is not None
-        codes = int4.codes_of(layer.weight, layer.zero_point).int() + 8
-        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 2)
-        zeros = layer.scale * (0 if layer.zero_point is None else -layer.zero_point)
-        scales = torch.stack([layer.scale, zeros], -1).to(dtype).transpose(0, 1).contiguous()
-        size = layer.shape[1] // layer.scale.shape[1]
-        run = torch.ops.aten._weight_int4pack_mm_for_cpu
-        return lambda x: run(x, packed, size, scales)
-
-    return make
 
 
 def _linear_dynamic(layer: DenseLinear) -> Form:

@@ -153,16 +153,18 @@ def test_packings_larger_than_dense_are_not_tried():
     assert _up_to_dense(["nm", "bitmask"]) == ["nm", "bitmask"]
 
 
-def test_dense_forms_of_torch_are_timed_as_well():
+def test_the_rival_is_what_torch_runs_of_such_a_layer():
+    """Its own product of 4-bit codes takes other tensors: the model would be left as slow as it is."""
     codes = torch.randint(-7, 8, (64, 64), dtype=torch.int8)
     layer = DenseLinear(codes, scale=torch.rand(64, 2))
     forms = timing._dense_forms(layer, torch.bfloat16)
-    assert "_weight_int4pack_mm" in forms
-    make, _ = forms["_weight_int4pack_mm"]
+    assert forms
     x = torch.randn(2, 64).bfloat16()
-    scale = layer.scale.bfloat16().float().repeat_interleave(32, 1)
-    wanted = x.float() @ (codes * scale).T
-    torch.testing.assert_close(make(layer)(x).float(), wanted, atol=0.05, rtol=0.05)
+    wanted = x.float() @ (codes * layer.scale.repeat_interleave(32, 1)).T
+    for name, (make, dtype) in forms.items():
+        assert name.startswith("dequantized")
+        assert dtype == torch.bfloat16
+        torch.testing.assert_close(make(layer)(x).float(), wanted, atol=0.2, rtol=0.05)
 
 
 def test_eight_bits_by_groups_stay_dense():
